@@ -1,0 +1,222 @@
+"""The callback: the stages in their order, and when they run."""
+
+import inspect
+import logging
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from .candidates import check_specs, find_candidates
+from .config import MashupConfig
+from .distributed import is_main_process
+from .guard import Start, Verdict, choose
+from .layers import Trainee, base_model_name, find_trainee
+from .publishing import publish
+from .report import MashupReport, candidate_rows, environment, merge_info
+from .sampling import draw_sample
+from .scoring import Score, score_candidates
+from .selection import select
+from .swap import swap
+
+
+logger = logging.getLogger(__name__)
+
+
+class MashupCallback(TrainerCallback):
+    r"""
+    Starts training from a merge of the best of your past adapters instead of from a fresh initialisation.
+
+    At the beginning of training the candidates are scored by their loss on a small sample of the training data, the
+    best are merged with mergekit, and the merge is written into the adapter that is being trained, unless a fresh
+    initialisation is better on held-out rows. Nothing else changes: with the decision `"scratch"` the run is
+    bit-identical to one without the callback. This is the method of "Mashup Learning" (arXiv 2603.10156).
+
+    Args:
+        candidates (`str` or `Sequence[str]`):
+            Where the candidates are: directories and globs (`runs/*`), Hub repositories (`org/name@revision`), searches
+            (`hub:author=acme,limit=50`) and collections (`collection:org/slug`).
+        config ([`MashupConfig`], *optional*):
+            The settings.
+        **settings:
+            Fields of [`MashupConfig`], which take precedence over `config`.
+
+    Attributes:
+        report ([`MashupReport`], *optional*): What was found, done and why, once training has begun.
+
+    Raises:
+        TypeError: A setting is unknown.
+        ValueError: A setting or a candidate's form is wrong, or a literal path does not exist.
+
+    Example:
+
+    ```python
+    trainer = SFTTrainer(
+        model,
+        train_dataset=dataset,
+        peft_config=LoraConfig(r=16),
+        callbacks=[MashupCallback(["runs/*"])],
+    )
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self, candidates: str | Sequence[str], *, config: MashupConfig | None = None, **settings: Any
+    ) -> None:
+        self.config = MashupConfig.from_settings(config, settings)
+        self.specs = check_specs(candidates)
+        self.report: MashupReport | None = None
+        self._done: weakref.ref[nn.Module] | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._is_due(state, model):
+            return
+        trainee = find_trainee(model, overwrite=self.config.overwrite)
+        run = _Run(self.config, args, model, trainee)
+        try:
+            run.go(self.specs, train_dataloader)
+        except Exception as error:
+            # Whatever a stage raises, the user asked for training first: `on_error` decides.
+            if self.config.on_error == "raise":
+                raise
+            run.give_up(f"{type(error).__name__}: {error}")
+        self.report = run.report
+        self._done = weakref.ref(model)
+        _log(self.report, args, state, control)
+
+    def _is_due(self, state: TrainerState, model: nn.Module) -> bool:
+        if state.global_step > 0:
+            logger.info("Training resumes at step %d; the mashup is skipped.", state.global_step)
+            return False
+        if self._done is not None and self._done() is model:
+            logger.info("This model already had its mashup; it is skipped.")
+            return False
+        return True
+
+
+class _Run:
+    """One way through the stages, with the time that each took."""
+
+    def __init__(self, config: MashupConfig, args: TrainingArguments, model: nn.Module, trainee: Trainee) -> None:
+        self.config, self.args, self.model, self.trainee = config, args, model, trainee
+        self.base_model = config.base_model or base_model_name(model)
+        self.directory = Path(config.report_dir or Path(args.output_dir) / "mashup")
+        self.timings: dict[str, float] = {}
+        self.scores: list[Score] = []
+        self.report: MashupReport | None = None
+
+    def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
+        config = self.config
+        with self._timed("candidates"):
+            exclude = [Path(self.args.output_dir), self.directory]
+            candidates = find_candidates(specs, self.base_model, exclude=exclude, max_candidates=config.max_candidates)
+        with self._timed("sample"):
+            batch_size = config.batch_size or self.args.train_batch_size
+            selection_rows, held_out = draw_sample(
+                dataloader,
+                config.sample_size,
+                batch_size=batch_size,
+                seed=config.seed,
+                guard_rows=config.guard_dataset,
+            )
+        with self._timed("scoring"):
+            self.scores = score_candidates(
+                self.model,
+                candidates,
+                selection_rows,
+                config.metric,
+                search=config.search,
+                keep=1 if config.top_k == "auto" else config.top_k,
+                base_model=self.base_model,
+                max_seconds=config.max_seconds,
+            )
+        selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
+        if not selection.scores:
+            raise RuntimeError(self._why_none())
+        with self._timed("merging"):
+            verdict = choose(self.model, self.trainee, selection, held_out, config)
+        with self._timed("swap"):
+            if verdict.chosen is not None and not config.dry_run:
+                swap(self.trainee, verdict.chosen.fitted)
+        self._finish(verdict)
+
+    def give_up(self, reason: str) -> None:
+        logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
+        self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
+        self._publish(None)
+
+    def _finish(self, verdict: Verdict) -> None:
+        shown = verdict.chosen or verdict.merge
+        weights = dict(zip(map(id, shown.selection.scores), shown.selection.weights, strict=True))
+        self._report(
+            decision=verdict.decision,
+            reason=verdict.reason,
+            base_loss=verdict.base_loss,
+            merged_loss=verdict.merge.loss,
+            single_loss=verdict.single.loss,
+            candidates=candidate_rows(self.scores, weights),
+            merge=merge_info(shown),
+        )
+        self._publish(shown)
+
+    def _report(self, **values: Any) -> None:
+        self.report = MashupReport(
+            base_model=self.base_model,
+            dry_run=self.config.dry_run,
+            timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
+            config=self.config.to_dict(),
+            environment=environment(),
+            **values,
+        )
+
+    def _publish(self, start: Start | None) -> None:
+        if is_main_process():
+            self.report.show()
+            publish(self.directory, self.report, start, self.trainee)
+
+    def _why_none(self) -> str:
+        if not self.scores:
+            return "no candidate was found"
+        reasons = "; ".join(f"{score.candidate.name}: {score.reason}" for score in self.scores[:3])
+        return f"none of the {len(self.scores)} candidates is usable ({reasons})"
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - started
+
+
+def _log(report: MashupReport, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    state.log_history.append({**report.logs(), "step": state.global_step})
+    handler = _calling_handler()
+    if handler is not None:
+        handler.on_log(args, state, control, report.logs())
+
+
+def _calling_handler() -> CallbackHandler | None:
+    # A callback is given everything but the handler, and only the handler knows the trackers.
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), CallbackHandler):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None

@@ -1,0 +1,160 @@
+"""The grammar of candidates: a line of text that says where adapters come from."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+FORMS = (
+    "a local directory or a glob (path/to/adapter, runs/*, ./name), "
+    "a Hub repository (org/name[/sub/folder][@revision]), "
+    "a Hub search (hub:author=acme,search=code,tag=x,limit=50,sort=downloads) "
+    "or a Hub collection (collection:org/slug)"
+)
+SORTS = ("created_at", "downloads", "last_modified", "likes", "trending_score")
+_SEARCH_KEYS = ("author", "search", "tag", "limit", "sort")
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_REPO = re.compile(
+    rf"(?P<repo_id>{_NAME}/{_NAME})(?:/(?P<subfolder>{_SEGMENT}(?:/{_SEGMENT})*))?"
+    rf"(?:@(?P<revision>{_SEGMENT}(?:/{_SEGMENT})*))?"
+)
+_GLOB = frozenset("*?[")
+_COLLECTION = re.compile(rf"{_NAME}/{_SEGMENT}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """
+    One entry of the grammar, parsed. `str(spec)` is text that parses to the same.
+
+    Args:
+        kind (`str`): `"path"`, `"repo"`, `"search"` or `"collection"`.
+        path (`str`, *optional*): Local path or glob.
+        repo_id (`str`, *optional*): Hub repository, `org/name`.
+        subfolder (`str`, *optional*): Folder in the repository.
+        revision (`str`, *optional*): Branch, tag, pull request reference or commit of the repository.
+        author (`str`, *optional*): Search: owner of the repositories.
+        search (`str`, *optional*): Search: text in their names.
+        tags (`tuple[str, ...]`, *optional*): Search: tags that they all have.
+        limit (`int`, *optional*): Search: at most this many.
+        sort (`str`, *optional*): Search: one of `SORTS`.
+        collection (`str`, *optional*): Slug of a Hub collection.
+    """
+
+    kind: str
+    path: str | None = None
+    repo_id: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    author: str | None = None
+    search: str | None = None
+    tags: tuple[str, ...] = ()
+    limit: int | None = None
+    sort: str | None = None
+    collection: str | None = None
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether this is a local path with glob characters."""
+        return self.path is not None and is_glob(self.path)
+
+    def __str__(self) -> str:
+        if self.kind == "path":
+            return str(self.path)
+        if self.kind == "collection":
+            return f"collection:{self.collection}"
+        if self.kind == "repo":
+            folder = f"/{self.subfolder}" if self.subfolder else ""
+            return f"{self.repo_id}{folder}" + (f"@{self.revision}" if self.revision else "")
+        pairs = [("author", self.author), ("search", self.search), *(("tag", tag) for tag in self.tags)]
+        pairs += [("limit", self.limit), ("sort", self.sort)]
+        return "hub:" + ",".join(f"{key}={value}" for key, value in pairs if value is not None)
+
+
+def is_glob(text: str) -> bool:
+    """Whether the text has glob characters."""
+    return not _GLOB.isdisjoint(text)
+
+
+def parse_spec(text: str) -> Spec:
+    """
+    Parses one entry of the grammar. Looks at the text only: whether `org/name` is also a local directory is for
+    `find_candidates` to see.
+
+    Args:
+        text (`str`):
+            A path (it starts with `.`, `/` or `~`, has glob characters or a single segment), `org/name` with optional
+            folder and revision, `hub:...` or `collection:...`.
+
+    Raises:
+        ValueError: If it is none of the forms; the message lists them.
+    """
+    stripped = text.strip()
+    if not stripped or not stripped.isprintable():
+        raise ValueError(f"{text!r} is no candidate, expected {FORMS}.")
+    if stripped.startswith(("/", ".", "~")):
+        return Spec("path", path=stripped)
+    if stripped.startswith("hub:"):
+        return _parse_search(stripped.removeprefix("hub:"))
+    if stripped.startswith("collection:"):
+        return _parse_collection(stripped.removeprefix("collection:"))
+    _refuse_lookalikes(stripped)
+    match = None if is_glob(stripped) else _REPO.fullmatch(stripped)
+    if match is None or ".." in stripped:
+        return Spec("path", path=stripped)
+    return Spec("repo", **match.groupdict())
+
+
+def _refuse_lookalikes(text: str) -> None:
+    scheme, colon, _ = text.partition(":")
+    if colon and scheme.isidentifier():
+        hint = " Of a web address give only the part org/name." if text.startswith("http") else ""
+        raise ValueError(
+            f"{text!r} starts with {scheme}:, which is no form of candidate; expected {FORMS}.{hint} A directory of "
+            f"this name is written ./{text}."
+        )
+    if text.endswith("@"):
+        raise ValueError(f"{text!r} names no revision after the @, expected {FORMS}.")
+
+
+def _parse_collection(slug: str) -> Spec:
+    if not _COLLECTION.fullmatch(slug):
+        raise ValueError(f"'collection:{slug}' is no collection, expected collection:org/slug as in its web address.")
+    return Spec("collection", collection=slug)
+
+
+def _parse_search(query: str) -> Spec:
+    if not query.strip():
+        raise ValueError(f"'hub:' searches for nothing, expected one or more of {', '.join(_SEARCH_KEYS)} after it.")
+    found: dict[str, list[str]] = {}
+    for pair in query.split(","):
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if key not in _SEARCH_KEYS:
+            near = difflib.get_close_matches(key, _SEARCH_KEYS, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"'hub:{query}' has the unknown key {key!r}, expected {', '.join(_SEARCH_KEYS)}. "
+                f"Did you mean {near!r}?"
+            )
+        if not value or (key in found and key != "tag"):
+            problem = "twice" if value else "without a value"
+            raise ValueError(f"'hub:{query}' has the key {key!r} {problem}, expected {key}=<value> once.")
+        found.setdefault(key, []).append(value)
+    single = {key: values[0] for key, values in found.items() if key in ("author", "search")}
+    return Spec("search", tags=tuple(found.get("tag", ())), limit=_limit(found), sort=_sort(found), **single)
+
+
+def _limit(found: dict[str, list[str]]) -> int | None:
+    text = found.get("limit", [None])[0]
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
+        raise ValueError(f"limit is {text!r}, expected a positive number of repositories such as limit=50.")
+    return int(text)
+
+
+def _sort(found: dict[str, list[str]]) -> str | None:
+    sort = found.get("sort", [None])[0]
+    if sort is not None and sort not in SORTS:
+        near = difflib.get_close_matches(sort, SORTS, n=1, cutoff=0)[0]
+        raise ValueError(f"sort is {sort!r}, expected one of {', '.join(SORTS)}. Did you mean {near!r}?")
+    return sort

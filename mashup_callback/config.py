@@ -1,0 +1,240 @@
+"""The settings of a mashup: one frozen dataclass for Python, YAML and the command line."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+METRICS = ("loss", "token_accuracy")
+SEARCHES = ("racing", "exhaustive")
+SPACES = ("delta", "core", "factors")
+ON_ERROR = ("scratch", "raise")
+
+
+@dataclass(frozen=True)
+class MashupConfig:
+    r"""
+    Settings of [`MashupCallback`].
+
+    The fields are annotated with the types that a YAML file or a command line can hold, so that `trl.TrlParser` reads
+    them as they are; Python callers may pass the richer types named below.
+
+    Args:
+        top_k (`int` or `"auto"`, *optional*, defaults to `3`):
+            Number of candidates to merge, k in the paper. `"auto"` adds the next best candidate for as long as the
+            held-out loss falls.
+        sample_size (`int`, *optional*, defaults to `256`):
+            Rows of the training data used: half select, the other half is held out for the guard.
+        metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
+            What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`, or a
+            callable `metric(model, batch)` that returns a loss and a count for the batch (lower is better); see
+            [`score_candidates`].
+        merge_method (`str`, *optional*, defaults to `"linear"`):
+            Any method registered in mergekit, or `"auto"`, which tries several and keeps the one with the lowest
+            held-out loss.
+        merge_parameters (`dict` or JSON `str`, *optional*, defaults to `{}`):
+            Parameters of the merge method, passed to mergekit (`density`, `lambda`, ...).
+        merge_space (`str`, *optional*, defaults to `"delta"`):
+            `"delta"` merges the weight updates exactly as merging full models would, `"core"` merges them in their
+            shared low-rank basis, `"factors"` merges A and B apart, as the paper's code does.
+        weights (`str` or `Sequence[float]`, *optional*, defaults to `"equal"`):
+            `"equal"`, `"softmax"` (of minus the loss) or one number for each of the `top_k` candidates, best first.
+        search (`str`, *optional*, defaults to `"racing"`):
+            `"racing"` (successive halving on growing samples) or `"exhaustive"` (every candidate sees every row).
+        guard (`bool`, *optional*, defaults to `True`):
+            Never start from something whose held-out loss is worse than that of a fresh initialisation.
+        batch_size (`int`, *optional*):
+            Rows in a forward pass. `None` takes the Trainer's; halved whenever memory runs out.
+        max_candidates (`int`, *optional*, defaults to `64`):
+            Candidates looked at; the rest is reported as rejected.
+        max_download_gb (`float`, *optional*, defaults to `10.0`):
+            Bound on what is downloaded from the Hub, in 10⁹ bytes.
+        max_seconds (`float`, *optional*):
+            Bound on the time spent on scoring; the best so far is used when it is hit.
+        allow_licenses (`list[str]`, *optional*):
+            Licences a Hub candidate may have. `None` allows every licence.
+        allow_authors (`list[str]`, *optional*):
+            Users and organisations a Hub candidate may come from. `None` allows everyone.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the sample and of merge methods that draw random numbers.
+        base_model (`str`, *optional*):
+            Hub name of the base model, where the model's own configuration does not say it.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Rank, merge and report, but leave the model alone.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Accept a trainee that is already trained, and overwrite it.
+        guard_dataset (`Dataset` or sequence of rows, *optional*):
+            Rows for the guard, in the form the Trainer's own training rows have, for when candidates may have been
+            trained on the training rows. Python only.
+        report_dir (`str`, *optional*):
+            Where the report and the merge are written. `None` means `<output_dir>/mashup`.
+        on_error (`str`, *optional*, defaults to `"scratch"`):
+            What happens when no usable candidate is left or a stage fails: `"scratch"` warns and trains from the fresh
+            initialisation, `"raise"` raises.
+
+    Raises:
+        ValueError: A setting has a value out of range, the merge method is unknown, or one of its parameters is
+            missing or unknown.
+        TypeError: A setting has a value of the wrong type.
+    """
+
+    top_k: str = field(default="3", metadata={"help": "Candidates to merge, or 'auto'."})
+    sample_size: int = field(default=256, metadata={"help": "Rows used: half select, half are held out."})
+    metric: str = field(default="loss", metadata={"help": "'loss' or 'token_accuracy'."})
+    merge_method: str = field(default="linear", metadata={"help": "Any mergekit method, or 'auto'."})
+    merge_parameters: str = field(default="{}", metadata={"help": "The method's parameters, as JSON."})
+    merge_space: str = field(default="delta", metadata={"help": "'delta', 'core' or 'factors'."})
+    weights: str = field(default="equal", metadata={"help": "'equal', 'softmax' or comma-separated numbers."})
+    search: str = field(default="racing", metadata={"help": "'racing' or 'exhaustive'."})
+    guard: bool = field(default=True, metadata={"help": "Never start from worse than a fresh initialisation."})
+    batch_size: int | None = field(default=None, metadata={"help": "Rows a forward pass; the Trainer's if unset."})
+    max_candidates: int = field(default=64, metadata={"help": "Candidates looked at."})
+    max_download_gb: float = field(default=10.0, metadata={"help": "Bound on downloads, in 10^9 bytes."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Bound on the time spent on scoring."})
+    allow_licenses: list[str] | None = field(default=None, metadata={"help": "Licences a Hub candidate may have."})
+    allow_authors: list[str] | None = field(default=None, metadata={"help": "Authors of Hub candidates."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sample and of random merge methods."})
+    base_model: str | None = field(default=None, metadata={"help": "Hub name of the base model."})
+    dry_run: bool = field(default=False, metadata={"help": "Rank, merge and report; leave the model alone."})
+    overwrite: bool = field(default=False, metadata={"help": "Accept a trainee that is already trained."})
+    guard_dataset: str | None = field(default=None, metadata={"help": "Python only: separate rows for the guard."})
+    report_dir: str | None = field(default=None, metadata={"help": "Default: <output_dir>/mashup."})
+    on_error: str = field(default="scratch", metadata={"help": "'scratch' or 'raise'."})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", _top_k(self.top_k))
+        object.__setattr__(self, "weights", _weights(self.weights))
+        object.__setattr__(self, "merge_parameters", _parameters(self.merge_parameters))
+        self._check_choices()
+        self._check_ranges()
+        self._check_types()
+        # Imported here so that importing the package does not import mergekit.
+        from .merging import check_merge
+
+        top_k = None if self.top_k == "auto" else self.top_k
+        check_merge(self.merge_method, self.merge_parameters, self.weights, self.merge_space, top_k)
+
+    def _check_choices(self) -> None:
+        if not callable(self.metric):
+            _one_of("metric", self.metric, METRICS, "or a callable")
+        _one_of("search", self.search, SEARCHES)
+        _one_of("merge_space", self.merge_space, SPACES)
+        _one_of("on_error", self.on_error, ON_ERROR)
+
+    def _check_ranges(self) -> None:
+        _at_least("sample_size", self.sample_size, 2, int)
+        _at_least("max_candidates", self.max_candidates, 1, int)
+        _at_least("seed", self.seed, 0, int)
+        _at_least("max_download_gb", self.max_download_gb, 0, float)
+        if self.batch_size is not None:
+            _at_least("batch_size", self.batch_size, 1, int)
+        if self.max_seconds is not None:
+            _at_least("max_seconds", self.max_seconds, 0, float)
+
+    def _check_types(self) -> None:
+        for name in ("guard", "dry_run", "overwrite"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}, expected True or False.")
+        for name in ("allow_licenses", "allow_authors"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not (value is None or all(isinstance(item, str) for item in value)):
+                raise TypeError(f"`{name}` is {value!r}, expected a list of strings or None.")
+        if isinstance(self.guard_dataset, str):
+            raise TypeError(
+                f"`guard_dataset` is the string {self.guard_dataset!r}, expected rows such as a `datasets.Dataset` in "
+                "the form of the Trainer's own training rows; it can be set in Python only."
+            )
+
+    @classmethod
+    def from_settings(cls, config: "MashupConfig | None", settings: Mapping[str, Any]) -> "MashupConfig":
+        """
+        Returns `config` with the `settings` given by keyword on top.
+
+        Args:
+            config (`MashupConfig`, *optional*):
+                What to start from; the defaults if `None`.
+            settings (`Mapping[str, Any]`):
+                Field names and values.
+
+        Raises:
+            TypeError: A name is not a field; the nearest field is named.
+        """
+        if config is not None and not isinstance(config, MashupConfig):
+            raise TypeError(f"`config` is a {type(config).__name__}, expected a MashupConfig.")
+        names = [item.name for item in fields(cls)]
+        for name in settings:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else f"The settings are {', '.join(names)}."
+                raise TypeError(f"MashupCallback got an unknown setting `{name}`. {hint}")
+        # Not dataclasses.replace: a default top_k of the annotated string type must not count as given.
+        current = {name: getattr(config, name) for name in names} if config is not None else {}
+        return cls(**{**current, **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as JSON can hold them: callables by their name, rows by their number."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        if callable(self.metric):
+            values["metric"] = getattr(self.metric, "__qualname__", type(self.metric).__name__)
+        if self.guard_dataset is not None:
+            values["guard_dataset"] = f"{len(self.guard_dataset)} rows"
+        for name in ("weights", "allow_licenses", "allow_authors"):
+            if values[name] is not None and not isinstance(values[name], str):
+                values[name] = list(values[name])
+        return values
+
+
+def _top_k(value: int | str) -> int | str:
+    if isinstance(value, str) and value.strip() == "auto":
+        return "auto"
+    try:
+        number = int(value) if not isinstance(value, bool) and float(value) == int(value) else 0
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise ValueError(f'`top_k` is {value!r}, expected a whole number of at least 1, or "auto".')
+    return number
+
+
+def _weights(value: str | Sequence[float]) -> str | tuple[float, ...]:
+    if isinstance(value, str):
+        if value in ("equal", "softmax"):
+            return value
+        value = [part for part in value.strip("[]() ").split(",") if part.strip()]
+    try:
+        numbers = tuple(float(part) for part in value)
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f'`weights` is {value!r}, expected "equal", "softmax" or finite numbers such as [2, 1, 1].')
+    return numbers
+
+
+def _parameters(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`merge_parameters` is not valid JSON ({error}): {value!r}") from error
+    if not isinstance(value, Mapping):
+        raise TypeError(f'`merge_parameters` is {value!r}, expected a mapping such as {{"density": 0.5}}.')
+    return dict(value)
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        expected = ", ".join(map(repr, choices)) + (f" {more}" if more else "")
+        raise ValueError(f"`{name}` is {value!r}, expected one of {expected}.{hint}")
+
+
+def _at_least(name: str, value: Any, minimum: float, kind: Callable) -> None:
+    numeric = isinstance(value, int) or (kind is float and isinstance(value, float))
+    if isinstance(value, bool) or not numeric:
+        raise TypeError(f"`{name}` is {value!r}, expected {'a whole number' if kind is int else 'a number'}.")
+    if not value >= minimum:
+        raise ValueError(f"`{name}` is {value!r}, expected at least {minimum}.")

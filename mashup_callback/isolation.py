@@ -1,0 +1,96 @@
+"""Looking at a model without leaving a trace on it or on the random numbers that follow."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """
+    Context in which `model` is in evaluation mode without gradients, and after which everything is as it was.
+
+    Restored are the random number generators (python, numpy, torch on the CPU and on every accelerator), the
+    training flag of every module, `requires_grad` of every parameter and whether the key-value cache is used.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model to look at.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        with _random_state(), torch.no_grad(), _no_cache(model):
+            model.eval()
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """
+    Context in which the adapters on `model` are switched off, so that it computes what its base model does.
+
+    Args:
+        model (`torch.nn.Module`):
+            A `PeftModel`, a model with adapters added by transformers, or one without adapters.
+    """
+    model = extract_model_from_parallel(model)
+    # Switching adapters off and on again sets requires_grad of every adapter as if it were the active one.
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with _adapters_off(model):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+    else:
+        yield
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cuda"
+    devices = range(torch.accelerator.device_count())
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    config = getattr(extract_model_from_parallel(model), "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before

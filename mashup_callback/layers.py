@@ -1,0 +1,189 @@
+"""The layers of a live model: which ones an adapter can change, and the LoRA layers that are being trained."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+# Initialisations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
+ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+FREEZES_A_FACTOR = ("mica",)
+# What wrappers put into the middle of a module's name.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+# B·A counts as zero below this share of |A|·|B|: initialisations with orthogonal factors reach zero only approximately.
+_ZERO = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """
+    One LoRA layer of the trainee.
+
+    Args:
+        name (`str`): Name of the layer in the base model.
+        A (`torch.nn.Parameter`): Down projection, shape (rank, in_features).
+        B (`torch.nn.Parameter`): Up projection, shape (out_features, rank).
+        scaling (`float`): What B·A is multiplied by in the forward pass.
+        alpha (`float`): LoRA alpha that the scaling comes from.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    rank: int
+    scaling: float
+    alpha: float
+
+
+@dataclass(frozen=True, eq=False)
+class Trainee:
+    """
+    The adapter that the Trainer trains.
+
+    Args:
+        adapter_name (`str`): Its name on the model.
+        targets (`Mapping[str, Target]`): Its layers, by name in the base model.
+        config (`peft.LoraConfig`): Its configuration.
+    """
+
+    adapter_name: str
+    targets: Mapping[str, Target]
+    config: object
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: target.rank for name, target in self.targets.items()}
+
+
+def clean_name(name: str) -> str:
+    """Returns a module's or parameter's name as it is in the base model, without what wrappers add to it."""
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    Returns the layers that a LoRA adapter can change, by their name in the base model.
+
+    Layers that already carry adapters are given as their base layer: what a hook on it adds is added with the
+    adapters switched off.
+
+    Args:
+        model (`torch.nn.Module`):
+            Any model: bare, a `PeftModel`, or with adapters added by transformers; wrapped or not.
+    """
+    layers = {}
+    for name, module in extract_model_from_parallel(model).named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[clean_name(name)] = module.get_base_layer()
+        elif clean_name(name) not in layers and "lora_" not in name and layer_shape(module) is not None:
+            layers[clean_name(name)] = module
+    return {name: layer for name, layer in layers.items() if layer_shape(layer) is not None}
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """Returns (in_features, out_features) of a linear layer of any kind (quantized ones too), None for other layers."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return shape if all(isinstance(size, int) for size in shape) else None
+
+
+def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee:
+    """
+    Finds the LoRA adapter that is being trained and checks that a merge can be written into it.
+
+    Args:
+        model (`torch.nn.Module`):
+            A `PeftModel`, or a model with an adapter added by transformers' `add_adapter`.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Accept an adapter whose update B·A is not zero.
+
+    Raises:
+        ValueError: The model trains no LoRA layers, trains several adapters, its initialisation alters the base or
+            freezes a factor, it is a variant such as DoRA, or it is already trained.
+    """
+    model = extract_model_from_parallel(model)
+    layers = {clean_name(name): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    names = sorted({name for layer in layers.values() for name in _trained_adapters(layer)})
+    if not names:
+        raise ValueError(
+            "The model trains no LoRA layers, and a mashup is written into LoRA layers. Give the Trainer a "
+            "`peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, or call `model.add_adapter`."
+        )
+    if len(names) > 1:
+        raise ValueError(
+            f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
+            "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
+        )
+    config = model.peft_config[names[0]]
+    _refuse_initialisation(config)
+    targets = {
+        name: _target(name, layer, names[0])
+        for name, layer in layers.items()
+        if names[0] in layer.lora_A and layer_shape(layer.get_base_layer()) is not None
+    }
+    if not overwrite:
+        _refuse_trained(targets.values())
+    return Trainee(names[0], targets, config)
+
+
+def _trained_adapters(layer: LoraLayer) -> Iterator[str]:
+    for name in layer.active_adapters:
+        if name in layer.lora_A and layer.lora_B[name].weight.requires_grad:
+            yield name
+
+
+def _refuse_initialisation(config: object) -> None:
+    kind = str(config.init_lora_weights).lower()
+    if kind.startswith(ALTERS_BASE):
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` alters the base weights, so adapters of the original "
+            "base no longer fit it. Use the default `init_lora_weights=True`, or train without the mashup."
+        )
+    if kind.startswith(FREEZES_A_FACTOR):
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` freezes a factor that a mashup must write. Use the "
+            "default `init_lora_weights=True`, or train without the mashup."
+        )
+
+
+def _target(name: str, layer: LoraLayer, adapter: str) -> Target:
+    if adapter in layer.lora_variant:
+        raise ValueError(
+            f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is not scaling·B·A "
+            "alone. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
+        )
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return Target(name, A, B, layer.r[adapter], float(layer.scaling[adapter]), float(layer.lora_alpha[adapter]))
+
+
+def _refuse_trained(targets: Iterator[Target]) -> None:
+    trained = [target.name for target in targets if not _is_zero(target)]
+    if trained:
+        raise ValueError(
+            f"The adapter to be trained is not fresh: B·A is not zero in {len(trained)} layers (the first is "
+            f"{trained[0]}). A mashup replaces a fresh initialisation. Start from a new adapter, or pass "
+            "`overwrite=True` to let the mashup replace this one where the mashup is better."
+        )
+
+
+@torch.no_grad()
+def _is_zero(target: Target) -> bool:
+    A, B = target.A.detach().float(), target.B.detach().float()
+    # |B·A|² from the two Gram matrices, which are rank x rank.
+    squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
+    return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Returns the name or path that the model was loaded from, None if it was built from a configuration."""
+    config = getattr(extract_model_from_parallel(model), "config", None)
+    return getattr(config, "_name_or_path", None) or None

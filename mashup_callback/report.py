@@ -1,0 +1,263 @@
+"""What was found, what was done and why: as a dataclass, a JSON file and a table."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .guard import Start
+from .scoring import Score
+
+
+REPORT_NAME = "report.json"
+_PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "trl", "mergekit", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """
+    One candidate in the report.
+
+    Args:
+        name (`str`): Path or repository id.
+        status (`str`): `"scored"`, `"eliminated"`, `"rejected"` or `"failed"`.
+        revision (`str`, *optional*): Commit sha of a Hub candidate.
+        reason (`str`, *optional*): Why it was not scored to the end.
+        loss (`float`, *optional*): Loss per label token on the rows it was scored on; None if never scored.
+        accuracy (`float`, *optional*): Token accuracy on these rows.
+        rows (`int`): Rows it was scored on.
+        tokens (`int`): Label tokens in them.
+        weight (`float`, *optional*): Its weight in the merge; None if it is not in it.
+        rank (`int`, *optional*): Its largest rank.
+        license (`str`, *optional*): Its licence.
+        bytes (`int`, *optional*): Size of its weights.
+        seconds (`float`): Time spent on scoring it.
+        warnings (`tuple[str, ...]`): What is odd about it.
+    """
+
+    name: str
+    status: str
+    revision: str | None = None
+    reason: str | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    rows: int = 0
+    tokens: int = 0
+    weight: float | None = None
+    rank: int | None = None
+    license: str | None = None
+    bytes: int | None = None
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeInfo:
+    """
+    How the candidates were merged.
+
+    Args:
+        method (`str`): mergekit's name of the method.
+        space (`str`): `"delta"`, `"core"` or `"factors"`.
+        parameters (`dict`): The method's parameters.
+        rank (`int`): Largest rank of the merge.
+        kept_energy (`float`): Share of the merge's squared Frobenius norm that the trainee's ranks keep.
+        kept_energy_by_module (`dict[str, float]`): The same for each layer.
+        lost_energy (`float`): Share of it in layers that the trainee lacks.
+        lost_layers (`tuple[str, ...]`): These layers.
+        mergekit_version (`str`): Version of mergekit.
+    """
+
+    method: str
+    space: str
+    parameters: dict[str, Any]
+    rank: int
+    kept_energy: float
+    kept_energy_by_module: dict[str, float]
+    lost_energy: float
+    lost_layers: tuple[str, ...]
+    mergekit_version: str
+
+
+@dataclass(frozen=True)
+class MashupReport:
+    """
+    What a mashup found, did and why.
+
+    Args:
+        decision (`str`): What training starts from: `"merged"`, `"single"` (the best candidate alone) or `"scratch"`.
+        reason (`str`): Why.
+        base_loss (`float`, *optional*): Held-out loss of the fresh initialisation.
+        merged_loss (`float`, *optional*): Held-out loss of the merge.
+        single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
+        candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
+        merge (`MergeInfo`, *optional*): How the candidates were merged.
+        base_model (`str`, *optional*): Name of the base model.
+        dry_run (`bool`): Whether the model was left alone whatever the decision.
+        timings (`dict[str, float]`): Seconds for each stage, and in all.
+        config (`dict`): The settings.
+        environment (`dict`): Versions and hardware.
+    """
+
+    decision: str
+    reason: str
+    base_loss: float | None = None
+    merged_loss: float | None = None
+    single_loss: float | None = None
+    candidates: tuple[CandidateRow, ...] = ()
+    merge: MergeInfo | None = None
+    base_model: str | None = None
+    dry_run: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Time that the mashup took in all."""
+        return sum(self.timings.values())
+
+    def to_json(self) -> str:
+        """Returns the report as JSON, which [`MashupReport.from_json`] reads back."""
+        return json.dumps(asdict(self), indent=2, allow_nan=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "MashupReport":
+        """
+        Reads a report.
+
+        Args:
+            text (`str`):
+                What [`MashupReport.to_json`] returned.
+
+        Raises:
+            ValueError: The text is not a report.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
+            raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
+        values["candidates"] = tuple(_from_dict(CandidateRow, row) for row in values.get("candidates", ()))
+        values["merge"] = _from_dict(MergeInfo, values["merge"]) if values.get("merge") else None
+        return _from_dict(cls, values)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes the report as JSON, to a temporary name first."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "MashupReport":
+        """Reads `report.json`, or the one in a directory."""
+        path = Path(path)
+        return cls.from_json((path / REPORT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
+
+    def logs(self) -> dict[str, float]:
+        """Returns the scalars for the Trainer's trackers."""
+        values = {"base_loss": self.base_loss, "merged_loss": self.merged_loss, "seconds": self.seconds}
+        return {f"mashup/{name}": value for name, value in values.items() if value is not None}
+
+    def show(self, console: Console | None = None) -> None:
+        """Shows the report as one table."""
+        (console or Console()).print(self.table())
+
+    def table(self) -> Table:
+        """Returns the report as a table: a row for each candidate, the decision below."""
+        table = Table(
+            title=f"mashup: {self.decision}", caption=self.reason, title_justify="left", caption_justify="left"
+        )
+        for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
+            table.add_column(name, justify=justify, overflow="fold")
+        table.add_column("status", overflow="fold")
+        for row in self.candidates:
+            status = f"{row.status}: {row.reason}" if row.reason else row.status
+            table.add_row(row.name, _number(row.loss), str(row.rows or ""), _number(row.weight), status)
+        table.add_section()
+        for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
+            table.add_row(name, _number(loss), "", "", "held-out rows")
+        table.add_row("merge", _number(self.merged_loss), "", "", f"held-out rows, {self.seconds:.1f} s in all")
+        return table
+
+
+def candidate_rows(scores: Sequence[Score], weights: Mapping[int, float]) -> tuple[CandidateRow, ...]:
+    """
+    Returns the report's rows.
+
+    Args:
+        scores (`Sequence[Score]`):
+            The scores, the best first.
+        weights (`Mapping[int, float]`):
+            Weight in the merge by `id` of the score.
+    """
+    return tuple(
+        CandidateRow(
+            name=score.candidate.name,
+            status=score.status,
+            revision=score.candidate.revision,
+            reason=score.reason,
+            loss=score.loss,
+            accuracy=None if score.losses is None else score.losses.accuracy,
+            rows=score.rows,
+            tokens=score.tokens,
+            weight=weights.get(id(score)),
+            rank=None if score.adapter is None else score.adapter.rank,
+            license=score.candidate.license,
+            bytes=score.candidate.bytes,
+            seconds=round(score.seconds, 4),
+            warnings=() if score.adapter is None else score.adapter.warnings,
+        )
+        for score in scores
+    )
+
+
+def merge_info(start: Start) -> MergeInfo:
+    """Returns what the report says about a merge."""
+    merged, fitted = start.merged, start.fitted
+    return MergeInfo(
+        method=merged.method,
+        space=merged.space,
+        parameters=dict(merged.parameters),
+        rank=merged.rank,
+        kept_energy=merged.total_kept_energy,
+        kept_energy_by_module=dict(merged.kept_energy),
+        lost_energy=fitted.lost_energy,
+        lost_layers=fitted.lost_layers,
+        mergekit_version=merged.mergekit_version,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Returns the versions and the hardware that a run depends on."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "device": "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    # A report written by a later version may have more fields.
+    known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
