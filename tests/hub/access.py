@@ -1,0 +1,64 @@
+"""Who a token belongs to, what it may do, and how the Hub refuses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class HubError(Exception):
+    """A refusal that becomes an HTTP reply.
+
+    Args:
+        status (`int`): HTTP status.
+        message (`str`): Goes to `X-Error-Message` and to the body.
+        code (`str`, *optional*): `X-Error-Code`, by which the client picks the exception class.
+        headers (`Mapping[str, str]`, *optional*): Further headers of the reply.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, dict(headers or {})
+
+
+@dataclass(frozen=True)
+class User:
+    """Owner of a token.
+
+    Args:
+        name (`str`): Login name, also a namespace.
+        organizations (`tuple[str, ...]`): Further namespaces the user reads and writes.
+        role (`str`): `"write"` or `"read"`, the right of the token.
+    """
+
+    name: str
+    organizations: tuple[str, ...] = ()
+    role: str = "write"
+
+    def belongs_to(self, namespace: str) -> bool:
+        return namespace == self.name or namespace in self.organizations
+
+
+def require_token(user: User | None, right: str = "read") -> User:
+    """The user, if signed in with a token that carries the right.
+
+    Raises:
+        [`HubError`]: 401 without a token, 403 with a read token where `right` is `"write"`.
+    """
+    if user is None:
+        raise HubError(401, "Invalid username or password.")
+    if right == "write" and user.role != "write":
+        raise HubError(403, "Your token does not have write permission")
+    return user
+
+
+def require_write(user: User | None, namespace: str) -> User:
+    """The user, if allowed to write to the namespace.
+
+    Raises:
+        [`HubError`]: 401 without a token, 403 without the right.
+    """
+    user = require_token(user, "write")
+    if not user.belongs_to(namespace):
+        raise HubError(403, f"You don't have the rights to write under the namespace {namespace}")
+    return user

@@ -1,0 +1,199 @@
+"""A loopback server that speaks enough of the Hub's HTTP for the unmodified `huggingface_hub` client.
+
+By hand: `python -m tests.hub.server --port 0` prints the settings for a client in another shell.
+"""
+
+import argparse
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+
+from .access import User
+from .faults import Faults
+from .handler import Listener, Request, State
+from .store import Blob, Repository, stores_as_lfs
+from .views import timestamp
+
+
+SEED_DATE = datetime(2026, 1, 1, tzinfo=timezone.utc)
+INHERITED_SETTINGS = re.compile(r"HF_|HUGGING_?FACE|(https?|all|no)_proxy$", re.IGNORECASE)
+
+
+class HubServer:
+    """A Hub on 127.0.0.1, in a thread, for the length of a `with` block.
+
+    Args:
+        port (`int`, defaults to 0): Port; 0 takes a free one.
+        page_size (`int`, defaults to 100): Most rows that a listing returns at once.
+
+    Attributes:
+        faults (`Faults`): What goes wrong; see [`Faults.add`].
+    """
+
+    def __init__(self, port: int = 0, page_size: int = 100) -> None:
+        self._state = State(page_size)
+        self._port = port
+        self._listener: Listener | None = None
+
+    def __enter__(self) -> "HubServer":
+        self._listener = Listener(self._port, self._state)
+        self._port = self._listener.server_port
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Close the port for the length of a `with` block; afterwards the same port answers again."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @property
+    def url(self) -> str:
+        """Address, for `HF_ENDPOINT`."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def faults(self) -> Faults:
+        return self._state.faults
+
+    @property
+    def requests(self) -> list[Request]:
+        """Requests so far, in the order of their completion."""
+        return self._state.log.entries()
+
+    def reset_log(self) -> None:
+        """Forget the requests so far."""
+        self._state.log.clear()
+
+    def downloaded(self, repo_id: str | None = None) -> int:
+        """Bytes of files sent, of one repository or of all."""
+        downloads = [request for request in self.requests if request.is_download]
+        return sum(request.sent for request in downloads if repo_id in (None, request.repo_id))
+
+    def seed(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes],
+        *,
+        private: bool = False,
+        gated: bool | str = False,
+        downloads: int = 0,
+        likes: int = 0,
+        created: datetime = SEED_DATE,
+    ) -> str:
+        """Put files on the main branch of a repository, which is created where it is missing.
+
+        The settings replace those of an earlier seed.
+
+        Args:
+            repo_id (`str`): `namespace/name`.
+            files (`Mapping[str, bytes]`): Content by path; other files of the repository stay.
+            private (`bool`, defaults to `False`): Hide it from everyone outside its namespace.
+            gated (`bool | str`, defaults to `False`): `True`, `"auto"` or `"manual"`: files only for the namespace
+                and those let in by [`HubServer.grant`].
+            downloads (`int`, defaults to 0): Number shown.
+            likes (`int`, defaults to 0): Number shown.
+            created (`datetime`): Date of creation (of a new repository) and of this commit.
+
+        Returns:
+            `str`: Commit sha, the same for the same sequence of seeds.
+        """
+        blobs = {path: Blob(data, stores_as_lfs(path, len(data))) for path, data in files.items()}
+        with self._state.lock:
+            store = self._state.store
+            store.uploads.update((blob.etag, blob.data) for blob in blobs.values() if blob.lfs)
+            repository = store.repositories.setdefault(repo_id, Repository(repo_id, created))
+            repository.private, repository.gated = private, gated
+            repository.downloads, repository.likes = downloads, likes
+            return repository.commit(blobs, title="seed", date=created).sha
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """Content by path of what a repository holds at a revision.
+
+        Raises:
+            `KeyError`: There is no such repository.
+            [`HubError`]: There is no such revision.
+        """
+        with self._state.lock:
+            commit = self._state.store.repositories[repo_id].resolve(revision)
+            return {path: blob.data for path, blob in commit.tree.items()}
+
+    def user(self, name: str, organizations: Sequence[str] = (), role: str = "write") -> str:
+        """Sign a user up and return a token that carries the role (`"read"` or `"write"`)."""
+        token = f"hf_{name}_{role}"
+        self._state.store.users[token] = User(name, tuple(organizations), role)
+        return token
+
+    def grant(self, repo_id: str, user: str) -> None:
+        """Let a user, by name, into a gated repository."""
+        self._state.store.repositories[repo_id].granted.add(user)
+
+    def collection(self, slug: str, repo_ids: Sequence[str], title: str = "Collection") -> None:
+        """Publish a collection of models; the slug is `owner/name`."""
+        items = [
+            {"_id": f"{position:024x}", "type": "model", "id": repo_id, "position": position}
+            for position, repo_id in enumerate(repo_ids)
+        ]
+        self._state.store.collections[slug] = {
+            "slug": slug,
+            "title": title,
+            "owner": {"name": slug.split("/")[0], "type": "user"},
+            "items": items,
+            "lastUpdated": timestamp(SEED_DATE),
+            "position": 0,
+            "private": False,
+            "theme": "green",
+            "upvotes": 0,
+        }
+
+    def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """Environment for a client, which reads its settings at import and hence belongs in a process of its own.
+
+        Args:
+            home (`Path`): Becomes `HF_HOME`; holds the cache.
+            token (`str`, *optional*): Token to sign in with.
+
+        Returns:
+            `dict[str, str]`: This process's environment with every Hub and proxy setting replaced by this server's.
+        """
+        inherited = {key: value for key, value in os.environ.items() if not INHERITED_SETTINGS.match(key)}
+        settings = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+        return inherited | settings | ({"HF_TOKEN": token} if token else {})
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(description="Serve an empty loopback Hub until interrupted.")
+    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one")
+    with HubServer(parser.parse_args().port) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.user("alice"), "HF_HUB_DISABLE_XET": "1"}
+        print(" ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return
+
+
+if __name__ == "__main__":
+    main()
