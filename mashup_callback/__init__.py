@@ -26,7 +26,17 @@ _HOME = {
     "score_candidates": "scoring",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Candidate",
+    "MashupCallback",
+    "MashupConfig",
+    "MashupReport",
+    "MergedAdapter",
+    "Score",
+    "find_candidates",
+    "merge_adapters",
+    "score_candidates",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,8 @@ def plot_ranking(report: "MashupReport", path: Path) -> bool:
             axes.axvline(loss, color=color, linestyle="--", label=f"{label}: {loss:.3f}")
     axes.set(xlabel="loss per label token [nats] on the rows each was scored on (blue: merged)")
     axes.set_title(f"mashup: {report.decision}", loc="left")
-    axes.legend(loc="lower right", fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
     return True
 

@@ -1,12 +1,14 @@
 """Tiny models, tokenizers, data sets and trainers built from configurations, for tests on a CPU without a network."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -115,6 +117,17 @@ def save_trained_adapter(directory: Path, seed: int, steps: int = 30, **settings
     )
     trainer.train()
     trainer.model.save_pretrained(directory)
+    return Path(directory)
+
+
+def save_scaled_adapter(directory: Path, source: Path, factor: float) -> Path:
+    """Saves an adapter whose update is that of another one times a factor; a negative one unlearns."""
+    shutil.copytree(source, directory)
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file(
+        {name: factor * value if "lora_B" in name else value for name, value in tensors.items()},
+        directory / "adapter_model.safetensors",
+    )
     return Path(directory)
 
 

@@ -1,0 +1,365 @@
+"""The whole way through a real SFTTrainer, against the same run without the callback."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
+from tests.tiny import LINEAR, llama, lora, lora_parameters, losses, rows, save_random_adapter, save_scaled_adapter, sft_trainer
+
+
+class Snapshot(TrainerCallback):
+    """What a model and the random number generators look like when training begins."""
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.parameters = {name: id(value) for name, value in model.named_parameters()}
+        self.optimized = [id(value) for group in optimizer.param_groups for value in group["params"]]
+        self.flags = {name: value.requires_grad for name, value in model.named_parameters()}
+        self.training = {name: module.training for name, module in model.named_modules()}
+        self.hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+        self.active = list(model.active_adapters) if isinstance(model, PeftModel) else model.active_adapters()
+        self.values = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self.random = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        self.use_cache = model.config.use_cache
+
+
+def run_with_snapshots(output_dir, callback, **settings):
+    before, after = Snapshot(), Snapshot()
+    trainer = sft_trainer(output_dir, callbacks=[before, callback, after], **settings)
+    trainer.train()
+    return trainer, before, after
+
+
+def test_scratch_is_bit_identical_to_no_callback(tmp_path, library):
+    for seed in range(3):
+        save_scaled_adapter(tmp_path / "runs" / str(seed), library / f"trained-{seed}", -1.0)
+    config = lora(lora_dropout=0.3)
+    callback = MashupCallback(str(tmp_path / "runs/*"), top_k=2)
+    trainer = sft_trainer(tmp_path / "with", callbacks=[callback], peft_config=config)
+    trainer.train()
+    alone = sft_trainer(tmp_path / "without", peft_config=config)
+    alone.train()
+    assert callback.report.decision == "scratch"
+    assert "better than a fresh initialisation" in callback.report.reason
+    assert losses(trainer) == losses(alone)
+    weights = lora_parameters(alone.model)
+    assert all(torch.equal(value, weights[name]) for name, value in lora_parameters(trainer.model).items())
+
+
+def test_first_loss_after_the_swap_is_that_of_the_saved_merge(tmp_path, library):
+    batches = []
+
+    class Keep(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            handle = model.register_forward_pre_hook(
+                lambda module, args, kwargs: batches.append(kwargs) or handle.remove(), with_kwargs=True
+            )
+
+    callback = MashupCallback(str(library / "trained-*"))
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback, Keep()])
+    trainer.train()
+    assert callback.report.decision in ("merged", "single")
+    batch = {name: batches[0][name] for name in ("input_ids", "attention_mask", "labels")}
+    [score] = score_candidates(llama(), [tmp_path / "out/mashup"], [batch])
+    assert score.loss == pytest.approx(losses(trainer)[0], abs=1e-5)
+    fresh = sft_trainer(tmp_path / "fresh")
+    fresh.train()
+    assert losses(trainer)[0] < losses(fresh)[0] - 0.05
+
+
+def test_saved_merge_is_what_the_trainee_holds(tmp_path, library):
+    after = Snapshot()
+    callback = MashupCallback(str(library / "trained-*"), guard=False)
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback, after])
+    trainer.train()
+    saved = load_file(tmp_path / "out/mashup/adapter_model.safetensors")
+    held = {name: value for name, value in after.values.items() if "lora_" in name}
+    assert len(saved) == len(held)
+    for name, value in saved.items():
+        assert torch.equal(value, held[name.replace(".weight", ".default.weight")]), name
+
+
+def test_nothing_but_the_weights_of_the_adapter_changes(tmp_path, library):
+    callback = MashupCallback(str(library / "*"))
+    _, before, after = run_with_snapshots(tmp_path / "out", callback, peft_config=lora(lora_dropout=0.1))
+    assert callback.report.decision != "scratch"
+    for what in ("parameters", "optimized", "flags", "training", "hooks", "active", "random", "use_cache"):
+        assert getattr(before, what) == getattr(after, what), what
+    changed = {name for name, value in before.values.items() if not torch.equal(value, after.values[name])}
+    assert changed == {name for name in before.values if "lora_" in name}
+
+
+def test_other_adapters_on_the_model_are_left_alone(tmp_path, library):
+    model = get_peft_model(llama(), lora())
+    model.add_adapter("reference", lora(init_lora_weights=False))
+    callback = MashupCallback(str(library / "trained-*"))
+    trainer, before, after = run_with_snapshots(tmp_path / "out", callback, model=model)
+    assert callback.report.decision != "scratch"
+    assert before.flags == after.flags
+    assert trainer.model.active_adapters == ["default"]
+    for name, value in before.values.items():
+        if "reference" in name:
+            assert torch.equal(value, after.values[name]), name
+
+
+def test_model_with_transformers_own_adapter(tmp_path, library):
+    model = llama()
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR))
+    callback = MashupCallback(str(library / "trained-*"), on_error="raise")
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
+    before, after = Snapshot(), Snapshot()
+    Trainer(model, arguments, train_dataset=tokens, callbacks=[before, callback, after]).train()
+    assert callback.report.decision != "scratch"
+    assert (before.flags, before.active, before.training) == (after.flags, after.active, after.training)
+    changed = {name for name, value in before.values.items() if not torch.equal(value, after.values[name])}
+    assert changed == {name for name in before.values if "lora_" in name}
+
+
+@pytest.mark.parametrize("settings", [{"r": 4}, {"r": 9, "lora_alpha": 3}, {"r": 6, "use_rslora": True}])
+@pytest.mark.parametrize("candidate", [{}, {"use_rslora": True, "lora_alpha": 5}])
+def test_one_candidate_is_the_identity(tmp_path, settings, candidate):
+    save_random_adapter(tmp_path / "one", 3, **candidate)
+    after = Snapshot()
+    callback = MashupCallback(str(tmp_path / "one"), top_k=1, guard=False)
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback, after], peft_config=lora(**settings))
+    trainer.train()
+    expected = PeftModel.from_pretrained(llama(), tmp_path / "one").base_model.model
+    for name, layer in trainer.model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+            prefix = f"base_model.model.{name}"
+            A, B = (after.values[f"{prefix}.lora_{factor}.default.weight"] for factor in "AB")
+            other = expected.get_submodule(name).get_delta_weight("default")
+            assert (layer.scaling["default"] * B @ A - other).norm() <= 1e-5 * other.norm()
+            # The ranks that the merge leaves free can still learn: fresh A, zero B.
+            assert bool((A[4:].norm(dim=1) > 0).all()) and bool((B[:, 4:] == 0).all())
+
+
+def test_one_good_adapter_among_bad_ones_is_found(tmp_path, library):
+    for seed in range(9):
+        save_scaled_adapter(tmp_path / "runs" / f"bad-{seed}", library / f"trained-{seed % 3}", -1.0 - 0.1 * seed)
+    specs = [str(tmp_path / "runs/*"), str(library / "trained-0")]
+    callback = MashupCallback(specs)
+    sft_trainer(tmp_path / "out", callbacks=[callback]).train()
+    assert callback.report.decision == "single"
+    assert callback.report.candidates[0].name.endswith("trained-0")
+    assert callback.report.candidates[0].weight == 1.0
+    assert callback.report.single_loss < callback.report.base_loss
+
+
+def test_dry_run_reports_and_leaves_the_model_alone(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"), dry_run=True)
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback])
+    trainer.train()
+    alone = sft_trainer(tmp_path / "alone")
+    alone.train()
+    assert callback.report.decision != "scratch" and callback.report.dry_run
+    assert losses(trainer) == losses(alone)
+
+
+def test_second_train_and_resume_do_not_swap_again(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"))
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    first = callback.report
+    trainer.train()
+    assert callback.report is first
+    resumed = MashupCallback(str(library / "trained-*"))
+    after = Snapshot()
+    again = sft_trainer(
+        tmp_path / "out", callbacks=[resumed, after], max_steps=3, save_strategy="steps", save_steps=1
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert resumed.report is None
+    saved = load_file(tmp_path / "out/checkpoint-1/adapter_model.safetensors")
+    for name, value in saved.items():
+        assert torch.equal(value, after.values[name.replace(".weight", ".default.weight")]), name
+
+
+def test_a_new_model_is_a_new_run(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"))
+    for name in ("one", "two"):
+        sft_trainer(tmp_path / name, callbacks=[callback]).train()
+        assert (tmp_path / name / "mashup/report.json").exists()
+
+
+def test_report_on_disk_in_the_log_and_in_the_trackers(tmp_path, library, capsys):
+    logged = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    callback = MashupCallback(str(library / "*"))
+    trainer = sft_trainer(tmp_path / "out", callbacks=[Tracker(), callback])
+    trainer.train()
+    report = MashupReport.load(tmp_path / "out/mashup")
+    assert report == callback.report
+    scalars = {"mashup/base_loss", "mashup/merged_loss", "mashup/seconds"}
+    assert set(logged[0]) == scalars and scalars <= set(trainer.state.log_history[0])
+    assert (tmp_path / "out/mashup/ranking.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert f"mashup: {report.decision}" in shown and "held-out loss" in shown
+    assert sum(report.timings.values()) == pytest.approx(report.seconds)
+    assert not list((tmp_path / "out").glob(".mashup*"))
+
+
+def test_own_output_and_mashups_are_never_candidates(tmp_path, library):
+    output = tmp_path / "runs/new"
+    save_random_adapter(output / "checkpoint-5", 0)
+    save_random_adapter(tmp_path / "runs/old/mashup", 1)
+    save_random_adapter(tmp_path / "runs/old", 2)
+    callback = MashupCallback(str(tmp_path / "runs/*"))
+    sft_trainer(output, callbacks=[callback]).train()
+    assert [Path(row.name).name for row in callback.report.candidates] == ["old"]
+
+
+def test_rejected_candidates_never_stop_a_run(tmp_path, library):
+    save_random_adapter(tmp_path / "runs/wide", 0, base=llama(hidden_size=64))
+    (tmp_path / "runs/broken").mkdir(parents=True)
+    (tmp_path / "runs/broken/adapter_config.json").write_text("{")
+    (tmp_path / "runs/broken/adapter_model.safetensors").write_bytes(b"\0" * 100)
+    save_random_adapter(tmp_path / "runs/nan", 1, scale=float("nan"))
+    callback = MashupCallback([str(tmp_path / "runs/*"), str(library / "trained-0")])
+    sft_trainer(tmp_path / "out", callbacks=[callback]).train()
+    report = callback.report
+    assert report.decision == "single"
+    rejected = {Path(row.name).name: row.reason for row in report.candidates if row.status == "rejected"}
+    assert set(rejected) == {"wide", "broken", "nan"} and all(rejected.values())
+
+
+def test_first_run_of_a_team_trains_from_scratch(tmp_path, caplog):
+    callback = MashupCallback(str(tmp_path / "runs/*"))
+    sft_trainer(tmp_path / "out", callbacks=[callback]).train()
+    assert callback.report.decision == "scratch" and "no candidate was found" in callback.report.reason
+    assert "training starts from the fresh initialisation" in caplog.text
+    with pytest.raises(RuntimeError, match="no candidate was found"):
+        sft_trainer(tmp_path / "o2", callbacks=[MashupCallback(str(tmp_path / "runs/*"), on_error="raise")]).train()
+
+
+def test_user_mistakes_raise_before_any_work(tmp_path, library):
+    with pytest.raises(TypeError, match="Did you mean `top_k`"):
+        MashupCallback(str(library / "*"), topk=3)
+    with pytest.raises(ValueError, match="does not exist"):
+        MashupCallback(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="task_arithmetic"):
+        MashupCallback(str(library / "*"), merge_method="tiess")
+    with pytest.raises(ValueError, match="weights"):
+        MashupCallback(str(library / "*"), weights=[1, 2])
+    with pytest.raises(ValueError, match="`?t`?"):
+        MashupCallback(str(library / "*"), merge_method="nearswap", top_k=2)
+    with pytest.raises(ValueError, match="slerp"):
+        MashupCallback(str(library / "*"), merge_method="slerp", top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lora(init_lora_weights="pissa"), "alters the base weights"),
+        (lora(init_lora_weights="olora"), "alters the base weights"),
+        (lora(init_lora_weights=False), "not fresh"),
+        (lora(use_dora=True), "plain LoRA layers"),
+    ],
+)
+def test_unfit_trainees_are_refused(tmp_path, library, config, message):
+    trainer = sft_trainer(tmp_path / "out", callbacks=[MashupCallback(str(library / "*"))], peft_config=config)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_full_model_is_refused(tmp_path, library):
+    tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none")
+    trainer = Trainer(llama(), arguments, train_dataset=tokens, callbacks=[MashupCallback(str(library / "*"))])
+    with pytest.raises(ValueError, match="trains no LoRA layers"):
+        trainer.train()
+
+
+def test_overwrite_accepts_a_trained_adapter(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"), overwrite=True)
+    config = lora(init_lora_weights=False)
+    sft_trainer(tmp_path / "out", callbacks=[callback], peft_config=config).train()
+    assert callback.report.decision != "scratch"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": "auto"},
+        {"merge_method": "auto"},
+        {"merge_method": "ties", "merge_parameters": {"density": 0.5}, "merge_space": "core"},
+        {"merge_space": "factors"},
+        {"merge_method": "slerp", "top_k": 2},
+        {"weights": "softmax", "search": "exhaustive"},
+        {"weights": [3, 2, 1]},
+        {"metric": "token_accuracy", "batch_size": 3},
+    ],
+    ids=str,
+)
+def test_settings(tmp_path, library, settings):
+    callback = MashupCallback(str(library / "trained-*"), on_error="raise", guard=False, **settings)
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1)
+    trainer.train()
+    report = callback.report
+    assert report.decision in ("merged", "single")
+    used = [row.weight for row in report.candidates if row.weight]
+    assert 1 <= len(used) <= 3
+    assert report.merge.kept_energy > 0
+    assert losses(trainer)[0] < 4.6
+
+
+def test_callable_metric(tmp_path, library):
+    seen = []
+
+    def metric(model, batch):
+        seen.append(model.training)
+        return 2 * model(**batch).loss.item() * 10, 10
+
+    callback = MashupCallback(str(library / "trained-*"), metric=metric)
+    sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()
+    assert seen and not any(seen)
+    assert callback.report.base_loss == pytest.approx(2 * 4.58, rel=0.02)
+    assert callback.report.config["metric"].endswith("metric")
+
+
+def test_targets_that_the_trainee_lacks_are_reported(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"), guard=False)
+    config = lora(target_modules=["q_proj", "v_proj", "down_proj"])
+    sft_trainer(tmp_path / "out", callbacks=[callback], peft_config=config, max_steps=1).train()
+    assert 0 < callback.report.merge.lost_energy < 1
+    assert any("gate_proj" in name for name in callback.report.merge.lost_layers)
+
+
+def test_guard_dataset(tmp_path, library):
+    trainer = sft_trainer(tmp_path / "prepared", train_rows=rows(count=8, seed=9))
+    callback = MashupCallback(str(library / "trained-*"), guard_dataset=trainer.train_dataset)
+    sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()
+    assert callback.report.candidates[0].rows == 32
+    raw = MashupCallback(str(library / "trained-*"), guard_dataset=rows(), on_error="raise")
+    with pytest.raises(ValueError, match="guard_dataset"):
+        sft_trainer(tmp_path / "out2", callbacks=[raw], max_steps=1).train()
+
+
+def test_failed_stage_obeys_on_error(tmp_path, library, monkeypatch):
+    monkeypatch.setattr("mashup_callback.callback.choose", lambda *args: SimpleNamespace(nothing=1))
+    callback = MashupCallback(str(library / "trained-*"))
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback])
+    trainer.train()
+    alone = sft_trainer(tmp_path / "alone")
+    alone.train()
+    assert callback.report.decision == "scratch" and "AttributeError" in callback.report.reason
+    assert losses(trainer) == losses(alone)
+
+
+def test_config_object_and_settings(library):
+    callback = MashupCallback(str(library / "*"), config=MashupConfig(top_k=2, seed=7), top_k=1)
+    assert (callback.config.top_k, callback.config.seed) == (1, 7)
