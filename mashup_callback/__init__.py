@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .merging import MergedAdapter, merge_adapters
     from .report import MashupReport
     from .scoring import Score, score_candidates
+    from .sharing import push_mashup
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOME = {
     "Score": "scoring",
     "find_candidates": "candidates",
     "merge_adapters": "merging",
+    "push_mashup": "sharing",
     "score_candidates": "scoring",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "Score",
     "find_candidates",
     "merge_adapters",
+    "push_mashup",
     "score_candidates",
 ]
 

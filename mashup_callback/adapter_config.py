@@ -9,6 +9,7 @@ from typing import Any
 
 from .untrusted import AdapterError, parse_object, quote
 
+
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 2**15

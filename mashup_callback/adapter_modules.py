@@ -7,6 +7,7 @@ from .adapter_config import CONFIG_NAME, AdapterConfig
 from .safetensors_header import TensorInfo
 from .untrusted import AdapterError, quote
 
+
 _KEY_PREFIX = "base_model.model."
 _KEY_A, _KEY_B = ".lora_A.weight", ".lora_B.weight"
 _FEATURE_KEYS = {

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from .factors import LoraFactors
 
+
 _OWN_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 

@@ -21,6 +21,7 @@ from .factors import LoraFactors
 from .safetensors_header import DTYPE_NAMES, FileStamp, read_header
 from .untrusted import AdapterError, open_regular, quote, read_limited
 
+
 __all__ = [
     "Adapter",
     "AdapterError",

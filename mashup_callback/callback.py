@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,11 @@ from .distributed import is_main_process
 from .guard import Start, Verdict, choose
 from .layers import Trainee, base_model_name, find_trainee
 from .publishing import publish
-from .report import MashupReport, candidate_rows, environment, merge_info
+from .report import REPORT_NAME, MashupReport, candidate_rows, environment, merge_info
 from .sampling import draw_sample
 from .scoring import Score, score_candidates
 from .selection import select
+from .sharing import describe_on_push, push_mashup
 from .swap import swap
 
 
@@ -41,8 +43,8 @@ class MashupCallback(TrainerCallback):
 
     Args:
         candidates (`str` or `Sequence[str]`):
-            Where the candidates are: directories and globs (`runs/*`), Hub repositories (`org/name@revision`), searches
-            (`hub:author=acme,limit=50`) and collections (`collection:org/slug`).
+            Where the candidates are: directories and globs (`runs/*`), Hub repositories (`org/name@revision`),
+            searches (`hub:author=acme,limit=50`) and collections (`collection:org/slug`).
         config ([`MashupConfig`], *optional*):
             The settings.
         **settings:
@@ -75,6 +77,7 @@ class MashupCallback(TrainerCallback):
         self.specs = check_specs(candidates)
         self.report: MashupReport | None = None
         self._done: weakref.ref[nn.Module] | None = None
+        self._directory: Path | None = None
 
     def on_train_begin(
         self,
@@ -88,6 +91,7 @@ class MashupCallback(TrainerCallback):
         if not self._is_due(state, model):
             return
         trainee = find_trainee(model, overwrite=self.config.overwrite)
+        self._directory = _directory(self.config, args)
         run = _Run(self.config, args, model, trainee)
         try:
             run.go(self.specs, train_dataloader)
@@ -99,6 +103,39 @@ class MashupCallback(TrainerCallback):
         self.report = run.report
         self._done = weakref.ref(model)
         _log(self.report, args, state, control)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        report = self.report
+        if report is None and state.global_step > 0 and (_directory(self.config, args) / REPORT_NAME).is_file():
+            # The run was resumed: its mashup was made, and reported, by the process that began it.
+            report = MashupReport.load(_directory(self.config, args))
+        if report is not None and state.is_world_process_zero:
+            describe_on_push(report, args.output_dir)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, create_pr: bool = False) -> str:
+        """
+        Pushes the merged adapter to the Hub as a repository of its own, see [`push_mashup`].
+
+        Args:
+            repo_id (`str`):
+                Repository to push to, `org/name`; created where it is missing.
+            private (`bool`, *optional*):
+                Whether a new repository is private; by default as its owner's settings say.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Open a pull request instead of committing to the main branch.
+
+        Returns:
+            `str`: Address of the commit, or of the pull request. Only the main process pushes; on the others, the name
+            of the repository.
+
+        Raises:
+            ValueError: Training has not begun, or there is no merged adapter to push.
+        """
+        if self._directory is None:
+            raise ValueError("There is no mashup to push yet: it is made when training begins.")
+        return push_mashup(self._directory, repo_id, private, create_pr)
 
     def _is_due(self, state: TrainerState, model: nn.Module) -> bool:
         if state.global_step > 0:
@@ -116,7 +153,7 @@ class _Run:
     def __init__(self, config: MashupConfig, args: TrainingArguments, model: nn.Module, trainee: Trainee) -> None:
         self.config, self.args, self.model, self.trainee = config, args, model, trainee
         self.base_model = config.base_model or base_model_name(model)
-        self.directory = Path(config.report_dir or Path(args.output_dir) / "mashup")
+        self.directory = _directory(config, args)
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
         self.report: MashupReport | None = None
@@ -167,9 +204,9 @@ class _Run:
         self._report(
             decision=verdict.decision,
             reason=verdict.reason,
-            base_loss=verdict.base_loss,
-            merged_loss=verdict.merge.loss,
-            single_loss=verdict.single.loss,
+            base_loss=_finite(verdict.base_loss),
+            merged_loss=_finite(verdict.merge.loss),
+            single_loss=_finite(verdict.single.loss),
             candidates=candidate_rows(self.scores, weights),
             merge=merge_info(shown),
         )
@@ -203,6 +240,15 @@ class _Run:
             yield
         finally:
             self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - started
+
+
+def _directory(config: MashupConfig, args: TrainingArguments) -> Path:
+    return Path(config.report_dir or Path(args.output_dir) / "mashup")
+
+
+def _finite(loss: float) -> float | None:
+    # JSON has no numbers for these.
+    return loss if math.isfinite(loss) else None
 
 
 def _log(report: MashupReport, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

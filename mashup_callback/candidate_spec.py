@@ -4,6 +4,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
+
 FORMS = (
     "a local directory or a glob (path/to/adapter, runs/*, ./name), "
     "a Hub repository (org/name[/sub/folder][@revision]), "

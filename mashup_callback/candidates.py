@@ -15,6 +15,7 @@ from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from .candidate_spec import FORMS, Spec, is_glob, parse_spec
 from .untrusted import AdapterError, open_regular, read_limited
 
+
 __all__ = ["Candidate", "Spec", "find_candidates", "parse_spec"]
 
 logger = logging.getLogger(__name__)

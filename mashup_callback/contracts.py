@@ -19,6 +19,7 @@ from mergekit.merge_methods import (
 
 from .lowrank import private_rng
 
+
 SPACES = ("delta", "core", "factors")
 DEFAULT_PARAMETERS: Mapping[str, Mapping[str, Any]] = {"slerp": {"t": 0.5}}
 """Values for parameters that mergekit requires and that have one neutral choice."""

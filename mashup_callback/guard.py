@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -9,12 +10,14 @@ from .adapters import load_factors
 from .config import MashupConfig
 from .isolation import undisturbed, without_adapters
 from .layers import Trainee
-from .merging import MergedAdapter, merge_factors
 from .sampling import Rows
 from .scoring import evaluate
 from .selection import Selection
 from .swap import FittedMerge, fit
 
+
+if TYPE_CHECKING:
+    from .merging import MergedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Start:
     """
 
     selection: Selection
-    merged: MergedAdapter
+    merged: "MergedAdapter"
     fitted: FittedMerge
     loss: float
 
@@ -109,6 +112,9 @@ class _Arms:
         self.metric = config.metric if callable(config.metric) else "loss"
 
     def start(self, selection: Selection, method: str, parameters: dict) -> Start:
+        # Imported here so that importing the callback does not import mergekit.
+        from .merging import merge_factors
+
         inputs = [load_factors(score.adapter) for score in selection.scores]
         merged = merge_factors(
             inputs,

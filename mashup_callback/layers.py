@@ -16,7 +16,7 @@ ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FREEZES_A_FACTOR = ("mica",)
 # What wrappers put into the middle of a module's name.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-# B·A counts as zero below this share of |A|·|B|: initialisations with orthogonal factors reach zero only approximately.
+# B·A counts as zero below this share of |A|·|B|: orthogonal initialisations reach zero only approximately.
 _ZERO = 1e-5
 
 
@@ -89,7 +89,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a linear layer of any kind (quantized ones too), None for other layers."""
+    """Returns (in_features, out_features) of a linear layer of any kind, quantized ones too; None for other layers."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
@@ -158,8 +158,8 @@ def _refuse_initialisation(config: object) -> None:
 def _target(name: str, layer: LoraLayer, adapter: str) -> Target:
     if adapter in layer.lora_variant:
         raise ValueError(
-            f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is not scaling·B·A "
-            "alone. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
+            f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is more than "
+            "scaling·B·A. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
         )
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return Target(name, A, B, layer.r[adapter], float(layer.scaling[adapter]), float(layer.lora_alpha[adapter]))
@@ -177,8 +177,8 @@ def _refuse_trained(targets: Iterator[Target]) -> None:
 
 @torch.no_grad()
 def _is_zero(target: Target) -> bool:
-    A, B = target.A.detach().float(), target.B.detach().float()
-    # |B·A|² from the two Gram matrices, which are rank x rank.
+    A, B = target.A.detach().double(), target.B.detach().double()
+    # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
     squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
     return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())
 

@@ -64,8 +64,8 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any]) -> RowLoss
     """
     if not isinstance(batch.get("labels"), torch.Tensor):
         raise ValueError(
-            f"The batch has no `labels` but {sorted(batch)}, so it does not give a language model loss. Pass a callable "
-            "`metric(model, batch)` that returns a loss and a count."
+            f"The batch has no `labels` but {sorted(batch)}, so it does not give a language model loss. Pass a "
+            "callable `metric(model, batch)` that returns a loss and a count."
         )
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}

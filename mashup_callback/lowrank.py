@@ -15,6 +15,7 @@ import torch
 
 from .factors import LoraFactors
 
+
 RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest are rounding of float32 inputs, not directions of the update."""
 
@@ -68,20 +69,24 @@ def private_rng(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def shared_cores(inputs: Sequence[LoraFactors]) -> tuple[SharedBasis, list[torch.Tensor]]:
+def shared_cores(inputs: Sequence[LoraFactors], principal: bool = False) -> tuple[SharedBasis, list[torch.Tensor]]:
     """
     Express the updates of one layer as small matrices in one orthonormal basis.
 
     Args:
         inputs (sequence of `LoraFactors`): Updates of the same layer; ranks and scalings may differ.
+        principal (`bool`, *optional*, defaults to `False`): Take the singular vectors of the stacks as the basis. It
+            then depends on neither the order of the inputs nor the QR's triangular shape, which matters to methods
+            that look at single entries.
 
     Returns:
         `tuple[SharedBasis, list[torch.Tensor]]`: The basis, and a core of shape `(p, q)` for each input such that
         `left @ core @ right.T` is its update. p and q are at most the sum of the ranks.
     """
     dtype = exact_dtype(inputs[0].A.device)
-    left, left_parts = torch.linalg.qr(torch.cat([f.B.to(dtype) * f.scaling for f in inputs], dim=1))
-    right, right_parts = torch.linalg.qr(torch.cat([f.A.to(dtype) for f in inputs]).T)
+    orthonormal = _principal_basis if principal else torch.linalg.qr
+    left, left_parts = orthonormal(torch.cat([f.B.to(dtype) * f.scaling for f in inputs], dim=1))
+    right, right_parts = orthonormal(torch.cat([f.A.to(dtype) for f in inputs]).T)
     ranks = [f.rank for f in inputs]
     cores = [b @ a.T for b, a in zip(left_parts.split(ranks, dim=1), right_parts.split(ranks, dim=1), strict=True)]
     return SharedBasis(left, right), cores
@@ -162,6 +167,13 @@ def mean_norm_ratio(inputs: Sequence[LoraFactors]) -> float:
     norms = [(_norm(f.A), _norm(f.B)) for f in inputs]
     logs = [math.log(a / b) for a, b in norms if a > 0 and b > 0]
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def _principal_basis(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+    # Entries along directions without weight would be noise with a sign.
+    keep = int((torch.finfo(S.dtype).eps * max(stack.shape) * S[0] < S).sum())
+    return U[:, :keep], S[:keep, None] * Vh[:keep]
 
 
 def _norm(matrix: torch.Tensor) -> float:

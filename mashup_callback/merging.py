@@ -17,6 +17,7 @@ from .contracts import SPACES, MergeRule, check_merge, merge_methods
 from .factors import Factors, LoraFactors
 from .spaces import ModuleMerge
 
+
 if TYPE_CHECKING:
     from .candidates import Candidate
 

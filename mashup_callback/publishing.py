@@ -2,9 +2,12 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .adapter_writer import save_adapter
+from .card import CARD_NAME, RECIPE_NAME, mashup_card, mergekit_config
 from .guard import Start
 from .layers import Trainee
 from .plot import PLOT_NAME, plot_ranking
@@ -13,7 +16,8 @@ from .report import REPORT_NAME, MashupReport
 
 def publish(directory: Path, report: MashupReport, start: Start | None, trainee: Trainee) -> Path:
     """
-    Writes a mashup's directory: `report.json`, `ranking.png` and, where something was merged, a PEFT adapter.
+    Writes a mashup's directory: `report.json`, `ranking.png` and, where something was merged, a PEFT adapter with its
+    model card and mergekit's configuration of the merge.
 
     Everything is written to a temporary directory beside it, which then takes its place; nothing reads half of it.
 
@@ -27,19 +31,35 @@ def publish(directory: Path, report: MashupReport, start: Start | None, trainee:
         trainee (`Trainee`):
             The adapter that is trained.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with replacing(directory) as draft:
         if start is not None:
             task_type = getattr(trainee.config.task_type, "value", trainee.config.task_type)
             save_adapter(draft, start.fitted.factors, base_model=report.base_model, task_type=task_type)
+            describe(draft, report, task_type)
         plot_ranking(report, draft / PLOT_NAME)
         report.save(draft / REPORT_NAME)
+    return directory
+
+
+def describe(directory: Path, report: MashupReport, task_type: str | None = None) -> None:
+    """Writes the model card of a merged adapter and mergekit's configuration of the merge."""
+    (directory / CARD_NAME).write_text(mashup_card(report, task_type), encoding="utf-8")
+    recipe = mergekit_config(report)
+    if recipe is not None:
+        (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Gives an empty directory to write to, which takes the place of `directory` unless the block raises."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield draft
         draft.chmod(0o755)
         _take_the_place_of(directory, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return directory
 
 
 def _take_the_place_of(directory: Path, draft: Path) -> None:

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .guard import Start
-from .scoring import Score
 
+if TYPE_CHECKING:
+    from .guard import Start
+    from .scoring import Score
 
 REPORT_NAME = "report.json"
 _PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "trl", "mergekit", "huggingface_hub")
@@ -127,7 +128,7 @@ class MashupReport:
 
     def to_json(self) -> str:
         """Returns the report as JSON, which [`MashupReport.from_json`] reads back."""
-        return json.dumps(asdict(self), indent=2, allow_nan=True) + "\n"
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "MashupReport":
@@ -174,14 +175,16 @@ class MashupReport:
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
         table = Table(
-            title=f"mashup: {self.decision}", caption=self.reason, title_justify="left", caption_justify="left"
+            title=f"mashup: {self.decision}", caption=escape(self.reason), title_justify="left", caption_justify="left"
         )
         for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
             table.add_column(name, justify=justify, overflow="fold")
         table.add_column("status", overflow="fold")
         for row in self.candidates:
             status = f"{row.status}: {row.reason}" if row.reason else row.status
-            table.add_row(row.name, _number(row.loss), str(row.rows or ""), _number(row.weight), status)
+            table.add_row(
+                escape(row.name), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status)
+            )
         table.add_section()
         for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
             table.add_row(name, _number(loss), "", "", "held-out rows")
@@ -189,7 +192,7 @@ class MashupReport:
         return table
 
 
-def candidate_rows(scores: Sequence[Score], weights: Mapping[int, float]) -> tuple[CandidateRow, ...]:
+def candidate_rows(scores: "Sequence[Score]", weights: Mapping[int, float]) -> tuple[CandidateRow, ...]:
     """
     Returns the report's rows.
 
@@ -220,7 +223,7 @@ def candidate_rows(scores: Sequence[Score], weights: Mapping[int, float]) -> tup
     )
 
 
-def merge_info(start: Start) -> MergeInfo:
+def merge_info(start: "Start") -> MergeInfo:
     """Returns what the report says about a merge."""
     merged, fitted = start.merged, start.fitted
     return MergeInfo(
@@ -238,6 +241,9 @@ def merge_info(start: Start) -> MergeInfo:
 
 def environment() -> dict[str, Any]:
     """Returns the versions and the hardware that a run depends on."""
+    # Imported here so that a report can be read and shown without it.
+    import torch
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "python": platform.python_version(),

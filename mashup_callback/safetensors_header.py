@@ -10,6 +10,7 @@ from typing import Any
 
 from .untrusted import AdapterError, open_regular, parse_object, quote
 
+
 # The library's own limit is 100 MB; ten thousand modules of the longest names stay below 10 MB.
 MAX_HEADER_BYTES = 10_000_000
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

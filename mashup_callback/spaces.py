@@ -80,7 +80,7 @@ class ModuleMerge:
     def _merge_cores(
         self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], rank: int
     ) -> Truncation:
-        basis, cores = shared_cores(present)
+        basis, cores = shared_cores(present, principal=not self.rule.commutes(len(inputs)))
         core_of = dict(zip(map(id, present), cores, strict=True))
         zero = torch.zeros_like(cores[0])
         merged = self.rule.merge([core_of.get(id(f), zero) for f in inputs], self.weights)

@@ -12,7 +12,17 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
-from tests.tiny import LINEAR, llama, lora, lora_parameters, losses, rows, save_random_adapter, save_scaled_adapter, sft_trainer
+from tests.tiny import (
+    LINEAR,
+    llama,
+    lora,
+    lora_parameters,
+    losses,
+    rows,
+    save_random_adapter,
+    save_scaled_adapter,
+    sft_trainer,
+)
 
 
 class Snapshot(TrainerCallback):
@@ -175,9 +185,7 @@ def test_second_train_and_resume_do_not_swap_again(tmp_path, library):
     assert callback.report is first
     resumed = MashupCallback(str(library / "trained-*"))
     after = Snapshot()
-    again = sft_trainer(
-        tmp_path / "out", callbacks=[resumed, after], max_steps=3, save_strategy="steps", save_steps=1
-    )
+    again = sft_trainer(tmp_path / "out", callbacks=[resumed, after], max_steps=3, save_strategy="steps", save_steps=1)
     again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
     assert resumed.report is None
     saved = load_file(tmp_path / "out/checkpoint-1/adapter_model.safetensors")

@@ -101,7 +101,7 @@ def save_random_adapter(
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(scale * torch.randn_like(parameter))
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     torch.set_rng_state(state)
     return Path(directory)
 

@@ -1,0 +1,220 @@
+"""A mashup back to the Hub: the merged adapter as a repository of its own, and its part in a trained model's card."""
+
+import inspect
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from .candidates import WEIGHTS_NAME
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, RECIPE_NAME, hub_name, mashup_card, with_section
+from .plot import PLOT_NAME
+from .report import REPORT_NAME, MashupReport
+from .untrusted import AdapterError, parse_object, read_limited
+
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_TRIES = 6
+_LONGEST_WAIT = 60.0
+_TRANSIENT = (429, 500, 502, 503, 504)
+
+
+def push_mashup(
+    directory: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    create_pr: bool = False,
+    *,
+    base_model: str | None = None,
+) -> str:
+    """
+    Pushes a mashup to the Hub: its adapter as a plain PEFT repository, with the model card, the report and mergekit's
+    configuration.
+
+    The repository is created where it is missing. The adapter's configuration names the base model by its Hub name;
+    a local path would mean nothing to others and is left out.
+
+    Args:
+        directory (`str` or `Path`):
+            What a run left in `<output_dir>/mashup`, or `mashup merge` wrote.
+        repo_id (`str`):
+            Repository to push to, `org/name`.
+        private (`bool`, *optional*):
+            Whether a new repository is private; by default as its owner's settings say.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Open a pull request instead of committing to the main branch.
+        base_model (`str`, *optional*):
+            Hub name of the base model, where the run recorded a local path. The model card is then written anew.
+
+    Returns:
+        `str`: Address of the commit, or of the pull request. Only the main process of several pushes; on the others,
+        the name of the repository.
+
+    Raises:
+        ValueError: The directory holds no report or no adapter, or `base_model` is no Hub name.
+        HfHubHTTPError: The Hub refused.
+    """
+    folder = Path(directory)
+    config = _check(folder, base_model)
+    # Imported here because it imports torch, which a wrong directory should not wait for.
+    from .distributed import is_main_process
+
+    if not is_main_process():
+        return repo_id
+    api = HfApi(library_name="mashup_callback")
+    repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    files = _files(folder, config, base_model, repo_id)
+    commit = _retried(
+        lambda: api.create_commit(
+            repo_id,
+            # The client marks operations as used, also by an attempt that failed.
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message="Add a mashup",
+            create_pr=create_pr,
+        )
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def describe_on_push(report: MashupReport, output_dir: str | Path) -> None:
+    """
+    Puts the mashup's section into the card of a trained model that a Trainer is about to push.
+
+    To be called in `on_push_begin`. `Trainer.push_to_hub` fires it before it writes the card, and has no event between
+    writing and uploading; so the card that is there gets the section now, and the one that this Trainer writes next
+    gets it as soon as it is written.
+
+    Args:
+        report (`MashupReport`):
+            The report.
+        output_dir (`str` or `Path`):
+            The Trainer's output directory.
+    """
+    path = Path(output_dir) / CARD_NAME
+    _add_section(path, report)
+    trainer = _pushing_trainer()
+    if trainer is None:
+        logger.warning("No Trainer was found behind this push: a card that it writes now will not tell of the mashup.")
+        return
+    _after_next_card(trainer, lambda: _add_section(path, report))
+
+
+def _check(folder: Path, base_model: str | None) -> dict[str, Any]:
+    """Returns the adapter's configuration once the directory is known to be a mashup's."""
+    if base_model is not None and hub_name(base_model) is None:
+        raise ValueError(f"`base_model` is {base_model!r}, expected its name on the Hub such as 'org/name'.")
+    if not (folder / REPORT_NAME).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no {REPORT_NAME}, expected the directory of a mashup: <output_dir>/mashup, or "
+            "what `mashup merge` wrote."
+        )
+    report = MashupReport.load(folder)
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no {WEIGHTS_NAME}: the decision was {report.decision!r} ({report.reason}). There "
+            "is no merged adapter to push."
+        )
+    # Imported here because it imports torch.
+    from .adapters import read_adapter
+
+    try:
+        read_adapter(folder)
+        return parse_object(read_limited(folder / CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
+    except AdapterError as error:
+        raise ValueError(f"The adapter in {str(folder)!r} cannot be pushed: {error}.") from error
+
+
+def _files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
+    card = _card(folder, config, base_model)
+    recorded = {"base_model_name_or_path": base_model or ModelCard(card).data.base_model}
+    files: dict[str, bytes | str] = {
+        CARD_NAME: card.replace(ADAPTER_PLACEHOLDER, repo_id).encode(),
+        CONFIG_NAME: (json.dumps(config | recorded, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS_NAME: str(folder / WEIGHTS_NAME),
+    }
+    others = (REPORT_NAME, RECIPE_NAME, PLOT_NAME)
+    return files | {name: str(folder / name) for name in others if (folder / name).is_file()}
+
+
+def _card(folder: Path, config: dict[str, Any], base_model: str | None) -> str:
+    path = folder / CARD_NAME
+    if base_model is None and path.is_file():
+        return path.read_text(encoding="utf-8")
+    report = MashupReport.load(folder)
+    if base_model is not None:
+        report = replace(report, base_model=base_model, config={**report.config, "base_model": base_model})
+    return mashup_card(report, config.get("task_type"))
+
+
+def _add_section(path: Path, report: MashupReport) -> None:
+    if not path.is_file():
+        return
+    try:
+        # Bytes, so that line ends stay what they are.
+        text = with_section(path.read_bytes().decode("utf-8"), report)
+    except ValueError as error:
+        logger.warning("The model card %s stays without the mashup's section: %s", path, error)
+        return
+    path.write_bytes(text.encode("utf-8"))
+
+
+def _pushing_trainer() -> Any:
+    # A callback is not given the Trainer, and only the Trainer knows when it has written its card.
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+def _after_next_card(trainer: Any, then: Callable[[], None]) -> None:
+    """Has the Trainer call `then` after the next card that it writes; once, and nothing of it stays behind."""
+    overridden = vars(trainer).pop("create_model_card", None)
+    overridden = getattr(overridden, "overridden", overridden)
+    write = overridden or trainer.create_model_card
+
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        vars(trainer).pop("create_model_card", None)
+        if overridden is not None:
+            trainer.create_model_card = overridden
+        write(*args, **kwargs)
+        if trainer.is_world_process_zero():
+            then()
+
+    create_model_card.overridden = overridden
+    trainer.create_model_card = create_model_card
+
+
+def _retried(request: Callable[[], Result]) -> Result:
+    """Repeats what the client itself does not: creating a repository and the final request of a commit."""
+    for attempt in range(_TRIES - 1):
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", None)
+            if status not in _TRANSIENT:
+                raise
+            wait = _wait(error, attempt)
+            logger.warning("The Hub answered %s; trying again in %.1f s.", status, wait)
+            time.sleep(wait)
+    return request()
+
+
+def _wait(error: HfHubHTTPError, attempt: int) -> float:
+    asked = error.response.headers.get("Retry-After", "")
+    seconds = float(asked) if re.fullmatch(r"[0-9]{1,6}", asked) else 0.5 * 2**attempt
+    return min(seconds, _LONGEST_WAIT)

@@ -1,0 +1,91 @@
+"""The report survives JSON, shows what happened, and can be read by other versions."""
+
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from mashup_callback.plot import plot_ranking
+from mashup_callback.report import CandidateRow, MashupReport, MergeInfo
+
+
+number = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+rows = st.builds(
+    CandidateRow,
+    name=st.text(min_size=1),
+    status=st.sampled_from(["scored", "eliminated", "rejected", "failed"]),
+    reason=st.none() | st.text(),
+    loss=number,
+    weight=number,
+    warnings=st.lists(st.text()).map(tuple),
+)
+merges = st.builds(
+    MergeInfo,
+    method=st.just("linear"),
+    space=st.just("delta"),
+    parameters=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
+    rank=st.integers(1, 64),
+    kept_energy=st.floats(0, 1),
+    kept_energy_by_module=st.dictionaries(st.text(), st.floats(0, 1)),
+    lost_energy=st.floats(0, 1),
+    lost_layers=st.lists(st.text()).map(tuple),
+    mergekit_version=st.just("0.1.5"),
+)
+reports = st.builds(
+    MashupReport,
+    decision=st.sampled_from(["merged", "single", "scratch"]),
+    reason=st.text(),
+    base_loss=number,
+    merged_loss=number,
+    candidates=st.lists(rows, max_size=4).map(tuple),
+    merge=st.none() | merges,
+    timings=st.dictionaries(st.text(), st.floats(0, 100)),
+)
+
+
+@given(reports)
+def test_json_round_trip(report):
+    assert MashupReport.from_json(report.to_json()) == report
+
+
+@given(reports)
+def test_table_shows_every_candidate(report):
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.show(console)
+    assert console.export_text().count("held-out rows") >= 3
+
+
+def test_hostile_names_are_shown_as_they_are():
+    report = MashupReport("scratch", "[red]reason[/red]", candidates=(CandidateRow("[bold]a[/nope]", "scored"),))
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.show(console)
+    text = console.export_text()
+    assert "[bold]a[/nope]" in text and "[red]reason[/red]" in text
+
+
+def test_fields_of_later_versions_are_ignored():
+    values = json.loads(MashupReport("scratch", "why").to_json())
+    assert MashupReport.from_json(json.dumps({**values, "later": 1})).reason == "why"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"decision": "merged"}'])
+def test_what_is_no_report(text):
+    with pytest.raises(ValueError, match="not a mashup report"):
+        MashupReport.from_json(text)
+
+
+def test_save_leaves_no_temporary_file(tmp_path):
+    report = MashupReport("scratch", "why")
+    report.save(tmp_path / "report.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert MashupReport.load(tmp_path) == MashupReport.load(tmp_path / "report.json") == report
+
+
+def test_picture_of_the_ranking(tmp_path):
+    rows = (CandidateRow("a", "scored", loss=1.0, weight=1.0), CandidateRow("b" * 99, "scored", loss=2.0))
+    assert plot_ranking(MashupReport("merged", "why", 2.0, 1.0, candidates=rows), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_ranking(MashupReport("scratch", "why"), tmp_path / "b.png")
