@@ -27,6 +27,7 @@ def plot_ranking(report: "MashupReport", path: Path) -> bool:
     Returns:
         `bool`: Whether it was drawn: there is a candidate with a loss, and matplotlib (the extra `plot`) is installed.
     """
+    names = dict(zip(map(id, report.candidates), report.short_names(), strict=True))
     rows = [row for row in report.candidates if row.loss is not None][:SHOWN]
     if not rows:
         return False
@@ -39,7 +40,7 @@ def plot_ranking(report: "MashupReport", path: Path) -> bool:
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     colors = ["tab:blue" if row.weight else "lightgray" for row in rows]
-    axes.barh([_label(row.name) for row in rows], [row.loss for row in rows], color=colors)
+    axes.barh([_label(names[id(row)]) for row in rows], [row.loss for row in rows], color=colors)
     axes.invert_yaxis()
     for loss, color, label in (
         (report.base_loss, "black", "fresh initialisation, held out"),
@@ -48,7 +49,7 @@ def plot_ranking(report: "MashupReport", path: Path) -> bool:
     ):
         if loss is not None:
             axes.axvline(loss, color=color, linestyle="--", label=f"{label}: {loss:.3f}")
-    axes.set(xlabel="loss per label token [nats] on the rows each was scored on (blue: merged)")
+    axes.set(xlabel="loss per label token [nats]; bars: on the rows each was scored on, blue: merged")
     axes.set_title(f"mashup: {report.decision}", loc="left")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", fontsize="small")

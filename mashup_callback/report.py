@@ -168,6 +168,13 @@ class MashupReport:
         values = {"base_loss": self.base_loss, "merged_loss": self.merged_loss, "seconds": self.seconds}
         return {f"mashup/{name}": value for name, value in values.items() if value is not None}
 
+    def short_names(self) -> list[str]:
+        """Returns the candidates' names for people: without the directory that all absolute paths among them share."""
+        names = [row.name for row in self.candidates]
+        parents = [os.path.dirname(name) for name in names if os.path.isabs(name)]
+        shared = os.path.commonpath(parents) if parents else ""
+        return [os.path.relpath(name, shared) if os.path.isabs(name) else name for name in names]
+
     def show(self, console: Console | None = None) -> None:
         """Shows the report as one table."""
         (console or Console()).print(self.table())
@@ -180,11 +187,9 @@ class MashupReport:
         for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
             table.add_column(name, justify=justify, overflow="fold")
         table.add_column("status", overflow="fold")
-        for row in self.candidates:
+        for short, row in zip(self.short_names(), self.candidates, strict=True):
             status = f"{row.status}: {row.reason}" if row.reason else row.status
-            table.add_row(
-                escape(row.name), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status)
-            )
+            table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
         table.add_section()
         for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
             table.add_row(name, _number(loss), "", "", "held-out rows")
