@@ -1,0 +1,66 @@
+"""Which data a candidate says it was trained on: a candidate that saw the target's data makes the guard optimistic."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .scoring import Score
+from .untrusted import AdapterError, read_limited
+
+
+CARD_NAME = "README.md"
+_CARD_BYTES = 2**20
+_FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
+_HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
+
+
+def warn_of_same_data(scores: Sequence[Score], dataset: Any) -> list[Score]:
+    """
+    Returns the scores with a warning on each candidate whose model card names the data set that is trained on.
+
+    Args:
+        scores (`Sequence[Score]`):
+            The scores.
+        dataset (`Any`):
+            What the Trainer trains on; its names are known if it comes from `datasets.load_dataset`.
+    """
+    target = dataset_names(dataset)
+    return [_warned(score, target & card_datasets(score.candidate.path)) for score in scores] if target else [*scores]
+
+
+def dataset_names(dataset: Any) -> set[str]:
+    """Returns the Hub names that a data set has on record, without the organisation and in lower case."""
+    info = getattr(dataset, "info", None)
+    files = " ".join(map(str, getattr(info, "download_checksums", None) or {}))
+    return {_short(name) for name in (getattr(info, "dataset_name", None), *_HUB_FILE.findall(files)) if name}
+
+
+def card_datasets(directory: Path | None) -> set[str]:
+    """Returns the data sets that the model card in a directory names, as [`dataset_names`] gives them."""
+    if directory is None or not (directory / CARD_NAME).exists():
+        return set()
+    try:
+        text = read_limited(directory / CARD_NAME, _CARD_BYTES).decode("utf-8", errors="replace")
+        match = _FRONT_MATTER.match(text)
+        card = yaml.safe_load(match.group(1)) if match else None
+    except (AdapterError, yaml.YAMLError, RecursionError):
+        # A broken card says nothing about the adapter beside it.
+        return set()
+    named = card.get("datasets") if isinstance(card, dict) else None
+    names = [named] if isinstance(named, str) else named
+    return {_short(name) for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2].lower()
+
+
+def _warned(score: Score, shared: set[str]) -> Score:
+    if not shared or score.adapter is None:
+        return score
+    warning = f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"
+    return replace(score, adapter=replace(score.adapter, warnings=(*score.adapter.warnings, warning)))

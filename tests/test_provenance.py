@@ -1,0 +1,46 @@
+"""A candidate that saw the target's data is warned of; a card that cannot be read says nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mashup_callback import MashupCallback
+from mashup_callback.provenance import card_datasets, dataset_names
+from tests.tiny import rows, save_random_adapter, sft_trainer
+
+
+@pytest.mark.parametrize(
+    ("card", "names"),
+    [
+        ("---\ndatasets:\n- acme/Code\n- other\n---\n# Card", {"code", "other"}),
+        ("---\ndatasets: acme/code\n---\n", {"code"}),
+        ("---\ndatasets: 7\n---\n", set()),
+        ("---\ndatasets: [1, null]\n---\n", set()),
+        ("---\n- a\n---\n", set()),
+        ("---\n: : [\n---\n", set()),
+        ("datasets: code\n", set()),
+        ("---\na: !!python/object/apply:os.getcwd []\n---\n", set()),
+    ],
+)
+def test_card(tmp_path, card, names):
+    (tmp_path / "README.md").write_text(card)
+    assert card_datasets(tmp_path) == names
+
+
+def test_names_on_record():
+    info = SimpleNamespace(dataset_name="capybara", download_checksums={"hf://datasets/Acme/Code@abc/x.parquet": {}})
+    assert dataset_names(SimpleNamespace(info=info)) == {"capybara", "code"}
+    assert dataset_names([1, 2]) == dataset_names(rows()) == set()
+
+
+def test_warning_in_the_report(tmp_path):
+    for name in ("same", "other"):
+        save_random_adapter(tmp_path / "runs" / name, 0 if name == "same" else 1)
+        (tmp_path / "runs" / name / "README.md").write_text(f"---\ndatasets: acme/{name}\n---\n")
+    data = rows()
+    data.info.dataset_name = "same"
+    callback = MashupCallback(str(tmp_path / "runs/*"))
+    sft_trainer(tmp_path / "out", callbacks=[callback], train_rows=data, max_steps=1).train()
+    warnings = {row.name.rpartition("/")[2]: row.warnings for row in callback.report.candidates}
+    assert any("the data of this run" in warning for warning in warnings["same"])
+    assert not any("the data of this run" in warning for warning in warnings["other"])
