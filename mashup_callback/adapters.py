@@ -18,7 +18,7 @@ from .adapter_modules import ModuleShape, adapter_modules, match_modules
 from .adapter_writer import save_adapter
 from .candidates import Candidate
 from .factors import LoraFactors
-from .safetensors_header import DTYPE_NAMES, FileStamp, read_header
+from .safetensors_header import DTYPE_NAMES, FileStamp, TensorInfo, parse_header, read_header
 from .untrusted import AdapterError, open_regular, quote, read_limited
 
 
@@ -30,6 +30,7 @@ __all__ = [
     "adapter_modules",
     "check_adapter",
     "load_factors",
+    "parse_adapter",
     "read_adapter",
     "save_adapter",
 ]
@@ -88,6 +89,33 @@ def read_adapter(candidate: Candidate | str | os.PathLike) -> Adapter:
     directory = _directory(candidate)
     config = parse_config(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES))
     tensors, stamp = read_header(directory / WEIGHTS_NAME)
+    return _described(candidate, config, tensors, stamp)
+
+
+def parse_adapter(candidate: Candidate, config: bytes, header: bytes, file_size: int) -> Adapter:
+    """
+    Reads the description of an adapter that is somewhere else, exactly as `read_adapter` reads a local one.
+
+    Args:
+        candidate (`Candidate`):
+            Where it is.
+        config (`bytes`):
+            Content of its `adapter_config.json`.
+        header (`bytes`):
+            The first bytes of its weights file, at least through the end of the header.
+        file_size (`int`):
+            Size of the weights file in bytes.
+
+    Raises:
+        AdapterError: The reason why it cannot be used.
+    """
+    stamp = FileStamp(file_size, modified=0)
+    return _described(candidate, parse_config(config), parse_header(header, file_size), stamp)
+
+
+def _described(
+    candidate: Candidate, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
+) -> Adapter:
     dtype = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
     return Adapter(candidate, config, adapter_modules(config, tensors), dtype, stamp)
 

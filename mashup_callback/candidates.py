@@ -7,14 +7,18 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from .candidate_spec import FORMS, Spec, is_glob, parse_spec
 from .untrusted import AdapterError, open_regular, read_limited
 
+
+if TYPE_CHECKING:
+    from .hub import Hub
 
 __all__ = ["Candidate", "Spec", "find_candidates", "parse_spec"]
 
@@ -64,27 +68,40 @@ def find_candidates(
     *,
     exclude: Sequence[str | os.PathLike] = (),
     max_candidates: int | None = None,
-    **limits: object,
+    max_download_gb: float | None = None,
+    allow_licenses: Sequence[str] | None = None,
+    allow_authors: Sequence[str] | None = None,
+    layers: Mapping[str, tuple[int, int]] | None = None,
+    hub: "Hub | None" = None,
 ) -> list[Candidate]:
     """
-    Finds the adapters that the given text describes.
+    Finds the adapters that the given text describes. Nothing is downloaded but what is needed to judge them.
 
     Args:
         specs (`str`, path or list of them):
             A local adapter, run directory or glob; `org/name[/sub/folder][@revision]`; `hub:author=..,search=..`
             (also tag, limit, sort); or `collection:org/slug`. What exists locally is local.
         base_model (`str`, *optional*):
-            Hub name of the base model, for searches.
+            Hub name of the base model, or the directory that it was loaded from, for searches.
         exclude (list of paths, *optional*):
             Directories that are skipped with all that is in them, such as this run's own output.
         max_candidates (`int`, *optional*):
             Only the first so many can be used; the others are returned with that reason.
-        limits (*optional*):
-            Passed on to the Hub search.
+        max_download_gb (`float`, *optional*):
+            Bound on what is left to download from the Hub, in 10⁹ bytes; the first candidates that fit can be used.
+        allow_licenses (`Sequence[str]`, *optional*):
+            Licences that a Hub candidate may have; None allows every licence.
+        allow_authors (`Sequence[str]`, *optional*):
+            Users and organisations that a Hub candidate may come from; None allows everyone.
+        layers (`Mapping[str, tuple[int, int]]`, *optional*):
+            Linear layers of the base model, name -> (in_features, out_features), which Hub candidates must fit.
+        hub (`Hub`, *optional*):
+            The connection to the Hub; one of its own by default.
 
     Returns:
         `list[Candidate]`: in the order of `specs` and natural order within, a run's final adapter before its
-        checkpoints. Those that cannot be used have a `reason`.
+        checkpoints. Those that cannot be used have a `reason`. Those on the Hub have a `path` if they are in its
+        cache, and are downloaded when they are scored.
 
     Raises:
         ValueError: If an entry is not of the grammar, or a local path that is no glob does not exist.
@@ -92,13 +109,16 @@ def find_candidates(
     """
     entries = [specs] if isinstance(specs, str | os.PathLike) else specs
     excluded = [os.path.realpath(os.path.expanduser(path)) for path in exclude]
+    limits = {"allow_licenses": allow_licenses, "allow_authors": allow_authors, "layers": layers}
     found: list[Candidate] = []
     for spec in [_resolve(entry) for entry in entries]:
         if spec.kind == "path":
             found += _find_locally(spec, excluded)
         else:
-            found += _find_on_hub(spec, base_model, **limits)
-    return _limit(_reject_duplicates(_unique(found)), max_candidates)
+            left = None if max_candidates is None else max_candidates - sum(item.reason is None for item in found)
+            hub = hub or _connect()
+            found += _find_on_hub(spec, hub, base_model=base_model, max_candidates=left, **limits)
+    return _limit_download(_limit(_reject_duplicates(_unique(found)), max_candidates), max_download_gb)
 
 
 def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str, ...]:
@@ -136,11 +156,18 @@ def _resolve(entry: str | os.PathLike) -> Spec:
     return Spec("path", path=str(spec)) if spec.kind == "repo" and os.path.lexists(str(spec)) else spec
 
 
-def _find_on_hub(spec: Spec, base_model: str | None, **limits: object) -> list[Candidate]:
-    raise ValueError(
-        f"{str(spec)!r} is not a local path and needs the Hub part of mashup_callback, which is not available yet. "
-        "Download the adapter and give its directory, or write ./path for a local path."
-    )
+def _connect() -> "Hub":
+    # Imported here because most candidates are local.
+    from .hub import Hub
+
+    return Hub()
+
+
+def _find_on_hub(spec: Spec, hub: "Hub", **wanted: Any) -> list[Candidate]:
+    # Imported here because it imports torch, and this module's Candidate.
+    from .hub_search import HubFilter, find_on_hub
+
+    return find_on_hub(spec, HubFilter(**wanted), hub)
 
 
 def _find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
@@ -225,10 +252,11 @@ def _describe(directory: Path, entries: Iterable[str]) -> Candidate | None:
                 directory, reason=f"it has only pickled weights, which are never opened, and no {WEIGHTS_NAME}"
             )
         return _candidate(directory, reason=f"{WEIGHTS_NAME} is missing: its training may have been interrupted")
-    if "config.json" in entries and any(
-        name.endswith((".safetensors", ".safetensors.index.json")) for name in entries
-    ):
-        return _candidate(directory, kind="model", reason="full checkpoints are not supported yet")
+    shards = [name for name in entries if name.endswith(".safetensors")]
+    if "config.json" in entries and (shards or "model.safetensors.index.json" in entries):
+        return _candidate(directory, kind="model", bytes=sum(_size(directory / name) or 0 for name in shards))
+    if "config.json" in entries and any(name.endswith(".bin") for name in entries):
+        return _candidate(directory, kind="model", reason="it has only pickled weights, which are never opened")
     return None
 
 
@@ -300,4 +328,17 @@ def _limit(found: Sequence[Candidate], max_candidates: int | None) -> list[Candi
         used += item.reason is None
         over = item.reason is None and used > max_candidates
         result.append(dataclasses.replace(item, reason=f"beyond max_candidates={max_candidates}") if over else item)
+    return result
+
+
+def _limit_download(found: Sequence[Candidate], max_download_gb: float | None) -> list[Candidate]:
+    if max_download_gb is None:
+        return list(found)
+    result, total = [], 0
+    for item in found:
+        size = item.bytes or 0 if item.path is None and item.reason is None else 0
+        over = size > 0 and total + size > max_download_gb * 1e9
+        reason = f"its {size:,} bytes would exceed max_download_gb={max_download_gb:g}"
+        total += 0 if over else size
+        result.append(dataclasses.replace(item, reason=reason) if over else item)
     return result

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Every test scores for itself, and nothing is left in the user's cache.
+os.environ["MASHUP_CACHE"] = ""
 
 from pathlib import Path
 

@@ -274,13 +274,19 @@ def test_an_empty_directory_is_reported(tmp_path):
         ("missing", "does not exist"),
         ("/missing/dir", "does not exist"),
         ("runs/a/adapter_config.json", "is a file, expected the directory"),
-        ("org/name", "needs the Hub part"),
-        ("hub:author=acme", "needs the Hub part"),
     ],
 )
 def test_mistakes_in_a_spec_are_value_errors(runs, spec, message):
     with pytest.raises(ValueError, match=message):
         find_candidates(spec)
+
+
+@pytest.mark.parametrize("spec", ["org/never-seen", "hub:author=never-seen", "collection:org/never-seen"])
+def test_without_the_hub_its_forms_are_rejected_with_the_reason(spec):
+    (found,) = find_candidates(spec, "org/base")
+    assert found.name == spec
+    assert found.path is None
+    assert "offline" in found.reason
 
 
 def test_other_types_are_type_errors():
