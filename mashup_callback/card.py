@@ -1,4 +1,4 @@
-"""What a mashup says of itself to others: the model card and mergekit's configuration of the merge."""
+"""What a mashup says of itself to others: the model card, and its part in the card of a trained model."""
 
 import json
 import os
@@ -16,13 +16,12 @@ from .report import CandidateRow, MashupReport
 
 
 CARD_NAME = "README.md"
-RECIPE_NAME = "mergekit.yaml"
 TAGS = ("mashup", "merge", "lora")
 ADAPTER_PLACEHOLDER = "path/to/this/adapter"
 """Stands in the card for the name of the repository until that is known."""
 
 _BEGIN, _END = "<!-- mashup: begin -->", "<!-- mashup: end -->"
-_BASE_PLACEHOLDER = "path/to/the/base/model"
+BASE_PLACEHOLDER = "path/to/the/base/model"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
 _CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)(?:[/\\]|$)")
 _AUTO_CLASSES = {
@@ -33,11 +32,6 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_RECIPE_HEADER = """\
-# The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone and
-# cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear (with
-# normalised weights), task_arithmetic and model_stock.
-"""
 
 
 def hub_name(model: str | None) -> str | None:
@@ -64,6 +58,20 @@ def base_name(report: MashupReport) -> str | None:
     return name if named or name != report.base_model or not os.path.exists(name or "") else None
 
 
+def merged_rows(report: MashupReport) -> list[CandidateRow]:
+    """Returns the rows of the candidates that were merged."""
+    return [row for row in report.candidates if row.weight is not None]
+
+
+def hub_source(row: CandidateRow) -> Spec | None:
+    """Returns where on the Hub a candidate is, None for a local one."""
+    try:
+        spec = parse_spec(f"{row.name}@{row.revision}") if row.revision else None
+    except ValueError:
+        return None
+    return spec if spec is not None and spec.kind == "repo" else None
+
+
 def mashup_card(report: MashupReport, task_type: str | None = None) -> str:
     """
     Returns the model card of a merged adapter.
@@ -77,17 +85,20 @@ def mashup_card(report: MashupReport, task_type: str | None = None) -> str:
             peft's task type of the adapter, for the example.
     """
     base_model = base_name(report)
-    licence, warning = shared_license(_sources(report))
-    data = ModelCardData(base_model=base_model, library_name="peft", license=licence, tags=list(TAGS))
+    licence, warning = shared_license(merged_rows(report))
+    library, tags = ("transformers", TAGS[:2]) if report.is_full else ("peft", TAGS)
+    data = ModelCardData(base_model=base_model, library_name=library, license=licence, tags=list(tags))
     warnings = [warning, _base_warning(report), _scratch_warning(report)]
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# Mashup",
-        f"A LoRA adapter of {_code(base_model) if base_model else 'a local base model'}, merged from past adapters by "
+        f"{'A full model' if report.is_full else 'A LoRA adapter'} of "
+        f"{_code(base_model) if base_model else 'a local base model'}, merged from past "
+        f"{'models' if report.is_full else 'adapters'} by "
         "[Mashup Learning](https://arxiv.org/abs/2603.10156). It is meant as a start for further training.",
         *(f"> **Warning:** {text}" for text in warnings if text),
         "## Use",
-        _usage(base_model, task_type),
+        _full_usage(task_type) if report.is_full else _usage(base_model, task_type),
         mashup_section(report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -95,10 +106,10 @@ def mashup_card(report: MashupReport, task_type: str | None = None) -> str:
 
 def mashup_section(report: MashupReport) -> str:
     """Returns the part of a card that says what was merged, how, and how good it is, between two markers."""
-    sources = _sources(report)
+    sources = merged_rows(report)
     parts = [_BEGIN, "## Mashup", _decision(report)]
     if sources:
-        parts += [_source_table(sources), f"Licences of the sources: {_license_list(sources)}."]
+        parts.append(_source_table(sources))
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
     if report.merge is not None and sources:
@@ -134,36 +145,6 @@ def with_section(card: str, report: MashupReport) -> str:
     return str(parsed)
 
 
-def mergekit_config(report: MashupReport) -> str | None:
-    """
-    Returns the merge as a configuration file of mergekit, None if nothing was merged.
-
-    Args:
-        report (`MashupReport`):
-            The report.
-    """
-    sources = _sources(report)
-    if report.merge is None or not sources:
-        return None
-    # Imported here so that a card can be read and written without mergekit.
-    from .contracts import MergeRule
-
-    rule = MergeRule.create(report.merge.method, report.merge.parameters)
-    base = {"path": base_name(report) or report.base_model or _BASE_PLACEHOLDER}
-    models = [{"model": base, "lora": _model_path(row)} for row in sources]
-    shared = {name: value for name, value in rule.parameters if not isinstance(value, tuple)}
-    entries = []
-    for index, (row, model) in enumerate(zip(sources, models, strict=True)):
-        own = {name: value[index] for name, value in rule.parameters if isinstance(value, tuple)}
-        weight = {"weight": row.weight} if rule.takes_weights else {}
-        entries.append({"model": model, **({"parameters": weight | own} if weight | own else {})})
-    config: dict[str, Any] = {"merge_method": rule.method, "models": entries}
-    if rule.spec.contract.base.name == "REQUIRED":
-        config["base_model"] = models[0] if rule.spec.contract.max_inputs == 2 else {"model": base}
-    config |= {"parameters": shared} if shared else {}
-    return _RECIPE_HEADER + yaml.dump(config, Dumper=_PlainDumper, sort_keys=False)
-
-
 def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | None]:
     """
     Returns the licence that all sources share, with a warning where they do not.
@@ -182,32 +163,6 @@ def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | N
     if len(set(stated)) == 1 and _LICENSE.fullmatch(stated[0]) and stated[0] not in ("other", "unknown"):
         return stated[0], None
     return "other", f"the sources do not share one licence: {_license_list(sources)}. All of them bind this merge."
-
-
-class _PlainDumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        # mergekit reads aliases, people do not.
-        return True
-
-
-def _sources(report: MashupReport) -> list[CandidateRow]:
-    return [row for row in report.candidates if row.weight is not None]
-
-
-def _hub_source(row: CandidateRow) -> Spec | None:
-    try:
-        spec = parse_spec(f"{row.name}@{row.revision}") if row.revision else None
-    except ValueError:
-        return None
-    return spec if spec is not None and spec.kind == "repo" else None
-
-
-def _model_path(row: CandidateRow) -> dict[str, str]:
-    spec = _hub_source(row)
-    if spec is None:
-        return {"path": os.path.abspath(os.path.expanduser(row.name))}
-    # mergekit knows no folders of a repository: such an input has to be downloaded first.
-    return {"path": "/".join(filter(None, (spec.repo_id, spec.subfolder))), "revision": spec.revision}
 
 
 def _base_warning(report: MashupReport) -> str | None:
@@ -230,10 +185,18 @@ def _usage(base_model: str | None, task_type: str | None) -> str:
     return (
         "```python\nfrom peft import PeftModel\n"
         f"from transformers import {auto}\n\n"
-        f"model = {auto}.from_pretrained({base_model or _BASE_PLACEHOLDER!a})\n"
+        f"model = {auto}.from_pretrained({base_model or BASE_PLACEHOLDER!a})\n"
         f'model = PeftModel.from_pretrained(model, "{ADAPTER_PLACEHOLDER}", is_trainable=True)\n```\n\n'
         "Or let mashup_callback weigh it against other adapters at the beginning of training: "
         f'`callbacks=[MashupCallback(["{ADAPTER_PLACEHOLDER}"])]`.'
+    )
+
+
+def _full_usage(task_type: str | None) -> str:
+    auto = _AUTO_CLASSES.get(task_type, "AutoModelForCausalLM")
+    return (
+        f"```python\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
     )
 
 
@@ -246,6 +209,8 @@ def _decision(report: MashupReport) -> str:
     if merge is None:
         return text
     parameters = f" with {_code(_json(merge.parameters))}" if merge.parameters else ""
+    if report.is_full:
+        return f"{text} Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}."
     return (
         f"{text} Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters} on "
         f"{_code(merge.space)} updates, rank {int(merge.rank)}, which keeps {float(merge.kept_energy):.1%} of the "
@@ -262,7 +227,7 @@ def _source_table(sources: Sequence[CandidateRow]) -> str:
 
 
 def _source_name(row: CandidateRow) -> str:
-    spec = _hub_source(row)
+    spec = hub_source(row)
     if spec is None:
         return _code(row.name)
     folder = f"/{spec.subfolder}" if spec.subfolder else ""
@@ -282,7 +247,10 @@ def _result_table(report: MashupReport) -> str:
 
 def _command(report: MashupReport, sources: Sequence[CandidateRow]) -> str:
     merge = report.merge
-    names = [f"{row.name}@{row.revision}" if _hub_source(row) else row.name for row in sources]
+    if report.is_full:
+        # The configuration beside the card; a single model as it is needs none.
+        return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={report.config.get('seed', 42)}\n```"
+    names = [f"{row.name}@{row.revision}" if hub_source(row) else row.name for row in sources]
     weights = [row.weight for row in sources]
     equal = all(weight == 1 / len(weights) for weight in weights)
     words = ["mashup", "merge", *names, "--weights=" + ("equal" if equal else ",".join(map(repr, weights)))]
@@ -314,7 +282,8 @@ def _code(text: object) -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
+    # A comment could pass for a marker of the section.
+    return "".join(character if character.isprintable() else "?" for character in text).replace("<!--", "<!- -")
 
 
 def _number(value: float | None) -> str:

@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .adapter_writer import save_adapter
-from .card import CARD_NAME, RECIPE_NAME, mashup_card, mergekit_config
+from .card import CARD_NAME, mashup_card
 from .guard import Start
 from .layers import Trainee
+from .mergekit_config import MERGEKIT_NAME, mergekit_config
+from .model_tensors import FullTrainee
 from .plot import PLOT_NAME, plot_ranking
 from .report import REPORT_NAME, MashupReport
 
 
-def publish(directory: Path, report: MashupReport, start: Start | None, trainee: Trainee) -> Path:
+def publish(directory: Path, report: MashupReport, start: Start | None, trainee: Trainee | FullTrainee) -> Path:
     """
     Writes a mashup's directory: `report.json`, `ranking.png` and, where something was merged, a PEFT adapter with its
     model card and mergekit's configuration of the merge.
@@ -28,17 +30,27 @@ def publish(directory: Path, report: MashupReport, start: Start | None, trainee:
             The report.
         start (`Start`, *optional*):
             What was merged, saved in the trainee's ranks and precision.
-        trainee (`Trainee`):
-            The adapter that is trained.
+        trainee (`Trainee` or `FullTrainee`):
+            The adapter that is trained, or the weights: then what is written is a full model.
     """
     with replacing(directory) as draft:
         if start is not None:
-            task_type = getattr(trainee.config.task_type, "value", trainee.config.task_type)
-            save_adapter(draft, start.fitted.factors, base_model=report.base_model, task_type=task_type)
-            describe(draft, report, task_type)
+            _save(draft, report, start, trainee)
         plot_ranking(report, draft / PLOT_NAME)
         report.save(draft / REPORT_NAME)
     return directory
+
+
+def _save(draft: Path, report: MashupReport, start: Start, trainee: Trainee | FullTrainee) -> None:
+    if isinstance(trainee, FullTrainee):
+        start.merged.move_to(draft)
+        if start.merged.recipe:
+            (draft / MERGEKIT_NAME).write_text(start.merged.recipe, encoding="utf-8")
+        (draft / CARD_NAME).write_text(mashup_card(report), encoding="utf-8")
+        return
+    task_type = getattr(trainee.config.task_type, "value", trainee.config.task_type)
+    save_adapter(draft, start.fitted.factors, base_model=report.base_model, task_type=task_type)
+    describe(draft, report, task_type)
 
 
 def describe(directory: Path, report: MashupReport, task_type: str | None = None) -> None:
@@ -46,7 +58,7 @@ def describe(directory: Path, report: MashupReport, task_type: str | None = None
     (directory / CARD_NAME).write_text(mashup_card(report, task_type), encoding="utf-8")
     recipe = mergekit_config(report)
     if recipe is not None:
-        (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+        (directory / MERGEKIT_NAME).write_text(recipe, encoding="utf-8")
 
 
 @contextmanager

@@ -29,11 +29,12 @@ class CandidateRow:
 
     Args:
         name (`str`): Path or repository id.
-        status (`str`): `"scored"`, `"eliminated"`, `"rejected"` or `"failed"`.
+        status (`str`): `"scored"`, `"eliminated"`, `"rejected"`, `"failed"`, or `"unscored"` where there was no data.
         revision (`str`, *optional*): Commit sha of a Hub candidate.
         reason (`str`, *optional*): Why it was not scored to the end.
         loss (`float`, *optional*): Loss per label token on the rows it was scored on; None if never scored.
         accuracy (`float`, *optional*): Token accuracy on these rows.
+        probe_loss (`float`, *optional*): Loss per label token after a few steps of training, with `metric="probe"`.
         rows (`int`): Rows it was scored on.
         tokens (`int`): Label tokens in them.
         weight (`float`, *optional*): Its weight in the merge; None if it is not in it.
@@ -50,6 +51,7 @@ class CandidateRow:
     reason: str | None = None
     loss: float | None = None
     accuracy: float | None = None
+    probe_loss: float | None = None
     rows: int = 0
     tokens: int = 0
     weight: float | None = None
@@ -67,7 +69,7 @@ class MergeInfo:
 
     Args:
         method (`str`): mergekit's name of the method.
-        space (`str`): `"delta"`, `"core"` or `"factors"`.
+        space (`str`): `"delta"`, `"core"` or `"factors"`; `"weights"` for full models.
         parameters (`dict`): The method's parameters.
         rank (`int`): Largest rank of the merge.
         kept_energy (`float`): Share of the merge's squared Frobenius norm that the trainee's ranks keep.
@@ -89,6 +91,22 @@ class MergeInfo:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """
+    One comparison of a race.
+
+    Args:
+        rows (`int`): Rows on which the candidates were compared.
+        entered (`int`): Candidates that were scored on them.
+        kept (`int`): Candidates that went on, or are left at the end.
+    """
+
+    rows: int
+    entered: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class MashupReport:
     """
     What a mashup found, did and why.
@@ -100,10 +118,12 @@ class MashupReport:
         merged_loss (`float`, *optional*): Held-out loss of the merge.
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
+        rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
         base_model (`str`, *optional*): Name of the base model.
         dry_run (`bool`): Whether the model was left alone whatever the decision.
         timings (`dict[str, float]`): Seconds for each stage, and in all.
+        hub (`dict[str, float]`): Traffic with the Hub: requests, bytes received, and seconds that it took.
         config (`dict`): The settings.
         environment (`dict`): Versions and hardware.
     """
@@ -114,12 +134,19 @@ class MashupReport:
     merged_loss: float | None = None
     single_loss: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
+    rungs: tuple[Rung, ...] = ()
     merge: MergeInfo | None = None
     base_model: str | None = None
     dry_run: bool = False
     timings: dict[str, float] = field(default_factory=dict)
+    hub: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether full models were merged, and not adapters."""
+        return self.merge is not None and self.merge.space == "weights"
 
     @property
     def seconds(self) -> float:
@@ -142,10 +169,14 @@ class MashupReport:
         Raises:
             ValueError: The text is not a report.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            values = None
         if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
             raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
         values["candidates"] = tuple(_from_dict(CandidateRow, row) for row in values.get("candidates", ()))
+        values["rungs"] = tuple(_from_dict(Rung, rung) for rung in values.get("rungs", ()))
         values["merge"] = _from_dict(MergeInfo, values["merge"]) if values.get("merge") else None
         return _from_dict(cls, values)
 
@@ -189,8 +220,14 @@ class MashupReport:
         table.add_column("status", overflow="fold")
         for short, row in zip(self.short_names(), self.candidates, strict=True):
             status = f"{row.status}: {row.reason}" if row.reason else row.status
+            if row.probe_loss is not None:
+                status += f", loss {row.probe_loss:.4f} after a few steps"
             table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
         table.add_section()
+        if len(self.rungs) > 1:
+            steps = (f"{rung.entered} on {rung.rows} rows" for rung in self.rungs)
+            table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rungs[-1].kept} left")
+            table.add_section()
         for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
             table.add_row(name, _number(loss), "", "", "held-out rows")
         table.add_row("merge", _number(self.merged_loss), "", "", f"held-out rows, {self.seconds:.1f} s in all")
@@ -215,6 +252,7 @@ def candidate_rows(scores: "Sequence[Score]", weights: Mapping[int, float]) -> t
             reason=score.reason,
             loss=score.loss,
             accuracy=None if score.losses is None else score.losses.accuracy,
+            probe_loss=score.probe_loss,
             rows=score.rows,
             tokens=score.tokens,
             weight=weights.get(id(score)),

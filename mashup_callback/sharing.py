@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from .candidates import WEIGHTS_NAME
-from .card import ADAPTER_PLACEHOLDER, CARD_NAME, RECIPE_NAME, hub_name, mashup_card, with_section
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, hub_name, mashup_card, with_section
+from .hub_errors import describe, is_transient, retry_after
+from .mergekit_config import MERGEKIT_NAME
 from .plot import PLOT_NAME
 from .report import REPORT_NAME, MashupReport
 from .untrusted import AdapterError, parse_object, read_limited
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_TRIES = 6
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
+MODEL_CONFIG_NAME = "config.json"
 _LONGEST_WAIT = 60.0
-_TRANSIENT = (429, 500, 502, 503, 504)
 
 
 def push_mashup(
@@ -120,6 +121,8 @@ def _check(folder: Path, base_model: str | None) -> dict[str, Any]:
             "what `mashup merge` wrote."
         )
     report = MashupReport.load(folder)
+    if report.is_full and (folder / MODEL_CONFIG_NAME).is_file():
+        return _check_model(folder)
     if not (folder / WEIGHTS_NAME).is_file():
         raise ValueError(
             f"{str(folder)!r} holds no {WEIGHTS_NAME}: the decision was {report.decision!r} ({report.reason}). There "
@@ -135,7 +138,26 @@ def _check(folder: Path, base_model: str | None) -> dict[str, Any]:
         raise ValueError(f"The adapter in {str(folder)!r} cannot be pushed: {error}.") from error
 
 
+def _check_model(folder: Path) -> dict[str, Any]:
+    # Imported here because it imports torch.
+    from .checkpoints import read_checkpoint
+
+    try:
+        return dict(read_checkpoint(folder).config)
+    except AdapterError as error:
+        raise ValueError(f"The model in {str(folder)!r} cannot be pushed: {error}.") from error
+
+
+def _model_files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
+    """Returns the files of a full model: everything beside the card, the weights in their shards."""
+    card = _card(folder, config, base_model).replace(ADAPTER_PLACEHOLDER, repo_id)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {CARD_NAME: card.encode()} | {name: str(folder / name) for name in names if name != CARD_NAME}
+
+
 def _files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
+    if (folder / MODEL_CONFIG_NAME).is_file():
+        return _model_files(folder, config, base_model, repo_id)
     card = _card(folder, config, base_model)
     recorded = {"base_model_name_or_path": base_model or ModelCard(card).data.base_model}
     files: dict[str, bytes | str] = {
@@ -143,7 +165,7 @@ def _files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id
         CONFIG_NAME: (json.dumps(config | recorded, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS_NAME: str(folder / WEIGHTS_NAME),
     }
-    others = (REPORT_NAME, RECIPE_NAME, PLOT_NAME)
+    others = (REPORT_NAME, MERGEKIT_NAME, PLOT_NAME)
     return files | {name: str(folder / name) for name in others if (folder / name).is_file()}
 
 
@@ -201,20 +223,13 @@ def _after_next_card(trainer: Any, then: Callable[[], None]) -> None:
 
 def _retried(request: Callable[[], Result]) -> Result:
     """Repeats what the client itself does not: creating a repository and the final request of a commit."""
-    for attempt in range(_TRIES - 1):
+    for wait in _WAITS:
         try:
             return request()
         except HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", None)
-            if status not in _TRANSIENT:
+            if not is_transient(error):
                 raise
-            wait = _wait(error, attempt)
-            logger.warning("The Hub answered %s; trying again in %.1f s.", status, wait)
+            wait = min(retry_after(error.response) or wait, _LONGEST_WAIT)
+            logger.warning("%s; trying again in %.1f s.", describe(error), wait)
             time.sleep(wait)
     return request()
-
-
-def _wait(error: HfHubHTTPError, attempt: int) -> float:
-    asked = error.response.headers.get("Retry-After", "")
-    seconds = float(asked) if re.fullmatch(r"[0-9]{1,6}", asked) else 0.5 * 2**attempt
-    return min(seconds, _LONGEST_WAIT)

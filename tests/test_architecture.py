@@ -30,9 +30,9 @@ def users(name):
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("mergekit", {"contracts", "merging", "spaces"}),
-        ("trl", {"cli"}),
-        ("datasets", {"cli"}),
+        ("mergekit", {"contracts", "full_merge", "merging", "spaces"}),
+        ("trl", {"sft_rows"}),
+        ("datasets", {"sft_rows"}),
         (".callback", {"__init__", "cli"}),
     ],
 )

@@ -1,0 +1,268 @@
+"""The `mashup` command: what the package does, without a Trainer."""
+
+import contextlib
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_output import find_table, one_line, rank_table, show_result
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .sampling import Rows
+
+# Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(
+    help="Find, rank, merge and share LoRA adapters of one base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Base model: Hub name or local directory.")]
+Specs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SPEC...",
+        help="Adapters: directories and globs, org/name[/folder][@revision], hub:author=..,search=..,limit=.. or "
+        "collection:org/slug.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BaseModel = Annotated[str | None, typer.Option(help="Hub name of the base model, where MODEL is a local directory.")]
+MaxCandidates = Annotated[int, typer.Option(min=1, help="Adapters looked at.")]
+MaxDownload = Annotated[float | None, typer.Option(help="Bound on downloads, in 10^9 bytes.")]
+Licenses = Annotated[list[str] | None, typer.Option(help="Licence that an adapter of the Hub may have; repeatable.")]
+Authors = Annotated[list[str] | None, typer.Option(help="User or organisation it may come from; repeatable.")]
+
+
+def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose failure is one line on stderr and exit status 1."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
+            try:
+                function(*args, **kwargs)
+            except typer.Exit:
+                raise
+            except Exception as error:
+                # The last resort of a command line: whatever went wrong becomes one line.
+                logger.debug("The command failed.", exc_info=error)
+                typer.echo(f"mashup: error: {one_line(error)}", err=True)
+                raise typer.Exit(1) from None
+
+        return app.command(epilog=f"Example: {example}")(run)
+
+    return register
+
+
+@_command("mashup find acme/base 'runs/*' hub:author=acme,limit=50")
+def find(
+    model: Model,
+    specs: Specs,
+    base_model: BaseModel = None,
+    max_candidates: MaxCandidates = 64,
+    allow_license: Licenses = None,
+    allow_author: Authors = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the adapters that fit a base model, without downloading their weights."""
+    with _quiet_stdout():
+        from .candidates import check_specs, find_candidates
+
+        check_specs(specs)
+        from .hub import Hub
+        from .without_trainer import describe_candidate, model_shapes
+
+        shapes = model_shapes(model)
+        hub = Hub()
+        found = find_candidates(
+            specs,
+            base_model or model,
+            max_candidates=max_candidates,
+            allow_licenses=allow_license,
+            allow_authors=allow_author,
+            layers=shapes,
+            hub=hub,
+        )
+        rows = [describe_candidate(candidate, shapes, base_model or model) for candidate in found]
+    show_result({"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows), as_json)
+
+
+@_command("mashup rank acme/base --dataset train.jsonl 'runs/*' acme/adapter@main")
+def rank(
+    model: Model,
+    specs: Specs,
+    dataset: Annotated[str, typer.Option(help="File (json, jsonl, csv, parquet), directory or Hub data set.")],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
+    sample_size: Annotated[int, typer.Option(min=1, help="Rows to score on.")] = 256,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
+    metric: Annotated[str, typer.Option(help="loss or token_accuracy.")] = "loss",
+    search: Annotated[str, typer.Option(help="racing or exhaustive.")] = "racing",
+    keep: Annotated[int, typer.Option(min=1, help="Training runs that racing must leave.")] = 3,
+    assistant_only_loss: Annotated[bool, typer.Option(help="Chats: score the assistant's turns only.")] = False,
+    dtype: Annotated[str, typer.Option(help="Data type of the model, such as bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 42,
+    base_model: BaseModel = None,
+    max_candidates: MaxCandidates = 64,
+    max_download_gb: MaxDownload = 10.0,
+    allow_license: Licenses = None,
+    allow_author: Authors = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank adapters by their loss on a sample of a data set, tokenised as TRL's SFTTrainer does."""
+    with _quiet_stdout():
+        from .candidates import check_specs, find_candidates
+
+        check_specs(specs)
+        from transformers import AutoModelForCausalLM
+
+        from .config import MashupConfig
+        from .hub import Hub
+        from .report import candidate_rows
+        from .scoring import score_candidates
+        from .sft_rows import sft_rows
+        from .without_trainer import layer_shapes
+
+        MashupConfig(metric=metric, search=search)
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        rows = sft_rows(
+            net,
+            dataset,
+            split=split,
+            subset=subset,
+            sample_size=sample_size,
+            max_length=max_length,
+            batch_size=batch_size,
+            assistant_only_loss=assistant_only_loss,
+            seed=seed,
+        )
+        base = base_model or model
+        hub = Hub()
+        found = find_candidates(
+            specs,
+            base,
+            max_candidates=max_candidates,
+            max_download_gb=max_download_gb,
+            allow_licenses=allow_license,
+            allow_authors=allow_author,
+            layers=layer_shapes(net),
+            hub=hub,
+        )
+        scores = score_candidates(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
+        base_loss = _base_loss(net, rows, metric)
+        ranked = candidate_rows(scores, {})
+    value = {"model": model, "base_loss": base_loss, "candidates": [*map(asdict, ranked)], "hub": hub.traffic()}
+    show_result(value, rank_table(ranked, base_loss), as_json)
+    if all(row.loss is None for row in ranked):
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in ranked[:3])
+        raise ValueError(f"None of the {len(ranked)} adapters could be scored ({reasons or 'none was found'}).")
+
+
+@_command("mashup merge runs/a runs/b --weights 0.7,0.3 -o merged")
+def merge(
+    specs: Specs,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    weights: Annotated[str, typer.Option(help="equal, or one number for each adapter.")] = "equal",
+    method: Annotated[str, typer.Option(help="Any method of mergekit.")] = "linear",
+    parameters: Annotated[str, typer.Option(help="The method's parameters, as JSON.")] = "{}",
+    space: Annotated[str, typer.Option(help="delta, core or factors.")] = "delta",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the merge; the largest of the adapters'.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw random numbers.")] = 42,
+    base_model: Annotated[str | None, typer.Option(help="Hub name of the base model to record.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Merge adapters and save the merge as a PEFT adapter with model card, report and mergekit configuration.
+
+    A run's checkpoints are left out where its final adapter is found with them.
+    """
+    with _quiet_stdout():
+        from .candidates import check_specs, find_candidates
+
+        check_specs(specs)
+        from .config import MashupConfig
+        from .hub import Hub
+        from .hub_download import download
+        from .without_trainer import finished, publish_merge, usable
+
+        hub = Hub()
+        found = finished(find_candidates(specs, base_model, hub=hub))
+        adapters = usable([download(candidate, hub) for candidate in found])
+        config = MashupConfig(
+            top_k=len(adapters),
+            weights=weights,
+            merge_method=method,
+            merge_parameters=parameters,
+            merge_space=space,
+            seed=seed,
+            base_model=base_model,
+        )
+        report = publish_merge(output, adapters, config, rank=rank)
+    show_result(json.loads(report.to_json()) | {"path": str(output)}, f"Wrote {output}", as_json)
+
+
+@_command("mashup push runs/new/mashup acme/start --private")
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a mashup.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, org/name.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub name of the base model to record.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Push a mashup's adapter to the Hub, with model card, report and mergekit configuration."""
+    with _quiet_stdout():
+        from .sharing import push_mashup
+
+        url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
+    show_result({"url": url}, url, as_json)
+
+
+@_command("mashup show runs/new/mashup/report.json")
+def show(
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, or the directory that holds it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a mashup found, did and why."""
+    with _quiet_stdout():
+        from .report import MashupReport
+
+        loaded = MashupReport.load(report)
+    show_result(json.loads(loaded.to_json()), loaded.table(), as_json)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    # Libraries print now and then, and stdout is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _base_loss(model: "nn.Module", rows: "Rows", metric: str) -> float:
+    from .evaluation import evaluate
+    from .isolation import undisturbed
+
+    with undisturbed(model):
+        return evaluate(model, rows, metric).mean_loss
+
+
+if __name__ == "__main__":
+    app(prog_name="mashup")

@@ -1,0 +1,228 @@
+"""The `mashup` command, each through a process of its own."""
+
+import configparser
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mashup_callback.candidates import find_candidates
+from mashup_callback.config import MashupConfig
+from mashup_callback.without_trainer import finished, publish_merge
+from tests.hub.conftest import hub  # noqa: F401
+
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("find", "rank", "merge", "push", "show")
+
+
+def mashup(*arguments, cwd, environment=None):
+    """Runs the command offline, or in the environment given, and returns what it left."""
+    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "mashup_callback.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def output(*arguments, **settings):
+    """The JSON that a successful command prints: all of stdout, and nothing that JSON does not know."""
+    done = mashup(*arguments, "--json", **settings)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+
+
+def failure(*arguments, **settings):
+    """The one line in which a command fails."""
+    done = mashup(*arguments, **settings)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("mashup: error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base model, three adapters of it, one of another model, and the same rows in several forms."""
+    from tests import tiny
+
+    directory = tmp_path_factory.mktemp("world")
+    tiny.llama().save_pretrained(directory / "base")
+    tiny.tokenizer().save_pretrained(directory / "base")
+    for seed in range(3):
+        tiny.save_random_adapter(directory / f"runs/a{seed}", seed, scale=0.05 * seed)
+    tiny.save_random_adapter(directory / "other", 0, base=tiny.llama(hidden_size=64))
+    tiny.rows("text", 12).to_json(directory / "text.jsonl")
+    tiny.rows("chat", 12).to_parquet(directory / "chat.parquet")
+    tiny.rows("prompt_completion", 12).save_to_disk(directory / "pairs")
+    return directory
+
+
+def expected_losses(world, kind):
+    """NLL per label token of the base and the adapters, from peft and SFTTrainer's own collated batches."""
+    import torch
+    from peft import PeftModel
+    from torch.nn import functional as F
+
+    from tests import tiny
+
+    trainer = tiny.sft_trainer(world / "out", train_rows=tiny.rows(kind, 12), max_length=1024)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(12)])
+    inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+    labels = batch["labels"][:, 1:]
+    losses = {}
+    for name in ("base", "runs/a0", "runs/a1", "runs/a2"):
+        model = tiny.llama()
+        model = PeftModel.from_pretrained(model, world / name) if name != "base" else model
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits[:, :-1]
+        losses[name] = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)).item()
+    return losses
+
+
+def test_help_shows_an_example_of_every_command(tmp_path):
+    for command in COMMANDS:
+        done = mashup(command, "--help", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"Example: mashup {command} " in done.stdout
+        assert "--json" in done.stdout
+    done = mashup("--help", cwd=tmp_path)
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+def test_entry_point_leads_to_the_command():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    name, _, target = config["options.entry_points"]["console_scripts"].strip().partition("=")
+    assert (name.strip(), target.strip()) == ("mashup", "mashup_callback.cli:app")
+
+
+@pytest.mark.parametrize(("kind", "dataset"), [("text", "text.jsonl"), ("chat", "chat.parquet")])
+def test_rank_scores_as_training_would(world, kind, dataset):
+    expected = expected_losses(world, kind)
+    ranked = output("rank", "base", "--dataset", dataset, "runs/*", "other", "--search=exhaustive", cwd=world)
+    losses = {row["name"]: row["loss"] for row in ranked["candidates"]}
+    assert ranked["base_loss"] == pytest.approx(expected.pop("base"), abs=1e-5)
+    assert losses.pop("other") is None
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert list(losses) == sorted(expected, key=expected.get)
+    assert {row["rows"] for row in ranked["candidates"][:3]} == {12}
+    assert ranked["candidates"][3]["status"] == "rejected"
+
+
+def test_rank_for_people_and_with_nothing_to_rank(world):
+    done = mashup("rank", "base", "--dataset=pairs", "--sample-size=4", "runs/a1", cwd=world)
+    assert done.returncode == 0, done.stderr
+    assert "runs/a1" in done.stdout
+    assert "the base model alone: 4." in done.stdout
+    line = failure("rank", "base", "--dataset=text.jsonl", "other", cwd=world)
+    assert "None of the 1 adapters could be scored (other: trained on another base model" in line
+
+
+def test_merge_then_show(world):
+    import torch
+    from peft import PeftModel
+
+    from tests import tiny
+
+    arguments = ("--weights=0.75,0.25", "--rank=8", "--base-model=acme/base")
+    merged = output("merge", "runs/a1", "runs/a2", *arguments, "-o", "merged", cwd=world)
+    assert (merged["path"], merged["decision"], merged["base_model"]) == ("merged", "merged", "acme/base")
+    assert [(row["name"], row["weight"]) for row in merged["candidates"]] == [("runs/a1", 0.75), ("runs/a2", 0.25)]
+    written = {path.name for path in (world / "merged").iterdir()}
+    assert written == {"README.md", "adapter_config.json", "adapter_model.safetensors", "mergekit.yaml", "report.json"}
+    config = json.loads((world / "merged/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"], config["r"]) == ("acme/base", "CAUSAL_LM", 8)
+
+    def weights(adapter):
+        return PeftModel.from_pretrained(tiny.llama(), world / adapter).merge_and_unload().state_dict()
+
+    base, merge, one, two = tiny.llama().state_dict(), weights("merged"), weights("runs/a1"), weights("runs/a2")
+    for name in base:
+        wanted = base[name] + 0.75 * (one[name] - base[name]) + 0.25 * (two[name] - base[name])
+        torch.testing.assert_close(merge[name], wanted, rtol=0, atol=1e-5)
+
+    report = json.loads((world / "merged/report.json").read_text())
+    assert output("show", "merged/report.json", cwd=world) == report
+    shown = mashup("show", "merged", cwd=world)
+    assert "mashup: merged" in shown.stdout
+    assert "runs/a2" in shown.stdout
+
+
+def test_merge_replaces_nothing_but_a_merge(world, tmp_path):
+    config = MashupConfig(top_k=1)
+    found = find_candidates(str(world / "runs/a1"))
+    target = tmp_path / "merged"
+    for _ in range(2):
+        assert publish_merge(target, found, config).decision == "single"
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt and would be replaced"):
+        publish_merge(target, found, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_merge_leaves_out_checkpoints_of_finished_runs(world, tmp_path):
+    for name, source in (("one", "a0"), ("one/checkpoint-9", "a1"), ("two/checkpoint-9", "a2")):
+        shutil.copytree(world / "runs" / source, tmp_path / name)
+    names = [Path(item.name).relative_to(tmp_path) for item in finished(find_candidates(str(tmp_path / "*")))]
+    assert [*map(str, names)] == ["one", "two/checkpoint-9"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("show", "nothing.json"), "nothing.json"),
+        (("show", "text.jsonl"), "not a mashup report"),
+        (("push", "runs", "acme/x"), "holds no report.json"),
+        (("find", "base", "hub:colour=red"), "unknown key 'colour'"),
+        (("rank", "base", "--dataset=text.jsonl", "./nothing"), "does not exist"),
+        (("merge", "runs/a1", "runs/a2", "-o", "x", "--weights=1"), "Found 1 weights for top_k=2"),
+    ],
+)
+def test_a_failure_is_one_line_and_a_status(world, arguments, words):
+    assert words in failure(*arguments, cwd=world)
+    assert not (world / "x").exists()
+
+
+def test_wrong_usage_is_told_apart(tmp_path):
+    done = mashup("find", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Missing argument 'MODEL'" in done.stderr
+
+
+def test_find_merge_and_push_on_the_hub(world, hub, tmp_path):  # noqa: F811
+    """Adapters of the Hub are found without their weights, merged, pushed and found again."""
+    for seed in (1, 2):
+        files = {path.name: path.read_bytes() for path in (world / f"runs/a{seed}").iterdir()}
+        hub.seed(f"acme/a{seed}", files | {"README.md": b"---\nbase_model: acme/base\nlibrary_name: peft\n---\n"})
+    environment = hub.environment(tmp_path / "hf", hub.user("alice", ["acme"]))
+    at_hub = {"cwd": world, "environment": environment}
+    find = ("find", "base", "runs/a1", "other", "hub:author=acme", "--base-model=acme/base")
+    found = output(*find, **at_hub)
+    rows = {row["name"]: row for row in found["candidates"]}
+    assert list(rows) == ["runs/a1", "other", "acme/a1", "acme/a2"]
+    assert rows["runs/a1"]["bytes"] == (world / "runs/a1/adapter_model.safetensors").stat().st_size
+    assert [(row["rank"], row["path"]) for row in rows.values()][:2] == [(4, "runs/a1"), (None, "other")]
+    assert "trained on another base model" in rows["other"]["reason"]
+    assert [(row["reason"], row["path"], len(row["revision"])) for row in rows.values() if row["repo_id"]] == [
+        (None, None, 40)
+    ] * 2
+    assert found["hub"]["requests"] > 0
+    weights = [request for request in hub.requests if "adapter_model.safetensors" in request.path]
+    assert [request.range for request in weights if request.method == "GET"] == ["bytes=0-131071"] * 2
+
+    specs = ("runs/a1", "acme/a2")
+    merged = output("merge", *specs, "-o", tmp_path / "merged", "--base-model=acme/base", **at_hub)
+    revisions = [(row["name"], row["revision"]) for row in merged["candidates"]]
+    assert revisions == [(name, rows[name]["revision"]) for name in specs]
+    pushed = output("push", tmp_path / "merged", "acme/start", **at_hub)
+    assert pushed["url"].startswith(f"{hub.url}/acme/start/commit/")
+    weights = (tmp_path / "merged/adapter_model.safetensors").read_bytes()
+    assert hub.files("acme/start")["adapter_model.safetensors"] == weights
+    again = output("find", "base", "hub:author=acme", "--base-model=acme/base", **at_hub)
+    assert {row["name"]: row["reason"] for row in again["candidates"]}["acme/start"] is None
+    assert "HTTP status 403" in failure("push", tmp_path / "merged", "nobody/x", **at_hub)
