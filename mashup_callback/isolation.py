@@ -25,7 +25,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     try:
-        with _random_state(), torch.no_grad(), _no_cache(model):
+        with random_state(), torch.no_grad(), _no_cache(model):
             model.eval()
             yield
     finally:
@@ -69,12 +69,21 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def random_state(seed: int | None = None) -> Iterator[None]:
+    """
+    Context after which the random number generators are as they were.
+
+    Args:
+        seed (`int`, *optional*):
+            What to seed them with inside.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cuda"
     devices = range(torch.accelerator.device_count())
     try:
         with torch.random.fork_rng(devices=devices, device_type=device_type):
+            if seed is not None:
+                random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
             yield
     finally:
         random.setstate(python)

@@ -10,12 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .model_tensors import FullTrainee, find_full_trainee
+from .parameters import clean_name, read_parameters
+
 
 # Initialisations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
 ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FREEZES_A_FACTOR = ("mica",)
-# What wrappers put into the middle of a module's name.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 # B·A counts as zero below this share of |A|·|B|: orthogonal initialisations reach zero only approximately.
 _ZERO = 1e-5
 
@@ -27,15 +28,15 @@ class Target:
 
     Args:
         name (`str`): Name of the layer in the base model.
-        A (`torch.nn.Parameter`): Down projection, shape (rank, in_features).
-        B (`torch.nn.Parameter`): Up projection, shape (out_features, rank).
+        A (`torch.Tensor`): Copy of its down projection, shape (rank, in_features), whole even where it is sharded.
+        B (`torch.Tensor`): Copy of its up projection, shape (out_features, rank).
         scaling (`float`): What B·A is multiplied by in the forward pass.
         alpha (`float`): LoRA alpha that the scaling comes from.
     """
 
     name: str
-    A: nn.Parameter
-    B: nn.Parameter
+    A: torch.Tensor
+    B: torch.Tensor
     rank: int
     scaling: float
     alpha: float
@@ -56,16 +57,13 @@ class Trainee:
     targets: Mapping[str, Target]
     config: object
 
+    def parameter_names(self, layer: str) -> tuple[str, str]:
+        """Returns the names of A and B of one layer, as [`read_parameters`] takes them."""
+        return _parameter_names(layer, self.adapter_name)
+
     @property
     def ranks(self) -> dict[str, int]:
         return {name: target.rank for name, target in self.targets.items()}
-
-
-def clean_name(name: str) -> str:
-    """Returns a module's or parameter's name as it is in the base model, without what wrappers add to it."""
-    for part in _WRAPPERS:
-        name = name.replace(part, "")
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -96,40 +94,47 @@ def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
     return shape if all(isinstance(size, int) for size in shape) else None
 
 
-def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee:
+def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee | FullTrainee:
     """
-    Finds the LoRA adapter that is being trained and checks that a merge can be written into it.
+    Finds what is being trained, a LoRA adapter or the model's own weights, and checks that a merge can be written into
+    it.
 
     Args:
         model (`torch.nn.Module`):
-            A `PeftModel`, or a model with an adapter added by transformers' `add_adapter`.
+            A `PeftModel`, a model with an adapter added by transformers' `add_adapter`, or one without adapters.
         overwrite (`bool`, *optional*, defaults to `False`):
             Accept an adapter whose update B·A is not zero.
 
     Raises:
-        ValueError: The model trains no LoRA layers, trains several adapters, its initialisation alters the base or
-            freezes a factor, it is a variant such as DoRA, or it is already trained.
+        ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialisation
+            alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained.
     """
-    model = extract_model_from_parallel(model)
-    layers = {clean_name(name): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    modules = extract_model_from_parallel(model).named_modules()
+    layers = {clean_name(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
     names = sorted({name for layer in layers.values() for name in _trained_adapters(layer)})
     if not names:
+        full = find_full_trainee(model)
+        if full is not None:
+            return full
         raise ValueError(
-            "The model trains no LoRA layers, and a mashup is written into LoRA layers. Give the Trainer a "
-            "`peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, or call `model.add_adapter`."
+            "The model trains no LoRA layers, and none of its own weights. A mashup is written into what is trained: "
+            "give the Trainer a `peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, call "
+            "`model.add_adapter`, or leave the weights trainable for full fine-tuning."
         )
     if len(names) > 1:
         raise ValueError(
             f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
             "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
         )
-    config = model.peft_config[names[0]]
+    config = extract_model_from_parallel(model).peft_config[names[0]]
     _refuse_initialisation(config)
-    targets = {
-        name: _target(name, layer, names[0])
+    fitting = {
+        name: layer
         for name, layer in layers.items()
         if names[0] in layer.lora_A and layer_shape(layer.get_base_layer()) is not None
     }
+    values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, names[0])])
+    targets = {name: _target(name, layer, names[0], values) for name, layer in fitting.items()}
     if not overwrite:
         _refuse_trained(targets.values())
     return Trainee(names[0], targets, config)
@@ -155,13 +160,17 @@ def _refuse_initialisation(config: object) -> None:
         )
 
 
-def _target(name: str, layer: LoraLayer, adapter: str) -> Target:
+def _parameter_names(layer: str, adapter: str) -> tuple[str, str]:
+    return f"{layer}.lora_A.{adapter}.weight", f"{layer}.lora_B.{adapter}.weight"
+
+
+def _target(name: str, layer: LoraLayer, adapter: str, values: Mapping[str, torch.Tensor]) -> Target:
     if adapter in layer.lora_variant:
         raise ValueError(
             f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is more than "
             "scaling·B·A. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
         )
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, B = (values[key] for key in _parameter_names(name, adapter))
     return Target(name, A, B, layer.r[adapter], float(layer.scaling[adapter]), float(layer.lora_alpha[adapter]))
 
 

@@ -3,12 +3,18 @@
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
+
+from .config import UsageError
+from .distributed import decided
+from .isolation import random_state
 
 
 logger = logging.getLogger(__name__)
@@ -36,12 +42,16 @@ class Rows:
     batch_size: int = 1
     _groups: list[list[int]] = field(default_factory=list, repr=False)
     _batches: dict[tuple[int, ...], Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    _shares: dict[tuple[int, int], "Rows"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if not self._groups:
+            self._groups.extend(self._grouped(self.batch_size))
+
+    def _grouped(self, size: int) -> list[list[int]]:
         # Rows of similar length share a batch, the longest first: a lack of memory shows at once.
         order = sorted(range(len(self.rows)), key=lambda index: (-_length(self.rows[index]), index))
-        size = self.batch_size
-        self._groups.extend(order[start : start + size] for start in range(0, len(order), size))
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,6 +59,27 @@ class Rows:
     def part(self, start: int, stop: int) -> "Rows":
         """Returns the rows from `start` to `stop` with the same collator and batch size."""
         return Rows(self.rows[start:stop], self.collate, self.batch_size)
+
+    def share(self, index: int, count: int) -> "Rows":
+        """
+        Returns the same rows with the batches that one of several processes looks at.
+
+        Every share has the same number of batches: where they do not come out even, the first batch fills up.
+
+        Args:
+            index (`int`):
+                Which process.
+            count (`int`):
+                How many there are.
+        """
+        if count == 1:
+            return self
+        if (index, count) not in self._shares:
+            groups = self._grouped(min(self.batch_size, max(1, math.ceil(len(self.rows) / count))))
+            groups += groups[:1] * (-len(groups) % count)
+            mine = [list(group) for group in groups[index::count]]
+            self._shares[index, count] = Rows(self.rows, self.collate, self.batch_size, mine)
+        return self._shares[index, count]
 
     def batches(self) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
         """Yields each batch with the indices of its rows; follows [`Rows.halve`] while it runs."""
@@ -96,7 +127,9 @@ def draw_sample(
     Draws the rows that select and the rows that are held out for the guard.
 
     The data loader is never iterated: its sampler would draw random numbers and change the order of training. Rows of
-    a map-style data set are drawn at random without replacement, those of an iterable one are its first ones.
+    a map-style data set are drawn at random without replacement, those of an iterable one are its first ones. The main
+    process reads them and every process gets them, so that a data set that is split over the processes gives the
+    same sample to all. The collator starts from the same seed at every batch and everywhere.
 
     Args:
         dataloader (`DataLoader`):
@@ -116,7 +149,7 @@ def draw_sample(
     Raises:
         ValueError: The data set has fewer than two rows, or `guard_rows` lacks a column of the training rows.
     """
-    rows = _read_rows(dataloader.dataset, size, seed)
+    rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
     needed = 2 if guard_rows is None else 1
     if len(rows) < needed:
         raise ValueError(f"The training data has {len(rows)} rows, expected at least {needed} to select and to guard.")
@@ -124,10 +157,22 @@ def draw_sample(
         logger.info("The training data has %d rows, fewer than sample_size=%d; all are used.", len(rows), size)
     selection = rows[::2] if guard_rows is None else rows
     held_out = rows[1::2] if guard_rows is None else _check_guard(guard_rows, rows[0])
-    return Rows(selection, dataloader.collate_fn, batch_size), Rows(held_out, dataloader.collate_fn, batch_size)
+    collate = _seeded(dataloader.collate_fn, seed)
+    return Rows(selection, collate, batch_size), Rows(held_out, collate, batch_size)
+
+
+def _seeded(collate: Callable, seed: int) -> Callable:
+    def collated(rows: list[Any]) -> Mapping[str, Any]:
+        with random_state(seed):
+            return collate(rows)
+
+    return collated
 
 
 def _read_rows(dataset: Any, size: int, seed: int) -> list[Any]:
+    if isinstance(dataset, IterableDatasetShard):
+        # Each process would skip the rows of the others.
+        dataset = dataset.dataset
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return list(itertools.islice(iter(dataset), size))
     generator = torch.Generator().manual_seed(seed)
@@ -137,10 +182,10 @@ def _read_rows(dataset: Any, size: int, seed: int) -> list[Any]:
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
     rows = [rows[index] for index in range(len(rows))]
     if not rows:
-        raise ValueError("`guard_dataset` is empty, expected rows in the form of the training rows.")
+        raise UsageError("`guard_dataset` is empty, expected rows in the form of the training rows.")
     missing = set(example) - set(rows[0]) if isinstance(example, Mapping) and isinstance(rows[0], Mapping) else set()
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"The rows of `guard_dataset` have the columns {sorted(rows[0])} and lack {sorted(missing)}. They must be "
             "in the form of the Trainer's own training rows: take them from `trainer.train_dataset` or from "
             "`trainer.eval_dataset`, after the Trainer has prepared it."

@@ -1,14 +1,25 @@
 """Writing a merge into the adapter that is being trained, in place."""
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from .distributed import exchange, joint
 from .factors import Factors, LoraFactors
 from .layers import Target, Trainee
+from .model_tensors import FullTrainee
+from .parameters import read_parameters, write_parameters
+from .weights import replace_weights
+
+
+if TYPE_CHECKING:
+    from .full_training import FittedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +64,7 @@ def fit(merged: Factors, trainee: Trainee) -> FittedMerge:
 
 
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
-    A, B = target.A.detach().clone(), torch.zeros_like(target.B)
+    A, B = target.A.clone(), torch.zeros_like(target.B)
     if update is None:
         return LoraFactors(A, B, target.scaling)
     if update.rank > target.rank:
@@ -68,31 +79,95 @@ def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
     return LoraFactors(A, B, target.scaling)
 
 
-@torch.no_grad()
-def swap(trainee: Trainee, fitted: FittedMerge) -> None:
+def swap(model: nn.Module, trainee: Trainee | FullTrainee, fitted: "FittedMerge | FittedModel") -> None:
     """
-    Writes a fitted merge into the trainee's parameters.
+    Writes a fitted merge into the trainee's parameters, on every process, and reads it back.
 
-    The parameters that the optimizer holds are filled, never replaced. If a write fails, the parameters written so
-    far get back what they held.
+    If the write fails on any process, or what a process reads is not what the others read, all of them write back
+    what the trainee held before.
 
     Args:
-        trainee (`Trainee`):
-            The adapter that is trained.
-        fitted (`FittedMerge`):
-            What [`fit`] made for it.
+        model (`torch.nn.Module`):
+            The model that is trained.
+        trainee (`Trainee` or `FullTrainee`):
+            Its adapter, or its weights.
+        fitted (`FittedMerge` or `FittedModel`):
+            What was made for it.
+
+    Raises:
+        ValueError: A value has another shape than its parameter.
+        RuntimeError: The parameters do not hold what was written, or differ between processes.
     """
-    values = _values(trainee.targets, fitted.factors)
-    before = [(parameter, parameter.detach().clone()) for parameter, _ in values]
+    if isinstance(trainee, FullTrainee):
+        replace_weights(model, fitted.replacement)
+        return
+    values = _values(trainee, fitted.factors)
+    before = _values(trainee, trainee.targets)
+    with joint():
+        _check_shapes(values, before)
     try:
-        for parameter, value in values:
-            parameter.copy_(value)
+        with joint():
+            write_parameters(model, values)
+            _check_written(read_parameters(model, values), values)
     except BaseException:
-        for parameter, value in before:
-            parameter.copy_(value)
+        write_parameters(model, before)
         raise
 
 
-def _values(targets: Mapping[str, Target], factors: Factors) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    pairs = [(targets[name], update) for name, update in factors.items()]
-    return [pair for target, update in pairs for pair in ((target.A, update.A), (target.B, update.B))]
+@contextmanager
+@torch.no_grad()
+def held(model: nn.Module, trainee: Trainee, merged: Factors) -> Iterator[None]:
+    """
+    Context in which the trainee holds a merge, and after which it holds what it held before, to the bit.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that is trained.
+        trainee (`Trainee`):
+            Its adapter.
+        merged (`Mapping[str, LoraFactors]`):
+            The merge, of at most the trainee's rank in each layer.
+    """
+    values, before = _values(trainee, fit(merged, trainee).factors), _values(trainee, trainee.targets)
+    try:
+        # Forward passes read the parameters only; their fp32 masters stay as they are.
+        write_parameters(model, values, masters=False)
+        yield
+    finally:
+        write_parameters(model, before, masters=False)
+
+
+def _values(trainee: Trainee, factors: Mapping[str, LoraFactors | Target]) -> dict[str, torch.Tensor]:
+    named = [(trainee.parameter_names(layer), factor) for layer, factor in factors.items()]
+    return {name: value for (a, b), factor in named for name, value in ((a, factor.A), (b, factor.B))}
+
+
+def _check_shapes(values: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        if name not in before or value.shape != before[name].shape:
+            expected = tuple(before[name].shape) if name in before else "no such parameter"
+            raise ValueError(f"The merge has shape {tuple(value.shape)} for {name}, the trainee {expected}.")
+
+
+def _check_written(found: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    lost = [name for name, value in values.items() if not torch.equal(found[name], value.to(found[name]))]
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (the first: {lost[0]}). "
+            "Something else writes to the model at the same time, or keeps its parameters in a way unknown here."
+        )
+    checksums = exchange(_checksum(found))
+    if len(set(checksums)) > 1:
+        different = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+        raise RuntimeError(
+            f"The weights written on the processes {different} differ from those of process 0. The processes must "
+            "start from the same fresh adapter: set the same seed on all of them."
+        )
+
+
+def _checksum(values: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(values[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""Whole parameters of a live model, read and written however they are kept: plain, sharded, with fp32 masters."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+# What wrappers put into the middle of a parameter's or module's name.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """Returns a module's or parameter's name as it is in the base model, without what wrappers add to it."""
+    return _unwrapped_name(name).removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _unwrapped_name(name: str) -> str:
+    for part in _WRAPPERS:
+        name = f"{name}.".replace(part, "").removesuffix(".")
+    return name
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """
+    Whether no process holds the whole model (FSDP, ZeRO-3), so that all of them must join every forward pass.
+
+    Args:
+        model (`torch.nn.Module`):
+            Any model, wrapped or not.
+    """
+    wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return wrapped or any(_is_partitioned(parameter) for parameter in model.parameters())
+
+
+@torch.no_grad()
+def read_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """
+    Returns copies of whole parameters. Every process must call it, and each gets all of them.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, wrapped or not.
+        names (`Iterable[str]`):
+            Names as [`clean_name`] gives them.
+
+    Raises:
+        KeyError: The model has no such parameter.
+    """
+    names = list(names)
+    wanted, found = set(names), {}
+    for parameters in _gathered(model, writeback=False):
+        found |= {name: _whole(parameter) for name, parameter in parameters.items() if name in wanted}
+    return {name: found[name] for name in names}
+
+
+@torch.no_grad()
+def write_parameters(model: nn.Module, values: Mapping[str, torch.Tensor], masters: bool = True) -> None:
+    """
+    Fills parameters, and the fp32 masters that ZeRO keeps of them. Every process must call it with the same values.
+
+    The parameters that the optimizer holds are filled, never replaced. ZeRO would otherwise undo the write in its
+    first step, and FSDP2 loses what is written into parameters that a forward pass has gathered.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, wrapped or not.
+        values (`Mapping[str, torch.Tensor]`):
+            Whole tensors, by names as [`clean_name`] gives them. Each is looked up once, when its turn comes.
+        masters (`bool`, *optional*, defaults to `True`):
+            Fill the fp32 masters too; not for what is put back before the next step.
+    """
+    for parameters in _gathered(model, writeback=True):
+        for name, parameter in parameters.items():
+            if name in values:
+                _fill(parameter, values[name], masters)
+
+
+def _gathered(model: nn.Module, writeback: bool) -> Iterator[dict[str, nn.Parameter]]:
+    """Yields the parameters by their clean names, those of FSDP1 one unit at a time while the unit is whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    units = {
+        _unwrapped_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, FullyShardedDataParallel)
+    }
+    for prefix, unit in units.items():
+        within = tuple(f"{other}." for other in units if other != prefix and _is_below(other, prefix))
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
+            named = {_unwrapped_name(name): value for name, value in unit.named_parameters(prefix=prefix)}
+            yield {clean_name(name): value for name, value in named.items() if not name.startswith(within)}
+    if not units:
+        yield {clean_name(name): value for name, value in model.named_parameters()}
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return not prefix or name.startswith(f"{prefix}.")
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _has_master(parameter: nn.Parameter) -> bool:
+    return _is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if _is_partitioned(parameter):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    value = parameter.detach()
+    return value.full_tensor().clone() if isinstance(value, DTensor) else value.clone()
+
+
+def _fill(parameter: nn.Parameter, value: torch.Tensor, masters: bool) -> None:
+    if _is_partitioned(parameter):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    elif isinstance(parameter, DTensor):
+        value = value.to(parameter.device, parameter.dtype)
+        # Every process has the value, so each cuts out its own shard and nothing is sent.
+        shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(value)
+    if masters and _has_master(parameter):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.float().to(parameter.device))

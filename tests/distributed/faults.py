@@ -1,0 +1,145 @@
+"""What the tests break in one process of a run: the code under test, or the world around it."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import mashup_callback.evaluation
+import mashup_callback.guard
+import mashup_callback.parameters
+import mashup_callback.preparing
+import mashup_callback.scoring
+import mashup_callback.swap
+from mashup_callback.adapters import AdapterError
+
+
+def install(fault: str | None, rank: int) -> None:
+    if fault is not None:
+        FAULTS[fault](rank)
+
+
+def unreadable(rank: int) -> None:
+    """Process 1 cannot read the tensors of one candidate."""
+
+    def load(source: Any) -> Any:
+        if rank == 1 and source.candidate.name.endswith("trained-0"):
+            raise AdapterError("its file cannot be read (Input/output error)")
+        return original(source)
+
+    original = _replace(mashup_callback.preparing, "load_update", load)
+
+
+def missing(rank: int) -> None:
+    """Process 1 does not have one candidate at all."""
+
+    def read(candidate: Any) -> Any:
+        if rank == 1 and candidate.name.endswith("trained-0"):
+            raise AdapterError("adapter_config.json is missing")
+        return original(candidate)
+
+    original = _replace(mashup_callback.scoring, "read_adapter", read)
+
+
+def scoring_raises(rank: int) -> None:
+    """Process 1 fails in scoring with something that no candidate is to blame for."""
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        if rank == 1:
+            raise KeyError("a defect on process 1")
+        return original(*args, **kwargs)
+
+    original = _replace(mashup_callback.scoring, "evaluate", evaluate)
+
+
+def batch_raises(rank: int) -> None:
+    """Process 1 fails on its rows, before the model sees them."""
+
+    def losses(*args: Any) -> Any:
+        if rank == 1:
+            raise RuntimeError("process 1 chokes on its rows")
+        return original(*args)
+
+    original = _replace(mashup_callback.evaluation, "_batch_losses", losses)
+
+
+def forward_raises(rank: int) -> None:
+    """Process 1 fails in the middle of a forward pass, where the others need it."""
+
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == 1 and not torch.is_grad_enabled():
+            raise RuntimeError("a layer fails on process 1")
+        return original(self, *args, **kwargs)
+
+    original = _replace(LlamaMLP, "forward", apply)
+
+
+def guard_refuses(rank: int) -> None:
+    """The guard finds nothing better than a fresh initialisation."""
+    _replace(mashup_callback.guard, "_decide", lambda *args: "scratch")
+
+
+def killed(rank: int) -> None:
+    """Process 0 is killed while it scores."""
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    original = _replace(mashup_callback.scoring, "evaluate", evaluate)
+
+
+def writes_on_main_only(rank: int) -> None:
+    """Mutation: only process 0 writes, and nobody looks at what was written."""
+
+    def write(*args: Any) -> None:
+        if rank == 0:
+            original(*args)
+
+    original = _replace(mashup_callback.swap, "write_parameters", write)
+    _replace(mashup_callback.swap, "_check_written", lambda *args: None)
+
+
+def other_values(rank: int) -> None:
+    """Each process writes something else."""
+
+    def write(model: Any, values: Any) -> None:
+        original(model, {name: value + rank for name, value in values.items()})
+
+    def check(found: Any, values: Any) -> None:
+        original_check(found, {name: value + rank for name, value in values.items()})
+
+    original = _replace(mashup_callback.swap, "write_parameters", write)
+    original_check = _replace(mashup_callback.swap, "_check_written", check)
+
+
+def no_master(rank: int) -> None:
+    """Mutation: the fp32 masters that ZeRO keeps are not written."""
+    _replace(mashup_callback.parameters, "_has_master", lambda parameter: False)
+
+
+def _replace(module: Any, name: str, value: Callable) -> Callable:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    return original
+
+
+FAULTS = {
+    function.__name__: function
+    for function in (
+        unreadable,
+        missing,
+        scoring_raises,
+        batch_raises,
+        forward_raises,
+        guard_refuses,
+        killed,
+        writes_on_main_only,
+        other_values,
+        no_master,
+    )
+}
