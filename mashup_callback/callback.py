@@ -5,10 +5,11 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,20 +17,34 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from .candidates import check_specs, find_candidates
-from .config import MashupConfig
-from .distributed import is_main_process
+from .config import MashupConfig, UsageError
+from .distributed import OutOfStepError, agreed, in_turns, is_first_on_machine, is_main_process, joint
+from .full_training import handle_models
 from .guard import Start, Verdict, choose
-from .layers import Trainee, base_model_name, find_trainee
+from .hub import Hub
+from .layers import Trainee, base_model_name, find_trainee, layer_shape, linear_layers
+from .model_tensors import FullTrainee
+from .provenance import warn_of_same_data
 from .publishing import publish
+from .racing import rungs
 from .report import REPORT_NAME, MashupReport, candidate_rows, environment, merge_info
 from .sampling import draw_sample
 from .scoring import Score, score_candidates
 from .selection import select
 from .sharing import describe_on_push, push_mashup
 from .swap import swap
+from .trainer_loss import ScoreMetric, TrainerLoss
+from .workspace import Workspace
 
+
+if TYPE_CHECKING:
+    # The Trainer imports datasets, and importing the callback should not.
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+# Runs that a race leaves for top_k="auto" to try.
+AUTO_RUNS = 5
 
 
 class MashupCallback(TrainerCallback):
@@ -47,6 +62,10 @@ class MashupCallback(TrainerCallback):
             searches (`hub:author=acme,limit=50`) and collections (`collection:org/slug`).
         config ([`MashupConfig`], *optional*):
             The settings.
+        score (`Callable`, *optional*):
+            Ranks and guards in place of `metric`, higher is better: called with the model that has a candidate applied
+            and a batch as the collator makes it, returns a number. For trainers that know rewards instead of labels
+            (GRPO).
         **settings:
             Fields of [`MashupConfig`], which take precedence over `config`.
 
@@ -71,13 +90,35 @@ class MashupCallback(TrainerCallback):
     """
 
     def __init__(
-        self, candidates: str | Sequence[str], *, config: MashupConfig | None = None, **settings: Any
+        self,
+        candidates: str | Sequence[str],
+        *,
+        config: MashupConfig | None = None,
+        score: Callable[[nn.Module, Any], float] | None = None,
+        **settings: Any,
     ) -> None:
+        if score is not None:
+            settings["metric"] = ScoreMetric(score)
         self.config = MashupConfig.from_settings(config, settings)
+        self._trainer: "Trainer | None" = None
         self.specs = check_specs(candidates)
         self.report: MashupReport | None = None
         self._done: weakref.ref[nn.Module] | None = None
         self._directory: Path | None = None
+
+    def bind(self, trainer: "Trainer") -> "MashupCallback":
+        """
+        Makes the callback rank and guard by this trainer's own loss, where a batch alone does not give it.
+
+        Args:
+            trainer (`transformers.Trainer`):
+                The trainer that the callback was given to: DPO, KTO, reward modelling, sentence-transformers, ...
+
+        Returns:
+            `MashupCallback`: The callback itself.
+        """
+        self._trainer = trainer
+        return self
 
     def on_train_begin(
         self,
@@ -86,20 +127,36 @@ class MashupCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         train_dataloader: DataLoader | None = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if not self._is_due(state, model):
             return
-        trainee = find_trainee(model, overwrite=self.config.overwrite)
+        with joint():
+            trainee = find_trainee(model, overwrite=self.config.overwrite)
         self._directory = _directory(self.config, args)
-        run = _Run(self.config, args, model, trainee)
+        config = self.config
+        if self._trainer is not None:
+            config = replace(config, metric=TrainerLoss(self._trainer, trainee))
+        run = _Run(config, args, model, trainee, processing_class)
         try:
-            run.go(self.specs, train_dataloader)
+            with joint():
+                run.go(self.specs, train_dataloader)
+        except UsageError:
+            # A user's own mistake would only hide behind a run from scratch.
+            raise
+        except OutOfStepError:
+            # No process can go on with the model, not even from the fresh initialisation.
+            raise
         except Exception as error:
             # Whatever a stage raises, the user asked for training first: `on_error` decides.
             if self.config.on_error == "raise":
                 raise
-            run.give_up(f"{type(error).__name__}: {error}")
+            # What was made so far may fill the disk.
+            run.workspace.close()
+            run.give_up(agreed(f"{type(error).__name__}: {error}"))
+        finally:
+            run.workspace.close()
         self.report = run.report
         self._done = weakref.ref(model)
         _log(self.report, args, state, control)
@@ -150,10 +207,20 @@ class MashupCallback(TrainerCallback):
 class _Run:
     """One way through the stages, with the time that each took."""
 
-    def __init__(self, config: MashupConfig, args: TrainingArguments, model: nn.Module, trainee: Trainee) -> None:
+    def __init__(
+        self,
+        config: MashupConfig,
+        args: TrainingArguments,
+        model: nn.Module,
+        trainee: Trainee | FullTrainee,
+        tokenizer: Any = None,
+    ) -> None:
         self.config, self.args, self.model, self.trainee = config, args, model, trainee
         self.base_model = config.base_model or base_model_name(model)
         self.directory = _directory(config, args)
+        self.workspace = Workspace(self.directory)
+        self.merger, self.admit_model = handle_models(model, trainee, self.workspace, config, tokenizer)
+        self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
         self.report: MashupReport | None = None
@@ -162,7 +229,19 @@ class _Run:
         config = self.config
         with self._timed("candidates"):
             exclude = [Path(self.args.output_dir), self.directory]
-            candidates = find_candidates(specs, self.base_model, exclude=exclude, max_candidates=config.max_candidates)
+            candidates = in_turns(
+                lambda: find_candidates(
+                    specs,
+                    self.base_model,
+                    exclude=exclude,
+                    max_candidates=config.max_candidates,
+                    max_download_gb=config.max_download_gb,
+                    allow_licenses=config.allow_licenses,
+                    allow_authors=config.allow_authors,
+                    layers={name: layer_shape(layer) for name, layer in linear_layers(self.model).items()},
+                    hub=self.hub,
+                )
+            )
         with self._timed("sample"):
             batch_size = config.batch_size or self.args.train_batch_size
             selection_rows, held_out = draw_sample(
@@ -179,18 +258,22 @@ class _Run:
                 selection_rows,
                 config.metric,
                 search=config.search,
-                keep=1 if config.top_k == "auto" else config.top_k,
+                keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
                 base_model=self.base_model,
                 max_seconds=config.max_seconds,
+                hub=self.hub,
+                admit_model=self.admit_model,
+                learning_rate=self.args.learning_rate,
             )
+            self.scores = warn_of_same_data(self.scores, dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
         if not selection.scores:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
-            verdict = choose(self.model, self.trainee, selection, held_out, config)
+            verdict = choose(self.model, self.trainee, selection, held_out, config, self.merger)
         with self._timed("swap"):
             if verdict.chosen is not None and not config.dry_run:
-                swap(self.trainee, verdict.chosen.fitted)
+                swap(self.model, self.trainee, verdict.chosen.fitted)
         self._finish(verdict)
 
     def give_up(self, reason: str) -> None:
@@ -208,24 +291,35 @@ class _Run:
             merged_loss=_finite(verdict.merge.loss),
             single_loss=_finite(verdict.single.loss),
             candidates=candidate_rows(self.scores, weights),
+            rungs=rungs(self.scores),
             merge=merge_info(shown),
         )
         self._publish(shown)
 
     def _report(self, **values: Any) -> None:
-        self.report = MashupReport(
-            base_model=self.base_model,
-            dry_run=self.config.dry_run,
-            timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
-            config=self.config.to_dict(),
-            environment=environment(),
-            **values,
+        # Agreed, as each process took its own time and found the candidates at its own paths.
+        self.report = agreed(
+            MashupReport(
+                base_model=self.base_model,
+                dry_run=self.config.dry_run,
+                timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
+                config=self.config.to_dict(),
+                hub=self.hub.traffic(),
+                environment=environment(),
+                **values,
+            )
         )
 
     def _publish(self, start: Start | None) -> None:
         if is_main_process():
             self.report.show()
-            publish(self.directory, self.report, start, self.trainee)
+            try:
+                publish(self.directory, self.report, start, self.trainee)
+            except OSError as error:
+                if self.config.on_error == "raise":
+                    raise
+                # The model is as the report says; only its record on disk is missing.
+                logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
 
     def _why_none(self) -> str:
         if not self.scores:

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-METRICS = ("loss", "token_accuracy")
+METRICS = ("loss", "token_accuracy", "probe")
 SEARCHES = ("racing", "exhaustive")
 SPACES = ("delta", "core", "factors")
 ON_ERROR = ("scratch", "raise")
+
+
+class UsageError(ValueError):
+    """A user's own mistake, found after construction; it is raised whatever `on_error` says."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class MashupConfig:
         sample_size (`int`, *optional*, defaults to `256`):
             Rows of the training data used: half select, the other half is held out for the guard.
         metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
-            What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`, or a
-            callable `metric(model, batch)` that returns a loss and a count for the batch (lower is better); see
+            What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`,
+            `"probe"` (the best by loss, ranked by their loss after a few steps of training), or a callable
+            `metric(model, batch)` that returns a loss and a count for the batch (lower is better); see
             [`score_candidates`].
         merge_method (`str`, *optional*, defaults to `"linear"`):
             Any method registered in mergekit, or `"auto"`, which tries several and keeps the one with the lowest
@@ -66,6 +71,10 @@ class MashupConfig:
             Rank, merge and report, but leave the model alone.
         overwrite (`bool`, *optional*, defaults to `False`):
             Accept a trainee that is already trained, and overwrite it.
+        min_kept_energy (`float`, *optional*, defaults to `0.5`):
+            For a full checkpoint as a candidate of a LoRA trainee: share of its update's squared Frobenius norm that
+            the trainee's rank must keep, 0 to 1. Below it most of what the checkpoint learned is lost, and it is
+            rejected; 0 accepts everything.
         guard_dataset (`Dataset` or sequence of rows, *optional*):
             Rows for the guard, in the form the Trainer's own training rows have, for when candidates may have been
             trained on the training rows. Python only.
@@ -83,7 +92,7 @@ class MashupConfig:
 
     top_k: str = field(default="3", metadata={"help": "Candidates to merge, or 'auto'."})
     sample_size: int = field(default=256, metadata={"help": "Rows used: half select, half are held out."})
-    metric: str = field(default="loss", metadata={"help": "'loss' or 'token_accuracy'."})
+    metric: str = field(default="loss", metadata={"help": "'loss', 'token_accuracy' or 'probe'."})
     merge_method: str = field(default="linear", metadata={"help": "Any mergekit method, or 'auto'."})
     merge_parameters: str = field(default="{}", metadata={"help": "The method's parameters, as JSON."})
     merge_space: str = field(default="delta", metadata={"help": "'delta', 'core' or 'factors'."})
@@ -100,6 +109,7 @@ class MashupConfig:
     base_model: str | None = field(default=None, metadata={"help": "Hub name of the base model."})
     dry_run: bool = field(default=False, metadata={"help": "Rank, merge and report; leave the model alone."})
     overwrite: bool = field(default=False, metadata={"help": "Accept a trainee that is already trained."})
+    min_kept_energy: float = field(default=0.5, metadata={"help": "Least share of a full update that LoRA must keep."})
     guard_dataset: str | None = field(default=None, metadata={"help": "Python only: separate rows for the guard."})
     report_dir: str | None = field(default=None, metadata={"help": "Default: <output_dir>/mashup."})
     on_error: str = field(default="scratch", metadata={"help": "'scratch' or 'raise'."})
@@ -129,6 +139,7 @@ class MashupConfig:
         _at_least("max_candidates", self.max_candidates, 1, int)
         _at_least("seed", self.seed, 0, int)
         _at_least("max_download_gb", self.max_download_gb, 0, float)
+        _at_least("min_kept_energy", self.min_kept_energy, 0, float)
         if self.batch_size is not None:
             _at_least("batch_size", self.batch_size, 1, int)
         if self.max_seconds is not None:

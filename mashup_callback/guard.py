@@ -1,22 +1,26 @@
 """What training starts from: the merge, the best single candidate, or the fresh initialisation."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .adapters import load_factors
 from .config import MashupConfig
-from .isolation import undisturbed, without_adapters
+from .distributed import agreed, decided
+from .evaluation import bare, evaluate
+from .full_training import FittedModel, ModelMerger
+from .isolation import undisturbed
 from .layers import Trainee
+from .model_tensors import FullTrainee
 from .sampling import Rows
-from .scoring import evaluate
 from .selection import Selection
 from .swap import FittedMerge, fit
 
 
 if TYPE_CHECKING:
+    from .full_merge import MergedModel
     from .merging import MergedAdapter
 
 logger = logging.getLogger(__name__)
@@ -38,14 +42,14 @@ class Start:
 
     Args:
         selection (`Selection`): The candidates in it.
-        merged (`MergedAdapter`): Their merge.
-        fitted (`FittedMerge`): The merge in the trainee's parameters.
+        merged (`MergedAdapter` or `MergedModel`): Their merge.
+        fitted (`FittedMerge` or `FittedModel`): The merge in the trainee's parameters.
         loss (`float`): Its held-out loss.
     """
 
     selection: Selection
-    merged: "MergedAdapter"
-    fitted: FittedMerge
+    merged: "MergedAdapter | MergedModel"
+    fitted: FittedMerge | FittedModel
     loss: float
 
 
@@ -74,7 +78,14 @@ class Verdict:
         return {"merged": self.merge, "single": self.single}.get(self.decision)
 
 
-def choose(model: nn.Module, trainee: Trainee, selection: Selection, held_out: Rows, config: MashupConfig) -> Verdict:
+def choose(
+    model: nn.Module,
+    trainee: Trainee | FullTrainee,
+    selection: Selection,
+    held_out: Rows,
+    config: MashupConfig,
+    merger: ModelMerger | None = None,
+) -> Verdict:
     """
     Merges the selected candidates and compares the merge with the best single one and with a fresh initialisation.
 
@@ -84,40 +95,64 @@ def choose(model: nn.Module, trainee: Trainee, selection: Selection, held_out: R
     Args:
         model (`torch.nn.Module`):
             The model that is trained.
-        trainee (`Trainee`):
-            Its adapter.
+        trainee (`Trainee` or `FullTrainee`):
+            Its adapter, or its weights.
         selection (`Selection`):
             The candidates to merge, the best first.
         held_out (`Rows`):
             Rows that selected nothing.
         config (`MashupConfig`):
             The settings.
+        merger (`ModelMerger`, *optional*):
+            What merges full models, for a `FullTrainee`.
     """
-    arms = _Arms(model, trainee, held_out, config)
+    arms = _Arms(model, trainee, held_out, config, merger)
     with undisturbed(model):
-        base_loss = evaluate(model, held_out, arms.metric).mean_loss
-        with without_adapters(model):
+        base_loss = evaluate(model, held_out, arms.metric, share=True).mean_loss
+        with bare(model, arms.metric):
             single = arms.start(selection.first(1), "linear", {})
             merge = arms.grow(selection) if config.top_k == "auto" else arms.best_method(selection)
     merge = single if merge.loss == single.loss and len(selection.scores) == 1 else merge
-    decision = _decide(base_loss, merge, single, config.guard)
-    return Verdict(decision, _reason(decision, base_loss, merge, single, config.guard), base_loss, merge, single)
+    decision = agreed(_decide(base_loss, merge, single, config.guard))
+    reason = _reason(decision, base_loss, merge, single, config.guard)
+    if merger is not None and decision == "single":
+        # Before anything is written into the model: there may be no space for it.
+        single = replace(single, merged=merger.kept(single.merged))
+    return Verdict(decision, reason, base_loss, merge, single)
 
 
 class _Arms:
     """The things that training could start from, made and judged the same way."""
 
-    def __init__(self, model: nn.Module, trainee: Trainee, held_out: Rows, config: MashupConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trainee: Trainee | FullTrainee,
+        held_out: Rows,
+        config: MashupConfig,
+        merger: ModelMerger | None,
+    ) -> None:
         self.model, self.trainee, self.held_out, self.config = model, trainee, held_out, config
+        self.merger = merger
         self.metric = config.metric if callable(config.metric) else "loss"
 
     def start(self, selection: Selection, method: str, parameters: dict) -> Start:
+        if isinstance(self.trainee, FullTrainee):
+            merged, fitted = self.merger.merge(selection, method, parameters)
+            update = fitted.replacement
+        else:
+            merged = decided(lambda: self._merged(selection, method, parameters))
+            fitted = fit(merged.factors, self.trainee)
+            update = fitted.factors
+        loss = evaluate(self.model, self.held_out, self.metric, update, share=True).mean_loss
+        return Start(selection, merged, fitted, loss)
+
+    def _merged(self, selection: Selection, method: str, parameters: dict) -> "MergedAdapter":
         # Imported here so that importing the callback does not import mergekit.
         from .merging import merge_factors
 
-        inputs = [load_factors(score.adapter) for score in selection.scores]
-        merged = merge_factors(
-            inputs,
+        return merge_factors(
+            [load_factors(score.adapter) for score in selection.scores],
             weights=selection.weights,
             method=method,
             parameters=parameters,
@@ -125,27 +160,33 @@ class _Arms:
             ranks=self.trainee.ranks,
             seed=self.config.seed,
         )
-        fitted = fit(merged.factors, self.trainee)
-        loss = evaluate(self.model, self.held_out, self.metric, fitted.factors).mean_loss
-        return Start(selection, merged, fitted, loss)
 
     def best_method(self, selection: Selection) -> Start:
         if self.config.merge_method != "auto":
             return self.start(selection, self.config.merge_method, self.config.merge_parameters)
-        starts = [self.start(selection, method, parameters) for method, parameters in AUTO_METHODS.items()]
-        for start in starts:
+        best = None
+        for method, parameters in AUTO_METHODS.items():
+            start = self.start(selection, method, parameters)
             logger.info("merge_method=%s: held-out loss %.4f", start.merged.method, start.loss)
-        return min(starts, key=_loss)
+            best = start if best is None else self._better(best, start)
+        return best
 
     def grow(self, selection: Selection) -> Start:
         """Adds the next best candidate for as long as the held-out loss falls."""
         best = None
         for count in range(1, len(selection.scores) + 1):
             start = self.best_method(selection.first(count, self.config.weights))
-            if best is not None and not start.loss < best.loss:
+            if best is not None and self._better(best, start) is best:
                 break
             best = start
         return best
+
+    def _better(self, first: Start, second: Start) -> Start:
+        """Returns the one with the lower loss, and forgets the other: a merge of full models takes a lot of disk."""
+        better, worse = (second, first) if _loss(second) < _loss(first) else (first, second)
+        if self.merger is not None:
+            self.merger.discard(worse.merged)
+        return better
 
 
 def _loss(start: Start) -> float:

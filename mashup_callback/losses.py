@@ -8,6 +8,10 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .config import UsageError
+from .distributed import exchange
 
 
 # Logits built at a time: 2²⁵ numbers are 128 MiB in float32.
@@ -45,7 +49,7 @@ class RowLosses:
         return (self.correct.sum() / self.tokens.sum().clamp(min=1)).item()
 
 
-def language_model_losses(model: nn.Module, batch: Mapping[str, Any]) -> RowLosses:
+def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: int | None = None) -> RowLosses:
     """
     Returns the negative log-likelihood of the labels of a batch, summed over each row.
 
@@ -58,24 +62,36 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any]) -> RowLoss
             A causal, masked or sequence-to-sequence language model, on the device of the batch.
         batch (`Mapping[str, Any]`):
             Model inputs with `labels` of shape (rows, length); -100 marks positions that are not predicted.
+        chunks (`int`, *optional*):
+            Calls of the head, where a sharded model needs the same number on every process; see [`head_chunks`].
 
     Raises:
-        ValueError: The batch has no labels, or the model gives no logits for them.
+        UsageError: The batch has no labels.
+        ValueError: The model gives no logits for them.
     """
-    if not isinstance(batch.get("labels"), torch.Tensor):
-        raise ValueError(
-            f"The batch has no `labels` but {sorted(batch)}, so it does not give a language model loss. Pass a "
-            "callable `metric(model, batch)` that returns a loss and a count."
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        found = sorted(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise UsageError(
+            f"The batch holds {found} and no `labels` for each token, so it does not give a language model loss. "
+            "Call `callback.bind(trainer)` to use the trainer's own loss (DPO, KTO, reward modelling, ...), or pass "
+            "`score=` (GRPO) or a callable `metric`."
         )
-    labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs.setdefault("decoder_input_ids", _decoder_inputs(model, labels))
     elif not _is_masked(model):
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    with _LabelPositions(model, labels) as head:
+    with _LabelPositions(model, labels, chunks) as head:
         losses = head.finish(model(**inputs))
-    return language_model_losses(model, batch) if losses is None else losses
+    return language_model_losses(model, batch, chunks) if losses is None else losses
+
+
+def head_chunks(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Returns into how many parts the labels of a batch are split so that their logits fit."""
+    labels = batch.get("labels")
+    count = int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0
+    return max(1, -(-count // _chunk_size(_head(model))))
 
 
 def _is_masked(model: nn.Module) -> bool:
@@ -98,8 +114,8 @@ class _LabelPositions:
     fails, the head is remembered as unknown and the model's own logits at the label positions are used from then on.
     """
 
-    def __init__(self, model: nn.Module, labels: torch.Tensor) -> None:
-        self.head = _unwrapped(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    def __init__(self, model: nn.Module, labels: torch.Tensor, chunks: int | None) -> None:
+        self.head, self.chunks = _head(model), chunks
         self.postprocess = logit_postprocessing(model.config)
         self.mask = labels != IGNORE
         self.targets = labels[self.mask]
@@ -129,11 +145,17 @@ class _LabelPositions:
         return (args[0][:1, :1], *args[1:])
 
     def _in_chunks(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Sharded heads (ZeRO-3) hide their shape; any vocabulary is at least assumed to be a large one.
-        size = max(1, CHUNK_ELEMENTS // max(getattr(self.head, "out_features", 0), 2**12))
-        pairs = zip(hidden.split(size), self.targets.split(size), strict=True)
-        losses = [_token_losses(self.postprocess(self.head(part)), targets) for part, targets in pairs]
+        chunks = self.chunks or max(1, -(-len(hidden) // _chunk_size(self.head)))
+        pairs = zip(hidden.tensor_split(chunks), self.targets.tensor_split(chunks), strict=True)
+        losses = [self._part(part, targets) for part, targets in pairs]
         return tuple(torch.cat(values) for values in zip(*losses, strict=True))
+
+    def _part(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return _token_losses(self.postprocess(self.head(part)), targets)
+
+        # Computed again in the backward pass: kept, the parts would add up to the logits of the batch.
+        return checkpoint(run, hidden, use_reentrant=False) if torch.is_grad_enabled() else run(hidden)
 
     def finish(self, outputs: Any) -> RowLosses | None:
         logits = getattr(outputs, "logits", None)
@@ -142,10 +164,14 @@ class _LabelPositions:
         if self.sums is None:
             at_labels = logits.flatten(0, 1) if self.head in _UNKNOWN_HEADS else logits[self.mask.to(logits.device)]
             self.sums = _token_losses(at_labels, self.targets)
-        elif not _agree(self.postprocess(self.probe), logits):
+        elif not self._agreed(_agree(self.postprocess(self.probe), logits)):
             _UNKNOWN_HEADS.add(self.head)
             return None
         return self._by_row(*self.sums)
+
+    def _agreed(self, agrees: bool) -> bool:
+        # The model is run again where they disagree, and a sharded one by all processes or none.
+        return agrees if self.chunks is None else all(exchange(agrees))
 
     def _by_row(self, loss: torch.Tensor, correct: torch.Tensor) -> RowLosses:
         rows = self.mask.nonzero()[:, 0].cpu()
@@ -156,7 +182,7 @@ class _LabelPositions:
 def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     Returns what a model does to its head's output to get logits: scaling (Cohere, Granite, Falcon-H1), then
-    soft-capping (Gemma).
+    soft-capping (Gemma). Without gradients it does so in place.
 
     Args:
         config (`transformers.PretrainedConfig`):
@@ -169,15 +195,35 @@ def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
 
     def apply(logits: torch.Tensor) -> torch.Tensor:
-        logits = logits if scale == 1 else logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
+        if torch.is_grad_enabled():
+            logits = logits if scale == 1 else logits * scale
+            return cap * torch.tanh(logits / cap) if cap else logits
+        logits = logits if scale == 1 else logits.mul_(scale)
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     return apply
 
 
+def _head(model: nn.Module) -> nn.Module | None:
+    return _unwrapped(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _chunk_size(head: nn.Module | None) -> int:
+    # Sharded heads (ZeRO-3) hide their shape; any vocabulary is at least assumed to be a large one.
+    return max(1, CHUNK_ELEMENTS // max(getattr(head, "out_features", 0), 2**12))
+
+
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    targets = targets.to(logits.device)
-    return F.cross_entropy(logits.float(), targets, reduction="none"), (logits.argmax(-1) == targets).float()
+    """Returns the loss of each position and whether it is predicted; without gradients, `logits` is used up."""
+    targets, predicted = targets.to(logits.device), logits.argmax(-1)
+    correct = (predicted == targets).float()
+    if torch.is_grad_enabled():
+        return F.cross_entropy(logits.float(), targets, reduction="none"), correct
+    logits = logits.float()
+    largest, chosen = (logits.gather(-1, index[:, None])[:, 0] for index in (predicted, targets))
+    # In place: with a large vocabulary, each copy of the logits takes as long as a layer.
+    sums = logits.sub_(largest[:, None]).exp_().sum(-1)
+    return sums.log() + (largest - chosen), correct
 
 
 def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
