@@ -7,6 +7,7 @@ Works offline on CPU. Writes the mashup's report and a plot of both accuracy cur
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -96,14 +97,14 @@ def summary(scratch: list[tuple[int, float]], mashup: list[tuple[int, float]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="last", choices=list(world.TASKS), help="the held-out task")
+    parser.add_argument("--target", default="smallest", choices=list(world.TASKS), help="the held-out task")
     parser.add_argument("--seed", type=int, default=1, help="seed of both runs: initialisation and data order")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
     options = parser.parse_args()
     world.quiet()
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
-    library = [str(world.ADAPTERS / task) for task in world.TASKS if task != options.target]
+    library = [os.path.relpath(world.ADAPTERS / task) for task in world.TASKS if task != options.target]
     callback = MashupCallback(library, top_k=3)
     started = time.perf_counter()
     scratch = train(options.target, options.seed, options.output_dir)
