@@ -1,0 +1,76 @@
+"""Supervised fine-tuning that starts from a mashup: TRL's SFT script plus candidates and the settings of MashupConfig.
+
+    python recipes/sft.py --config recipes/sft/gemma3_1b_arc_easy.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/sft.py --config recipes/sft/....yaml
+
+Every field of `ScriptArguments`, `SFTConfig`, `ModelConfig` and `MashupConfig` can stand in the YAML file or on the
+command line. `seed` is one setting for training and for the mashup.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+
+from datasets import load_dataset
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from mashup_callback import MashupCallback, MashupConfig
+
+
+@dataclass
+class CandidateArguments:
+    """Where the candidates are."""
+
+    candidates: list[str] = field(
+        default_factory=list, metadata={"help": "Directories, globs, Hub repositories, searches and collections."}
+    )
+
+
+# TrlParser wants every name once, and training has a `seed` of its own: it is the mashup's too.
+MashupSettings = make_dataclass(
+    "MashupSettings",
+    [
+        (setting.name, setting.type, field(default=setting.default, metadata=setting.metadata))
+        for setting in fields(MashupConfig)
+        if setting.name != "seed"
+    ],
+)
+CONFIGS = (ScriptArguments, SFTConfig, ModelConfig, CandidateArguments, MashupSettings)
+
+
+def main(arguments: list[str] | None = None) -> SFTTrainer:
+    """Trains as the arguments (the command line's by default) say, and returns the trainer."""
+    script, training, model, where, settings = TrlParser(CONFIGS).parse_args_and_config(arguments)
+    mashup = MashupConfig(seed=training.seed, **asdict(settings))
+    dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    callback = MashupCallback(where.candidates, config=mashup) if where.candidates else None
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    trainer = SFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        callbacks=[callback] if callback else [],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
