@@ -249,6 +249,23 @@ def show(
     show_result(json.loads(loaded.to_json()), loaded.table(), as_json)
 
 
+@_command("mashup cache --clear")
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all scores.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where scores are kept between runs and how many there are, or remove them."""
+    with _quiet_stdout():
+        from .cache import ScoreCache
+
+        scores = ScoreCache()
+        removed = scores.clear() if clear else 0
+        info = scores.info()
+    text = f"{info.scores} scores, {info.bytes:,} bytes in {info.directory}" if info.directory else "Nothing is kept."
+    shown = f"Removed {removed} scores from {info.directory}" if clear and info.directory else text
+    show_result(asdict(info) | {"removed": removed}, shown, as_json)
+
+
 @contextlib.contextmanager
 def _quiet_stdout() -> Iterator[None]:
     # Libraries print now and then, and stdout is for the result alone.

@@ -1,15 +1,23 @@
 """Successive halving: which candidates are worth more rows."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .losses import RowLosses
+from .report import Rung
 
+
+if TYPE_CHECKING:
+    from .scoring import Score
 
 FIRST_RUNG = 16
+# Of many candidates a third goes on; so few go on anyway, unless the sample already tells them apart.
+REDUCTION, FEW = 3, 10
+# A candidate counts as worse when its paired difference exceeds so many of its standard errors.
+CERTAIN = 2.0
 
 
 def rung_sizes(rows: int, search: str) -> list[int]:
@@ -28,13 +36,29 @@ def rung_sizes(rows: int, search: str) -> list[int]:
     return sizes
 
 
+def rungs(scores: Iterable["Score"]) -> tuple[Rung, ...]:
+    """Returns the rungs of the race that gave these scores, the first one first."""
+    raced = [score for score in scores if score.rows]
+    sizes = sorted({score.rows for score in raced})
+    if len(sizes) > 1:
+        # Where all went on, nobody's rows tell of the rung.
+        sizes = sorted({*sizes, *rung_sizes(sizes[-1], "racing")})
+    entered = {size: [score for score in raced if score.rows >= size] for size in sizes}
+    return tuple(
+        Rung(size, len(among), sum(score.rows > size or score.status == "scored" for score in among))
+        for size, among in entered.items()
+    )
+
+
 def survivors(values: Mapping[Any, RowLosses], runs: Mapping[Any, str], keep: int, metric: Any) -> list[Any]:
     """
-    Returns the keys of the candidates that go on: the better half, at least `keep` different runs, and whatever the
-    sample cannot tell from the last of these.
+    Returns the keys of the candidates that go on: the best of `keep` different runs, and those that the sample cannot
+    tell from the last of these.
 
-    A candidate is told from the last one kept when its paired difference, row by row, exceeds the standard error of
-    that difference.
+    Every candidate has seen the same rows, so two are told apart by their paired difference, row by row: one is worse
+    where it exceeds two standard errors. Of many candidates that cannot be told apart, the best third goes on.
+    At least `keep` runs go on, and successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with the factor 3
+    bounds the cost: 64 candidates that all tie take 29% of the forward passes of an exhaustive search on 128 rows.
 
     Args:
         values (`Mapping`):
@@ -47,16 +71,15 @@ def survivors(values: Mapping[Any, RowLosses], runs: Mapping[Any, str], keep: in
             What ranks the candidates.
     """
     order = sorted(values, key=lambda key: ranking_value(values[key], metric))
-    kept, seen = [], set()
-    for key in order:
-        if len(kept) >= math.ceil(len(order) / 2) and len(seen) >= keep:
-            break
-        kept.append(key)
-        seen.add(runs[key])
-    if not kept:
+    seen: dict[str, int] = {}
+    for place, key in enumerate(order):
+        seen.setdefault(runs[key], place)
+    needed = sorted(seen.values())[:keep]
+    if not needed:
         return []
-    last = values[kept[-1]]
-    return kept + [key for key in order[len(kept) :] if not _worse(values[key], last, metric)]
+    bar, limit = needed[-1], max(FEW, math.ceil(len(order) / REDUCTION))
+    near = [place for place, key in enumerate(order) if not _worse(values[key], values[order[bar]], metric)]
+    return [order[place] for place in sorted({*needed, *near[:limit]})]
 
 
 def ranking_value(losses: RowLosses, metric: Any) -> float:
@@ -69,7 +92,7 @@ def _worse(losses: RowLosses, other: RowLosses, metric: Any) -> bool:
     difference = sums[0] - sums[1]
     if len(difference) < 2:
         return bool(difference.sum() > 0)
-    return bool(difference.mean() > difference.std() / math.sqrt(len(difference)))
+    return bool(difference.mean() > CERTAIN * difference.std() / math.sqrt(len(difference)))
 
 
 def joined(parts: Sequence[RowLosses]) -> RowLosses:

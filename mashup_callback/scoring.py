@@ -3,33 +3,35 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import send_to_device
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .adapters import Adapter, AdapterError, check_adapter, load_factors, read_adapter
+from .adapters import Adapter, AdapterError, check_adapter, read_adapter
 from .candidates import Candidate
-from .distributed import deal, is_main_process
-from .factors import Factors, LoraFactors
-from .isolation import undisturbed, without_adapters
-from .layers import layer_shape, linear_layers
-from .losses import RowLosses, language_model_losses
+from .checkpoints import Checkpoint, is_checkpoint
+from .distributed import agreed, deal, decided, exchange, is_first_on_machine, is_main_process, joint, place
+from .evaluation import Metric, bare, evaluate
+from .hub import Hub
+from .hub_download import arriving
+from .isolation import undisturbed
+from .layers import Trainee, layer_shape, linear_layers
+from .losses import RowLosses
+from .parameters import is_sharded
+from .preparing import Preparation, Prepared, ahead
+from .probe import probe, trained_adapter
 from .racing import joined, ranking_value, rung_sizes, survivors
 from .sampling import Rows, as_rows
+from .weights import admit_checkpoint
 
 
 logger = logging.getLogger(__name__)
-
-Metric = str | Callable[[nn.Module, Mapping[str, Any]], tuple[float, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,9 @@ class Score:
         reason (`str`, *optional*): Why it was not scored to the end.
         losses (`RowLosses`, *optional*): Its losses on the rows it was scored on.
         seconds (`float`): Time spent on it.
-        adapter (`Adapter`, *optional*): Its adapter, with module names as in the model.
+        adapter (`Adapter` or `Checkpoint`, *optional*): Its adapter or full checkpoint, with names as in the model.
         metric (`str` or `Callable`): What it is ranked by.
+        probe_loss (`float`, *optional*): Loss per label token after a few steps of training, see [`probe`].
     """
 
     candidate: Candidate
@@ -52,8 +55,9 @@ class Score:
     reason: str | None = None
     losses: RowLosses | None = None
     seconds: float = 0.0
-    adapter: Adapter | None = None
+    adapter: Adapter | Checkpoint | None = None
     metric: Metric = "loss"
+    probe_loss: float | None = None
 
     @property
     def loss(self) -> float | None:
@@ -63,6 +67,8 @@ class Score:
     @property
     def value(self) -> float:
         """What candidates are ranked by; lower is better, and infinite if never scored."""
+        if self.probe_loss is not None:
+            return self.probe_loss
         return math.inf if self.losses is None else ranking_value(self.losses, self.metric)
 
     @property
@@ -86,13 +92,21 @@ def score_candidates(
     keep: int = 1,
     base_model: str | None = None,
     max_seconds: float | None = None,
+    hub: Hub | None = None,
+    admit_model: Callable[[Candidate], Adapter | Checkpoint] | None = None,
+    learning_rate: float = 1e-4,
 ) -> list[Score]:
     """
     Scores candidate adapters on batches of the target's data.
 
     The model computes what its base does, with its own adapters switched off, and a candidate is applied by forward
     hooks on the layers it targets: y + s·(x Aᵀ) Bᵀ. No module is added, no random number is drawn, and afterwards the
-    model is exactly as it was. At any time the tensors of one candidate are in memory.
+    model is exactly as it was. At any time the tensors of at most two candidates are in
+    memory: those of the one that is scored, and of the next one, which is read meanwhile. A full checkpoint's weights
+    take the place of the model's instead, see [`replaced`] for the bound on memory.
+
+    In a distributed run every process calls it with the same candidates and batches, and gets the same scores. Where
+    each process holds the whole model, the candidates are dealt out; where the model is sharded, the rows are.
 
     Args:
         model (`torch.nn.Module`):
@@ -103,7 +117,8 @@ def score_candidates(
             Batches as the model takes them, with labels.
         metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
             `"loss"`: negative log-likelihood in nats per label token; `"token_accuracy"`: share of the label tokens
-            predicted; or a callable that is given the model with the candidate applied and a batch, and returns a loss
+            predicted; `"probe"`: the best by loss are ranked by their loss after a few steps of training, see
+            [`probe`]; or a callable that is given the model with the candidate applied and a batch, and returns a loss
             summed over the batch and what to divide it by.
         search (`str`, *optional*, defaults to `"exhaustive"`):
             `"exhaustive"`: every candidate sees every row; `"racing"`: successive halving, see [`survivors`].
@@ -113,101 +128,120 @@ def score_candidates(
             Name of the base model, to warn about adapters that record another one.
         max_seconds (`float`, *optional*):
             When it is over, no further candidate is scored on further rows.
+        hub (`Hub`, *optional*):
+            The connection by which candidates are downloaded while others are scored; one of its own by default.
+        admit_model (`Callable`, *optional*):
+            What makes of a full checkpoint something to score, or raises an `AdapterError`; by default
+            [`admit_checkpoint`].
+        learning_rate (`float`, *optional*, defaults to `1e-4`):
+            What `metric="probe"` trains with; the callback passes the Trainer's.
 
     Returns:
         `list[Score]`: One for each candidate, the best first; those that were not scored to the end come last.
     """
-    race = _Race(model, as_rows(batches), metric, max_seconds)
+    hub = hub or Hub(asks=is_first_on_machine())
+    race = _Race(model, as_rows(batches), metric, max_seconds, hub)
     shapes = {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
-    scores = [replace(_admitted(candidate, shapes, base_model), metric=metric) for candidate in candidates]
-    with undisturbed(model), without_adapters(model):
-        scores = race.run(scores, rung_sizes(len(race.rows), search), keep)
+    admit_model = admit_model or partial(admit_checkpoint, model)
+    trainee = trained_adapter(model) if metric == "probe" else None
+    with joint(), undisturbed(model), bare(model, metric), arriving(candidates, hub) as coming:
+        admitted = (_admitted(candidate, shapes, base_model, admit_model) for candidate in coming)
+        scores = (replace(score, metric=metric) for score in admitted)
+        scores = scores if place()[1] == 1 else _admitted_by_all([*scores])
+        scores = race.run(scores, rung_sizes(len(race.rows), search), keep, len(candidates))
+        if metric == "probe":
+            scores = _probed(race, scores, keep, trainee, learning_rate)
     order = {"scored": 0, "eliminated": 1}
     return sorted(scores, key=lambda score: (order.get(score.status, 2), -score.rows, score.value))
 
 
-def evaluate(model: nn.Module, rows: Rows, metric: Metric = "loss", factors: Factors | None = None) -> RowLosses:
-    """
-    Returns the losses of a model on rows, with low-rank updates applied by hooks.
-
-    To be called inside [`undisturbed`], and inside [`without_adapters`] unless the model's own adapters are meant.
-    Batches are halved for good when memory runs out.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-        rows (`Rows`):
-            What to evaluate on.
-        metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
-            As in [`score_candidates`].
-        factors (`Mapping[str, LoraFactors]`, *optional*):
-            Updates by the name of the layer in the base model.
-    """
-    sums = torch.zeros(3, len(rows), dtype=torch.float64)
-    with _applied(model, factors or {}):
-        for indices, batch in rows.batches():
-            try:
-                losses = _batch_losses(model, batch, metric)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error) or not rows.halve(indices):
-                    raise
-                clear_device_cache(garbage_collection=True)
-                logger.info("Out of memory with %d rows; the batch is halved.", len(indices))
-                continue
-            values = torch.stack([losses.loss, losses.correct, losses.tokens])
-            # A batch that is not one row per row (padding-free) counts as a whole, in the place of its first row.
-            sums[:, indices if values.shape[1] == len(indices) else indices[:1]] = (
-                values if values.shape[1] == len(indices) else values.sum(1, keepdim=True)
-            )
-    return RowLosses(*sums)
+def _probed(
+    race: "_Race", scores: list[Score], keep: int, trainee: Trainee | None, learning_rate: float
+) -> list[Score]:
+    if race.sharded:
+        logger.warning('metric="probe" needs the whole model on each process; on this sharded one the loss ranks.')
+        return scores
+    settings = {"trainee": trainee, "learning_rate": learning_rate, "deadline": race.deadline}
+    return probe(race.model, scores, race.rows, keep, **settings)
 
 
 class _Race:
     """The candidates' way through the rungs, one after the other on ever more rows."""
 
-    def __init__(self, model: nn.Module, rows: Rows, metric: Metric, max_seconds: float | None) -> None:
-        self.model, self.rows, self.metric = model, rows, metric
+    def __init__(self, model: nn.Module, rows: Rows, metric: Metric, max_seconds: float | None, hub: Hub) -> None:
+        self.model, self.rows, self.metric, self.hub = model, rows, metric, hub
         self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        self.sharded = is_sharded(model)
+        self.prepare = Preparation(model, metric, self.sharded)
 
-    def run(self, scores: list[Score], sizes: list[int], keep: int) -> list[Score]:
+    def run(self, scores: Iterable[Score], sizes: list[int], keep: int, count: int) -> list[Score]:
         start = 0
         for size in sizes:
-            alive = [index for index, score in enumerate(scores) if score.status == "scored"]
             part = self.rows.part(start, size) if len(sizes) > 1 else self.rows
-            with tqdm(total=len(alive), desc=f"mashup: {size} rows", disable=not is_main_process()) as bar:
-                results = deal(
-                    lambda score, part=part, bar=bar: self._score(score, part, bar), [scores[i] for i in alive]
-                )
-            for index, result in zip(alive, results, strict=True):
-                scores[index] = replace(result, candidate=scores[index].candidate, adapter=scores[index].adapter)
+            self.prepare.sample(part)
+            with tqdm(total=count, desc=f"mashup: {size} rows", disable=not is_main_process()) as bar:
+                scores = self._score_all(scores, part, bar)
             if size != sizes[-1]:
                 scores = self._cut(scores, size, keep)
-            start = size
+            start, count = size, sum(score.status == "scored" for score in scores)
         return scores
 
-    def _score(self, score: Score, part: Rows, bar: tqdm) -> Score:
-        started = time.monotonic()
+    def _score_all(self, scores: Iterable[Score], part: Rows, bar: tqdm) -> list[Score]:
+        # In a single process they are scored as they arrive from the Hub.
+        if self.sharded or place()[1] == 1:
+            with ahead(scores, lambda score: self._prepared(score, part)) as coming:
+                return [replace(score, **self._score(score, part, bar, ready)) for score, ready in coming]
+        scores = list(scores)
+        alive = [index for index, score in enumerate(scores) if score.status == "scored"]
+        results = deal(lambda i: self._score(scores[i], part, bar, self._prepared(scores[i], part)), alive)
+        for index, result in zip(alive, results, strict=True):
+            scores[index] = replace(scores[index], **result)
+        return scores
+
+    def _prepared(self, score: Score, part: Rows) -> Prepared:
+        usable = score.status == "scored" and (self.sharded or time.monotonic() <= self.deadline)
+        return self.prepare(score.adapter, part) if usable else Prepared()
+
+    def _score(self, score: Score, part: Rows, bar: tqdm, ready: Prepared) -> dict[str, Any]:
+        if score.status != "scored":
+            return {}
+        result = self._result(score, part, ready)
         bar.update()
-        if started > self.deadline:
+        return result
+
+    def _result(self, score: Score, part: Rows, ready: Prepared) -> dict[str, Any]:
+        started = time.monotonic()
+        over = started > self.deadline
+        if agreed(over) if self.sharded else over:
             # What was scored on fewer rows stays comparable by its mean.
-            reason = "max_seconds was over"
-            return replace(score, status="scored" if score.losses else "eliminated", reason=reason)
+            self.hub.stop("max_seconds was over")
+            return {"status": "scored" if score.losses else "eliminated", "reason": "max_seconds was over"}
         try:
-            losses = evaluate(self.model, part, self.metric, load_factors(score.adapter))
+            with joint() if self.sharded else nullcontext():
+                losses = self._losses(part, ready)
         except AdapterError as error:
-            return replace(score, status="rejected", reason=str(error))
+            return {"status": "rejected", "reason": str(error)}
         except (RuntimeError, OSError) as error:
-            return replace(score, status="failed", reason=f"{type(error).__name__}: {error}")
+            return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         losses = joined([score.losses, losses] if score.losses else [losses])
         seconds = score.seconds + time.monotonic() - started
         if not math.isfinite(losses.mean_loss):
-            return replace(score, status="failed", reason=f"its loss is {losses.mean_loss}", seconds=seconds)
-        return replace(score, losses=losses, seconds=seconds)
+            return {"status": "failed", "reason": f"its loss is {losses.mean_loss}", "seconds": seconds}
+        return {"losses": losses, "seconds": seconds}
+
+    def _losses(self, part: Rows, ready: Prepared) -> RowLosses:
+        if ready.error is not None:
+            raise ready.error
+        if ready.losses is not None:
+            return ready.losses
+        losses = evaluate(self.model, part, self.metric, ready.update, share=self.sharded)
+        self.prepare.keep(ready, losses)
+        return losses
 
     def _cut(self, scores: list[Score], size: int, keep: int) -> list[Score]:
         values = {index: score.losses for index, score in enumerate(scores) if score.status == "scored"}
         runs = {index: scores[index].candidate.run for index in values}
-        stay = set(survivors(values, runs, keep, self.metric))
+        stay = set(decided(lambda: survivors(values, runs, keep, self.metric)))
         reason = f"behind after {size} rows"
         out = [index for index in values if index not in stay]
         return [
@@ -217,42 +251,43 @@ class _Race:
 
 
 def _admitted(
-    candidate: Candidate | Adapter | str | Path, shapes: Mapping[str, tuple], base_model: str | None
+    candidate: Candidate | Adapter | str | Path,
+    shapes: Mapping[str, tuple],
+    base_model: str | None,
+    admit_model: Callable[[Candidate], Adapter | Checkpoint],
 ) -> Score:
     if isinstance(candidate, str | Path):
-        candidate = Candidate(name=str(candidate), path=Path(candidate), run=str(candidate))
+        kind = "model" if is_checkpoint(Path(candidate)) else "adapter"
+        candidate = Candidate(name=str(candidate), kind=kind, path=Path(candidate), run=str(candidate))
     found = candidate.candidate if isinstance(candidate, Adapter) else candidate
     if found.reason is not None:
         return Score(found, "rejected", found.reason)
     try:
+        if found.kind == "model":
+            return Score(found, adapter=admit_model(found))
         adapter = candidate if isinstance(candidate, Adapter) else read_adapter(candidate)
         return Score(found, adapter=check_adapter(adapter, shapes, base_model))
     except AdapterError as error:
         return Score(found, "rejected", str(error))
 
 
-def _batch_losses(model: nn.Module, batch: Mapping[str, Any], metric: Metric) -> RowLosses:
-    batch = send_to_device(batch, next(model.parameters()).device)
-    if not callable(metric):
-        return language_model_losses(model, batch)
-    loss, count = (torch.tensor([float(value)], dtype=torch.float64) for value in metric(model, batch))
-    return RowLosses(loss, torch.zeros_like(loss), count)
+def _admitted_by_all(scores: list[Score]) -> list[Score]:
+    """Returns the main process's candidates, and rejects those that another process lacks or cannot read."""
+    everywhere = exchange({score.candidate.name: (score.candidate.run, score.reason) for score in scores})
+    here = {score.candidate.name: score for score in scores}
+    if len(everywhere) == 1:
+        return scores
+    # Where a file system is not shared, an adapter's path and what is recorded with it are each process's own.
+    found = [here.get(name) or Score(Candidate(name=name), "rejected") for name in everywhere[0]]
+    return [_rejected_by_one(score, everywhere) for score in found]
 
 
-@contextmanager
-def _applied(model: nn.Module, factors: Factors) -> Iterator[None]:
-    layers = linear_layers(model) if factors else {}
-    with ExitStack() as stack:
-        for name, update in factors.items():
-            stack.enter_context(layers[name].register_forward_hook(_adds(update, layers[name])))
-        yield
-
-
-def _adds(update: LoraFactors, layer: nn.Module) -> Callable[..., torch.Tensor]:
-    device = next(layer.parameters()).device
-    A, B = update.A.to(device), (update.scaling * update.B).to(device)
-
-    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return (output + F.linear(F.linear(args[0].to(A.dtype), A), B)).to(output.dtype)
-
-    return hook
+def _rejected_by_one(score: Score, everywhere: Sequence[Mapping[str, tuple[str, str | None]]]) -> Score:
+    name = score.candidate.name
+    reasons = [found[name][1] if name in found else "it is not found there" for found in everywhere]
+    refusing = [rank for rank, reason in enumerate(reasons) if reason is not None]
+    score = replace(score, candidate=replace(score.candidate, run=everywhere[0][name][0]))
+    if not refusing:
+        return score
+    where = "" if len(refusing) == len(everywhere) else f"process {refusing[0]}: "
+    return replace(score, status="rejected", reason=f"{where}{reasons[refusing[0]]}")

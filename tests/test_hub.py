@@ -486,13 +486,15 @@ def train(output_dir, *specs):
     trainer = sft_trainer(output_dir, callbacks=[callback])
     trainer.train()
     norms = {name: tensor.norm().item() for name, tensor in lora_parameters(trainer.model).items()}
+    if os.environ.get("PUSH_TO"):
+        callback.push_to_hub(os.environ["PUSH_TO"])
     return {"report": json.loads(callback.report.to_json()), "losses": losses(trainer), "norms": norms}
 
 finish(**train(*sys.argv[1:]))
 """
 
 
-def test_a_search_is_ranked_merged_trained_and_repeated_offline(hub, run_client, library, tmp_path):
+def test_a_search_is_ranked_merged_trained_pushed_and_repeated_offline(hub, run_client, library, tmp_path):
     card = CARD.format(base="acme/base", license="mit", tag="code").encode()
     shas = {}
     for directory in sorted(path.parent for path in library.glob(f"*/{WEIGHTS}")):
@@ -501,7 +503,7 @@ def test_a_search_is_ranked_merged_trained_and_repeated_offline(hub, run_client,
     hub.seed("acme/elsewhere", {**files, "README.md": card.replace(b"acme/base", b"acme/another")})
     hub.seed("acme/liar", {**files, "README.md": card, WEIGHTS: safetensors_file({}, b"x")})
     hub.seed("acme/base", {"README.md": b"# The base"})
-    environment = hub.environment(tmp_path / "hf_home") | {"OMP_NUM_THREADS": "1"}
+    environment = hub.environment(tmp_path / "hf_home", token=hub.user("acme")) | {"OMP_NUM_THREADS": "1"}
     online = run_client(PRELUDE + TRAINING, tmp_path / "online", "hub:author=acme", env=environment, timeout=180)
     report = online["report"]
     rows = {row["name"]: row for row in report["candidates"]}
@@ -514,11 +516,27 @@ def test_a_search_is_ranked_merged_trained_and_repeated_offline(hub, run_client,
     assert report["hub"]["requests"] == len(hub.requests) and report["hub"]["seconds"] > 0
     assert report["hub"]["bytes"] == sum(request.sent for request in hub.requests)
 
+    # The merge is pushed by a run that reads the cache, and found by the next one.
+    environment["PUSH_TO"] = "acme/start"
+    run_client(PRELUDE + TRAINING, tmp_path / "pushing", "hub:author=acme", env=environment, timeout=180)
+    del environment["PUSH_TO"]
+    pushed = (tmp_path / "pushing/mashup" / WEIGHTS).read_bytes()
+    assert hub.files("acme/start")[WEIGHTS] == pushed
+    hub.reset_log()
+    again = run_client(PRELUDE + TRAINING, tmp_path / "again", "hub:author=acme", env=environment, timeout=180)
+    start = next(row for row in again["report"]["candidates"] if row["name"] == "acme/start")
+    assert start["status"] == "scored"
+    assert start["loss"] <= min(row["loss"] for row in rows.values() if row["loss"]) + 1e-6
+    cached = [path for path in (tmp_path / "hf_home").rglob(WEIGHTS) if "acme--start" in str(path)]
+    assert [path.read_bytes() for path in cached] == [pushed]
+    downloaded = {request.repo_id for request in hub.requests if request.is_download and WEIGHTS in request.path}
+    assert downloaded <= {"acme/start", "acme/liar"}
+
     hub.reset_log()
     environment["HF_HUB_OFFLINE"] = "1"
     offline = run_client(PRELUDE + TRAINING, tmp_path / "offline", "hub:author=acme", env=environment, timeout=180)
     assert hub.requests == [] and offline["report"]["hub"]["requests"] == 0
-    assert (offline["losses"], offline["norms"]) == (online["losses"], online["norms"])
+    assert (offline["losses"], offline["norms"]) == (again["losses"], again["norms"])
     assert {row["name"]: row["loss"] for row in offline["report"]["candidates"]} == {
-        name: row["loss"] for name, row in rows.items() if name in shas
+        row["name"]: row["loss"] for row in again["report"]["candidates"] if row["name"] != "acme/liar"
     }

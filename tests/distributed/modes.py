@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.tiny import llama
 
@@ -59,9 +59,6 @@ def build_model(mode: str, world: int, base: Path, dtype: torch.dtype) -> LlamaF
 
         config = DistributedConfig(fsdp_size=world)
         return LlamaForCausalLM.from_pretrained(base, dtype=dtype, distributed_config=config)
-    if mode == "4bit":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        return LlamaForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config, device_map={"": "cpu"})
     if mode == "zero3" and world > 1:
         return LlamaForCausalLM.from_pretrained(base, dtype=dtype)
     return llama().to(dtype)

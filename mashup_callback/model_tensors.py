@@ -1,0 +1,138 @@
+"""The weights of a live model as a checkpoint on disk would name them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from .parameters import clean_name
+
+
+# Parameters of adapters, which are no part of the model.
+_ADAPTERS = ("lora_", "modules_to_save", "original_module")
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """
+    Names and shapes of a model's weights.
+
+    Args:
+        model_type (`str`): Architecture, as `config.json` says it.
+        tied (`bool`): Whether the head shares the embeddings' weight.
+        shapes (`Mapping[str, tuple[int, ...]]`): Shape of every parameter; shared ones once.
+        aliases (`Mapping[str, str]`): Further names of shared parameters -> the name in `shapes`.
+        embeddings (`frozenset[str]`): Parameters with one row for each token.
+        buffers (`frozenset[str]`): Names of buffers, which a swap leaves alone.
+        dtype (`torch.dtype`): Data type of the parameters; the widest where they differ.
+    """
+
+    model_type: str
+    tied: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    embeddings: frozenset[str]
+    buffers: frozenset[str]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all parameters together."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of all parameters in `dtype`."""
+        return self.elements * self.dtype.itemsize
+
+    def bytes_of(self, name: str) -> int:
+        """Size of one parameter in `dtype`."""
+        return torch.Size(self.shapes[name]).numel() * self.dtype.itemsize
+
+
+def describe_model(model: nn.Module) -> ModelTensors:
+    """
+    Describes the weights of a model, without the adapters on it.
+
+    Args:
+        model (`torch.nn.Module`):
+            Any model of transformers: bare, with adapters, wrapped, or sharded by FSDP2 or ZeRO-3.
+
+    Raises:
+        ValueError: Parameters are quantized, so that no checkpoint's weights can take their place.
+    """
+    model = extract_model_from_parallel(model)
+    names: dict[int, list[str]] = {}
+    shapes, dtypes = {}, []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(part in name for part in _ADAPTERS):
+            continue
+        known = names.setdefault(id(parameter), [])
+        known.append(clean_name(name))
+        shapes[known[0]] = _shape(parameter)
+        dtypes.append(parameter.dtype)
+    _refuse_quantized(dtypes)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    ends = [_weight(getattr(base, name)()) for name in ("get_input_embeddings", "get_output_embeddings")]
+    return ModelTensors(
+        model_type=base.config.model_type,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        shapes=shapes,
+        aliases={alias: known[0] for known in names.values() for alias in known[1:]},
+        embeddings=frozenset(names[id(weight)][0] for weight in ends if id(weight) in names),
+        buffers=frozenset(clean_name(name) for name, _ in model.named_buffers()),
+        dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
+    )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # ZeRO-3 keeps an empty tensor in the place of the parameter.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _weight(module: nn.Module | None) -> nn.Parameter | None:
+    return getattr(module, "weight", None)
+
+
+def _refuse_quantized(dtypes: list[torch.dtype]) -> None:
+    quantized = sorted({str(dtype) for dtype in dtypes if not dtype.is_floating_point or dtype.itemsize < 2})
+    if quantized:
+        raise ValueError(
+            f"The model's weights are quantized ({', '.join(quantized)}): full checkpoints cannot take their place. "
+            "Load the model without quantization, or give LoRA adapters as candidates."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FullTrainee:
+    """
+    A model of which the weights themselves are trained.
+
+    Args:
+        tensors (`ModelTensors`): All weights of the model.
+        names (`frozenset[str]`): Those that are trained; frozen ones are never written.
+    """
+
+    tensors: ModelTensors
+    names: frozenset[str]
+
+
+def find_full_trainee(model: nn.Module) -> FullTrainee | None:
+    """
+    Finds the weights that are trained in a model without adapters.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+
+    Returns:
+        `FullTrainee`: None where nothing is trained, or an adapter of any kind is.
+    """
+    bare = extract_model_from_parallel(model)
+    trained = {clean_name(name) for name, parameter in bare.named_parameters() if parameter.requires_grad}
+    if not trained or getattr(bare, "peft_config", None):
+        return None
+    return FullTrainee(describe_model(model), frozenset(trained))

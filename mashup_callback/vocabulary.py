@@ -1,0 +1,81 @@
+"""Which tokens a checkpoint's rows of the embeddings stand for, and whether two vocabularies fit together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .untrusted import AdapterError, parse_object, quote, read_limited
+
+
+TOKENIZER_NAME = "tokenizer.json"
+VOCABULARY_NAME = "vocab.json"
+# The largest tokenizers (262k tokens) are 33 MB.
+MAX_TOKENIZER_BYTES = 200_000_000
+
+Vocabulary = Mapping[str, int]
+
+
+def read_vocabulary(directory: Path) -> Vocabulary | None:
+    """
+    Reads the tokens of a model directory's tokenizer with their ids, without running the tokenizer.
+
+    Args:
+        directory (`Path`):
+            The directory.
+
+    Returns:
+        `Mapping[str, int]`: The ids, or None where there is no `tokenizer.json` or `vocab.json`.
+
+    Raises:
+        AdapterError: A file is malformed.
+    """
+    if (directory / TOKENIZER_NAME).is_file():
+        return _from_tokenizer(parse_object(_read(directory / TOKENIZER_NAME), TOKENIZER_NAME))
+    if (directory / VOCABULARY_NAME).is_file():
+        return _ids(parse_object(_read(directory / VOCABULARY_NAME), VOCABULARY_NAME))
+    return None
+
+
+def check_vocabularies(found: Vocabulary, expected: Vocabulary) -> None:
+    """
+    Checks that one vocabulary extends the other: tokens that both have are the same rows of the embeddings.
+
+    Args:
+        found (`Mapping[str, int]`):
+            The checkpoint's tokens.
+        expected (`Mapping[str, int]`):
+            The tokens of the tokenizer that training uses.
+
+    Raises:
+        AdapterError: They contradict each other.
+    """
+    small, large = sorted((found, expected), key=len)
+    different = [token for token, index in small.items() if large.get(token) != index]
+    if different:
+        token = different[0]
+        raise AdapterError(
+            f"another vocabulary: {len(different)} of {len(small)} tokens differ, such as {quote(token, 40)!r} with "
+            f"id {found.get(token)}, expected {expected.get(token)}; one vocabulary must extend the other"
+        )
+
+
+def _read(path: Path) -> bytes:
+    return read_limited(path, MAX_TOKENIZER_BYTES)
+
+
+def _from_tokenizer(tokenizer: Mapping[str, Any]) -> Vocabulary:
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):
+        # Unigram lists its tokens with their scores, in the order of their ids.
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    if not isinstance(vocabulary, dict) or not isinstance(added, list):
+        raise AdapterError(f"{TOKENIZER_NAME} holds no vocabulary")
+    entries = [entry for entry in added if isinstance(entry, dict)]
+    return _ids({**vocabulary, **{entry.get("content"): entry.get("id") for entry in entries}})
+
+
+def _ids(vocabulary: Mapping[Any, Any]) -> Vocabulary:
+    if not all(isinstance(token, str) and type(index) is int for token, index in vocabulary.items()):
+        raise AdapterError("the tokenizer's vocabulary is not a mapping of tokens to ids")
+    return dict(vocabulary)

@@ -1,0 +1,379 @@
+"""
+What scoring costs: against the bare model, against peft, with many candidates, and in memory. Runs on the CPU:
+
+    python recipes/benchmarks/score.py --json score.json          # about 8 minutes on two idle cores
+    python recipes/benchmarks/score.py --only racing growth
+
+Throughput and the comparisons with peft: 16 adapters of rank 16 on all linear layers of a random Llama of 97 M
+parameters, 256 tokens each, medians of 5 with the ways taking turns. Racing and growth: the quickstart world. Memory:
+a Llama with 262,144 tokens, a batch of 16 rows of 512.
+"""
+
+import os
+
+
+# A score that is kept would cost nothing.
+os.environ["MASHUP_CACHE"] = ""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mashup_callback import score_candidates
+from mashup_callback.adapters import load_factors, read_adapter
+from mashup_callback.evaluation import evaluate
+from mashup_callback.isolation import undisturbed
+from mashup_callback.losses import RowLosses
+from mashup_callback.merging import merge_factors
+from mashup_callback.racing import rung_sizes, survivors
+from mashup_callback.sampling import Rows, draw_sample
+
+
+QUICKSTART = Path(__file__).parents[1] / "quickstart"
+ADAPTERS, RANK, ROWS, LENGTH = 16, 16, 2, 128
+CHECKPOINTS, NOISED, KEEP, SEEDS, POOL, SAMPLE = (0.2, 0.4, 0.6, 0.8), 14, 3, 20, 256, 128
+GROWTH = (8, 32, 128, 512)
+VOCABULARY, LONG_ROWS, LONG_LENGTH = 262_144, 16, 512
+WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+
+console = Console()
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def llama(**settings: int) -> LlamaForCausalLM:
+    """A random Llama."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **settings)).eval()
+
+
+def random_adapters(model: nn.Module, directory: Path, count: int) -> list[Path]:
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
+    for index in range(count):
+        tuned = get_peft_model(model, config)
+        tuned.save_pretrained(directory / str(index))
+        model = tuned.unload()
+    return [directory / str(index) for index in range(count)]
+
+
+class Ways:
+    """The ways to score the same adapters on the same batch."""
+
+    def __init__(self, directory: Path) -> None:
+        sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+        self.model = llama(vocab_size=16_000, **sizes)
+        self.base = directory / "base"
+        self.model.save_pretrained(self.base)
+        self.adapters = random_adapters(self.model, directory, ADAPTERS)
+        tokens = torch.randint(2, 16_000, (ROWS, LENGTH))
+        self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+
+    def mashup(self) -> None:
+        score_candidates(self.model, self.adapters, [self.batch])
+
+    @torch.no_grad()
+    def bare(self, model: nn.Module | None = None) -> float:
+        """The model's own forward, its head at the label positions, and the loss."""
+        model = model or self.model
+        tokens = self.batch["input_ids"]
+        hidden = model.model(tokens, attention_mask=self.batch["attention_mask"], use_cache=False)[0]
+        logits = model.lm_head(hidden[:, :-1].flatten(0, 1))
+        return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
+
+    def bare_for_each(self) -> None:
+        for _ in self.adapters:
+            self.bare()
+
+    def reload(self) -> None:
+        for path in self.adapters[:4]:
+            model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(self.base), path).eval()
+            self.bare(model.get_base_model())
+
+    def swap_in_peft(self) -> None:
+        config = LoraConfig(r=RANK, target_modules="all-linear")
+        tuned = get_peft_model(self.model, config, "trained").eval()
+        started = time.perf_counter()
+        for path in self.adapters[:4]:
+            tuned.load_adapter(path, "candidate")
+            tuned.set_adapter("candidate")
+            self.bare(tuned.get_base_model())
+            tuned.delete_adapter("candidate")
+        self.swap_seconds = time.perf_counter() - started
+        tuned.unload()
+
+
+def throughput(repeats: int) -> dict[str, float]:
+    """Each way's time for one adapter, by turns, and the ratios of the ones that took a turn together."""
+    with tempfile.TemporaryDirectory() as directory:
+        ways = Ways(Path(directory))
+        ways.mashup()
+        rounds = [_round(ways) for _ in range(repeats)]
+    names = ("throughput_vs_bare", "speed_vs_reload", "speed_vs_peft")
+    return {name: statistics.median(values) for name, values in zip(names, zip(*rounds, strict=True), strict=True)}
+
+
+def _round(ways: Ways) -> tuple[float, float, float]:
+    # Before and after, so that a machine that slows down does so for both.
+    bare = seconds(ways.bare_for_each) / ADAPTERS
+    ours = seconds(ways.mashup) / ADAPTERS
+    bare = (bare + seconds(ways.bare_for_each) / ADAPTERS) / 2
+    reload = seconds(ways.reload) / 4
+    ways.swap_in_peft()
+    peft = ways.swap_seconds / 4
+    console.print(f"seconds an adapter: bare {bare:.3f}, mashup {ours:.3f}, reload {reload:.3f}, peft {peft:.3f}")
+    return bare / ours, reload / ours, peft / ours
+
+
+def quickstart(target: str, size: int) -> tuple[nn.Module, Rows, Rows]:
+    """The quickstart's base model, and a sample and held-out rows of one of its tasks as its Trainer sees them."""
+    sys.path.insert(0, str(QUICKSTART))
+    import world
+    from trl import SFTTrainer
+
+    world.quiet()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SFTTrainer(
+            world.load_model(),
+            args=world.training_arguments(directory, 0),
+            train_dataset=world.rows(target, 2 * size, 0),
+            processing_class=world.load_tokenizer(),
+        )
+        chosen, held_out = draw_sample(trainer.get_train_dataloader(), 2 * size, batch_size=world.BATCH_SIZE)
+    return world.load_model().eval(), chosen, held_out
+
+
+def write_adapter(source: Path, directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    directory.mkdir(parents=True)
+    shutil.copy(source / CONFIG_NAME, directory)
+    tensors = load_file(source / WEIGHTS_NAME)
+    save_file({name: change(name, tensor).contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS_NAME)
+    return directory
+
+
+def candidates(directory: Path, target: str, count: int) -> list[tuple[Path, str]]:
+    """
+    Adapters with their training runs: the trained ones of the other tasks, scaled copies that stand for their earlier
+    checkpoints, copies with noise, and random ones of a trained one's norms.
+    """
+    generator = torch.Generator().manual_seed(0)
+    trained = sorted(path for path in (QUICKSTART / "adapters").iterdir() if path.name != target)
+    found = [(path, path.name) for path in trained]
+    for share in CHECKPOINTS:
+        for path in trained:
+            scaled = write_adapter(path, directory / f"{path.name}-{share}", _scale(share))
+            found.append((scaled, path.name))
+    while len(found) < count:
+        path, place = trained[len(found) % len(trained)], len(found)
+        noise = 0.3 if place % 64 < len(trained) * (1 + len(CHECKPOINTS)) + NOISED else None
+        found.append((write_adapter(path, directory / str(place), _disturb(noise, generator)), str(place)))
+    return found[:count]
+
+
+def _scale(share: float) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    return lambda name, tensor: share * tensor if "lora_B" in name else tensor
+
+
+def _disturb(noise: float | None, generator: torch.Generator) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        random = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+        return (random if noise is None else tensor + noise * random).to(tensor.dtype)
+
+    return change
+
+
+def racing() -> dict[str, float]:
+    """Races on 20 samples, replayed on the losses of all candidates on all rows, against an exhaustive search."""
+    target = "last"
+    model, pool, held_out = quickstart(target, POOL)
+    with tempfile.TemporaryDirectory() as directory:
+        found = candidates(Path(directory), target, 64)
+        scores = score_candidates(model, [path for path, _ in found], pool)
+        losses = {score.candidate.name: score.losses for score in scores}
+        runs = {str(path): run for path, run in found}
+        races = [_race(_sample(losses, seed), runs) for seed in range(SEEDS)]
+        searches = [_top(_sample(losses, seed), runs) for seed in range(SEEDS)]
+        same = [
+            set(top) == set(best) or _near(model, held_out, top, best)
+            for (top, _), best in zip(races, searches, strict=True)
+        ]
+    equal = sum(set(top) == set(best) for (top, _), best in zip(races, searches, strict=True))
+    fraction = statistics.mean(seen for _, seen in races) / (64 * SAMPLE)
+    console.print(f"racing: {fraction:.1%} of the rows; the same {KEEP} in {equal}, as good in {sum(same)} of {SEEDS}")
+    return {"racing_row_fraction": fraction, "racing_same_decision": sum(same) / SEEDS}
+
+
+def _sample(losses: dict[str, RowLosses], seed: int) -> dict[str, RowLosses]:
+    order = torch.randperm(POOL, generator=torch.Generator().manual_seed(seed))[:SAMPLE]
+    return {name: _part(row_losses, order) for name, row_losses in losses.items()}
+
+
+def _part(losses: RowLosses, rows: torch.Tensor | slice) -> RowLosses:
+    return RowLosses(losses.loss[rows], losses.correct[rows], losses.tokens[rows])
+
+
+def _race(losses: dict[str, RowLosses], runs: dict[str, str]) -> tuple[list[str], int]:
+    seen, start, alive = 0, 0, list(losses)
+    sizes = rung_sizes(SAMPLE, "racing")
+    for size in sizes:
+        seen += len(alive) * (size - start)
+        if size != sizes[-1]:
+            alive = survivors({name: _part(losses[name], slice(size)) for name in alive}, runs, KEEP, "loss")
+        start = size
+    return _top({name: losses[name] for name in alive}, runs), seen
+
+
+def _top(losses: dict[str, RowLosses], runs: dict[str, str]) -> list[str]:
+    best: dict[str, str] = {}
+    for name in sorted(losses, key=lambda name: losses[name].mean_loss):
+        best.setdefault(runs[name], name)
+    return list(best.values())[:KEEP]
+
+
+def _near(model: nn.Module, held_out: Rows, *choices: Sequence[str]) -> bool:
+    """Whether the merges of two choices differ by at most 1% in held-out loss."""
+    first, second = (_merged_loss(model, held_out, choice) for choice in choices)
+    return abs(first - second) <= 0.01 * second
+
+
+def _merged_loss(model: nn.Module, held_out: Rows, paths: Sequence[str]) -> float:
+    inputs = [load_factors(read_adapter(path)) for path in paths]
+    rank = max(factors.rank for factors in inputs[0].values())
+    with undisturbed(model):
+        merged = merge_factors(inputs, weights=[1 / len(inputs)] * len(inputs), ranks=rank)
+        return evaluate(model, held_out, "loss", merged.factors).mean_loss
+
+
+def growth(plot: Path | None) -> dict[str, float]:
+    """Seconds, row-forwards and memory of a race over ever more candidates, and the exponent of the seconds."""
+    target = "last"
+    model, rows, _ = quickstart(target, SAMPLE)
+    points = []
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [path for path, _ in candidates(Path(directory), target, GROWTH[-1])]
+        mixed = [paths[index] for index in torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))]
+        score_candidates(model, mixed[:4], rows)
+        for count in GROWTH:
+            started = time.perf_counter()
+            scores = score_candidates(model, mixed[:count], rows, search="racing", keep=KEEP)
+            points.append(
+                (count, time.perf_counter() - started, sum(score.rows for score in scores), resident_bytes("VmHWM"))
+            )
+            text = "{} candidates: {:.1f} s, {} row-forwards, peak memory {:.0f} MB"
+            console.print(text.format(*points[-1][:3], points[-1][3] / 1e6))
+    exponent, by_rows = (slope([(count, values[axis]) for count, *values in points]) for axis in (0, 1))
+    console.print(f"exponent {exponent:.2f} of the seconds, {by_rows:.2f} of the row-forwards")
+    if plot:
+        draw(points, exponent, plot)
+    return {"growth_exponent": exponent}
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Exponent of the power law that fits the points best."""
+    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    return statistics.linear_regression(x, y).slope
+
+
+def draw(points: Sequence[tuple], exponent: float, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counts, times, rows, _ = zip(*points, strict=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
+    left.loglog(counts, times, "o-", label=f"exponent {exponent:.2f}")
+    left.set(xlabel="candidates", ylabel="seconds")
+    right.loglog(counts, rows, "o-", label="racing")
+    right.loglog(counts, [SAMPLE * count for count in counts], ":", label="exhaustive")
+    right.set(xlabel="candidates", ylabel="row-forwards")
+    for axes in (left, right):
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of scoring, sparse and dense labels, by that of the same forward without a head."""
+    peaks = {mode: _in_process(mode) for mode in ("headless", "sparse", "dense")}
+    console.print(", ".join(f"{mode} {peak / 1e6:.0f} MB" for mode, peak in peaks.items()))
+    return {"peak_memory_vs_headless": max(peaks["sparse"], peaks["dense"]) / peaks["headless"]}
+
+
+def _in_process(mode: str) -> float:
+    # A process's own high-water mark never falls, so each mode has a process of its own.
+    command = [sys.executable, __file__, "--memory-of", mode]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def memory_of(mode: str) -> float:
+    """Bytes that one forward needs at its peak, the model included and the interpreter left out."""
+    before = resident_bytes("VmRSS")
+    sizes = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = llama(vocab_size=VOCABULARY, **sizes)
+    tokens = torch.randint(2, VOCABULARY, (LONG_ROWS, LONG_LENGTH))
+    # Building the model took more than it needs afterwards: the mark starts anew (Linux).
+    Path("/proc/self/clear_refs").write_text("5")
+    if mode == "headless":
+        with torch.no_grad():
+            model.model(tokens, use_cache=False)
+        return resident_bytes("VmHWM") - before
+    labels = tokens.clone()
+    if mode == "sparse":
+        labels[:, : -LONG_LENGTH // 16] = -100
+    with undisturbed(model):
+        evaluate(model, Rows([{"input_ids": tokens, "labels": labels}], lambda rows: rows[0]))
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> float:
+    """Memory of this process as Linux counts it: `"VmRSS"` now, `"VmHWM"` at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+
+
+def main() -> None:
+    """Parse the command line, measure and report."""
+    parts = ("throughput", "racing", "growth", "memory")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--plot", type=Path, help="write the growth as a picture to this file")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="what to measure")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median counts")
+    parser.add_argument("--memory-of", choices=("headless", "sparse", "dense"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(memory_of(options.memory_of))
+        return
+    measure = {
+        "throughput": lambda: throughput(options.repeats),
+        "racing": racing,
+        "growth": lambda: growth(options.plot),
+        "memory": memory,
+    }
+    numbers = {name: value for part in options.only for name, value in measure[part]().items()}
+    console.print_json(data=numbers)
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

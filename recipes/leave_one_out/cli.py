@@ -1,0 +1,67 @@
+"""The command line: prepare the world, run the jobs, write the tables, the figures and the report."""
+
+import argparse
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from .jobs import read_results, run_jobs
+from .outputs import write_outputs
+from .protocol import plan, plan_library
+from .worlds import WORLDS, World, load_world
+from .worlds.base import ARMS
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes the command line's parser."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--world", default="quickstart", choices=[name.replace("_", "-") for name in WORLDS] + ["lots_of_loras"]
+    )
+    made.add_argument("--fast", action="store_true", help="small sizes: minutes instead of hours")
+    made.add_argument("--output-dir", type=Path, help="default: outputs/leave_one_out/<world>")
+    made.add_argument("--jobs", type=int, help="processes; default: one a GPU, else one a core")
+    made.add_argument("--ray", action="store_true", help="run on a Ray cluster")
+    made.add_argument("--model", help="base model, for the worlds that have a choice")
+    made.add_argument("--arms", nargs="+", choices=ARMS, help="these arms only")
+    made.add_argument("--tasks", nargs="+", help="these tasks only")
+    made.add_argument("--seeds", nargs="+", type=int, help="these seeds only")
+    made.add_argument("--steps", type=int, help="optimizer steps of a run")
+    made.add_argument("--no-studies", action="store_true", help="the main table only: no sweep, no rows, no methods")
+    made.add_argument("--report-only", action="store_true", help="write the outputs of what is done, run nothing")
+    return made
+
+
+def main(description: str | None = None, arguments: list[str] | None = None) -> None:
+    """Runs the experiment."""
+    options = parser(description).parse_args(arguments)
+    output_dir = options.output_dir or Path("outputs/leave_one_out") / (options.world + "-fast" * options.fast)
+    started = time.perf_counter()
+    world = narrowed(
+        load_world(options.world, (output_dir / "world").absolute(), options.fast, options.model), options
+    )
+    jobs = list(plan(world, options.model))
+    if not options.report_only:
+        world.prepare()
+        workers = options.jobs or torch.cuda.device_count() or os.cpu_count()
+        for batch in (list(plan_library(world, options.model)), jobs):
+            run_jobs(batch, output_dir, options.fast, workers, options.ray)
+    paths = write_outputs(read_results(output_dir, jobs), world, output_dir)
+    print(f"{time.perf_counter() - started:.0f} s in all. Written: {', '.join(map(str, paths))}")
+
+
+def narrowed(world: World, options: argparse.Namespace) -> World:
+    """Applies the command line's choices to the world's budget."""
+    changes = {name: tuple(value) for name in ("arms", "tasks", "seeds") if (value := getattr(options, name))}
+    if options.steps:
+        changes["steps"] = options.steps
+    if options.no_studies:
+        changes |= {"learning_rates": (), "sample_sizes": (), "methods": ()}
+    unknown = set(changes.get("tasks", ())) - set(world.library_tasks)
+    if unknown:
+        raise ValueError(f"unknown tasks {sorted(unknown)}, expected some of {', '.join(world.library_tasks)}.")
+    world.budget = dataclasses.replace(world.budget, **changes)
+    return world

@@ -1,0 +1,209 @@
+"""One run of the protocol: a task, an arm, a seed; and the curve that it leaves."""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from mashup_callback import MashupCallback
+
+from .worlds import World
+
+
+LIBRARY = "library"
+LIBRARY_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    One run, and all that it depends on.
+
+    Args:
+        world (`str`): Name of the world.
+        task (`str`): The held-out task.
+        arm (`str`): One of the arms, or `"library"` for the run that trains the task's own adapter.
+        seed (`int`): Seed of initialisation and data order.
+        learning_rate (`float`): Peak learning rate.
+        steps (`int`): Optimizer steps.
+        eval_every (`int`): Steps between two points of the curve.
+        oracle_steps (`int`): Steps after which the oracle compares subsets; 0 for the other arms.
+        settings (`tuple`): Settings of the callback that differ from the arm's, as sorted pairs.
+        model (`str`, *optional*): Base model, for the worlds that have a choice.
+    """
+
+    world: str
+    task: str
+    arm: str
+    seed: int
+    learning_rate: float
+    steps: int
+    eval_every: int
+    oracle_steps: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
+    model: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the job's file: the task and arm, to be read, and a hash of everything."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.task}-{self.arm}-{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    One point of a curve.
+
+    Args:
+        step (`int`): Optimizer steps done.
+        seconds (`float`): Time spent on training so far, without evaluations and without the arm's overhead.
+        value (`float`): The world's metric.
+    """
+
+    step: int
+    seconds: float
+    value: float
+
+
+@dataclass
+class Begin:
+    """
+    What an arm hands to the Trainer.
+
+    Args:
+        model (`torch.nn.Module`): The base model, or a `PeftModel` whose adapter the arm initialised.
+        peft_config (`LoraConfig`, *optional*): Set where the Trainer is to add the adapter.
+        mashups (`list[MashupCallback]`): The callbacks whose time is charged.
+        callbacks (`list[TrainerCallback]`): What the Trainer is given.
+        seconds (`float`): Time charged besides.
+        chosen (`tuple[str, ...]`): Candidates that the arm itself chose.
+    """
+
+    model: nn.Module
+    peft_config: LoraConfig | None = None
+    mashups: list[MashupCallback] = field(default_factory=list)
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    seconds: float = 0.0
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def overhead(self) -> float:
+        """Seconds before the first step: finding, downloading, scoring, merging and swapping, or a search."""
+        return self.seconds + sum(mashup.report.seconds for mashup in self.mashups)
+
+
+class Curve(TrainerCallback):
+    """Measures the model at the beginning, every few steps and at the end, and stops the clock meanwhile."""
+
+    def __init__(self, world: World, task: str, every: int, stop_after: int | None = None) -> None:
+        self.world, self.task, self.every, self.stop_after = world, task, every, stop_after
+        self.points: list[Point] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self._seconds, self._started = 0.0, time.perf_counter()
+        if self.stop_after is None:
+            self._record(model, state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        step = state.global_step
+        last = step in (args.max_steps, state.max_steps, self.stop_after)
+        if last or step % self.every == 0:
+            self._seconds += time.perf_counter() - self._started
+            self._record(model, step)
+        if step == self.stop_after:
+            control.should_training_stop = True
+
+    def _record(self, model: nn.Module, step: int) -> None:
+        self.points.append(Point(step, self._seconds, self.world.evaluate(model, self.task)))
+        self._started = time.perf_counter()
+
+
+def train(world: World, job: Job, begin: Begin, stop_after: int | None = None) -> tuple[list[Point], nn.Module]:
+    """
+    Trains one adapter with the world's Trainer.
+
+    Args:
+        world (`World`):
+            The world.
+        job (`Job`):
+            The run.
+        begin (`Begin`):
+            What the arm starts from.
+        stop_after (`int`, *optional*):
+            Stop here, on the learning-rate schedule of the whole run.
+
+    Returns:
+        `tuple[list[Point], torch.nn.Module]`: The curve and the trained model.
+    """
+    curve = Curve(world, job.task, stop_after or job.eval_every, stop_after)
+    with tempfile.TemporaryDirectory() as scratch:
+        set_seed(job.seed)
+        trainer = world.trainer(
+            begin.model,
+            job.task,
+            job.seed,
+            Path(scratch),
+            steps=job.steps,
+            learning_rate=job.learning_rate,
+            # The curve comes last: its step 0 is then the arm's start.
+            callbacks=[*begin.callbacks, curve],
+            peft_config=begin.peft_config,
+        )
+        # The order of the data is drawn from here on: the same for every arm.
+        set_seed(job.seed)
+        trainer.train()
+    return curve.points, trainer.model
+
+
+def plan(world: World, model: str | None = None) -> Iterator[Job]:
+    """
+    Yields every job of a world's budget once, in the order of the paper's tables.
+
+    Args:
+        world (`World`):
+            The world.
+        model (`str`, *optional*):
+            Base model, for the worlds that have a choice.
+    """
+    budget, seen = world.budget, set()
+    variants = [(arm, budget.seeds, budget.learning_rate, {}) for arm in budget.arms]
+    variants += [
+        (arm, budget.sweep_seeds, rate, {}) for rate in budget.learning_rates for arm in ("scratch", "mashup")
+    ]
+    variants += [("mashup", budget.sweep_seeds, budget.learning_rate, {"sample_size": n}) for n in budget.sample_sizes]
+    grid = [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
+    variants += [("mashup", budget.sweep_seeds, budget.learning_rate, settings) for settings in grid]
+    for arm, seeds, rate, settings in variants:
+        for seed in seeds:
+            for task in budget.tasks:
+                job = make_job(world, task, arm, seed, rate, settings, model)
+                if job not in seen:
+                    seen.add(job)
+                    yield job
+
+
+def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
+    """Yields the runs that train the library's missing adapters, each from a seed of its own."""
+    for index, task in enumerate(world.library_tasks):
+        if world.adapter(task) is not None and not world.adapter(task).is_dir():
+            yield make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
+
+
+def make_job(
+    world: World, task: str, arm: str, seed: int, learning_rate: float, settings: dict, model: str | None = None
+) -> Job:
+    """Makes a job with the world's sizes."""
+    oracle_steps = world.budget.oracle_steps if arm == "oracle" else 0
+    pairs = tuple(sorted(settings.items()))
+    budget = world.budget
+    steps = world.steps(task)
+    return Job(world.name, task, arm, seed, learning_rate, steps, budget.eval_every, oracle_steps, pairs, model)

@@ -1,0 +1,83 @@
+"""The quickstart's small world: eight multiple-choice tasks, a character-level Llama, adapters in the repository."""
+
+from functools import cache
+from pathlib import Path
+
+from datasets import Dataset
+from trl import SFTTrainer
+
+from ...quickstart import world
+from .base import Budget, World, silenced
+
+
+FULL = Budget(
+    tasks=tuple(world.TASKS),
+    steps=world.STEPS,
+    eval_every=10,
+    learning_rate=world.LEARNING_RATE,
+    learning_rates=(1e-3, 3e-3, 6e-3),
+    sample_sizes=(8, 32, 128, 256),
+    methods=("linear", "ties"),
+    top_ks=(1, 2, 3, 5),
+    oracle_steps=20,
+)
+FAST = Budget(
+    tasks=("largest", "last"),
+    steps=60,
+    eval_every=10,
+    learning_rate=world.LEARNING_RATE,
+    seeds=(1,),
+    learning_rates=(1e-3, 3e-3),
+    sample_sizes=(16, 256),
+    methods=("linear", "ties"),
+    top_ks=(1, 3),
+    oracle_steps=10,
+)
+TEST_SEED = 0
+
+
+class Quickstart(World):
+    """Multiple choice by letter; the metric is the test accuracy."""
+
+    name = "quickstart"
+    metric = "accuracy"
+    rank = world.RANK
+
+    def all_tasks(self, budget: Budget) -> tuple[str, ...]:
+        return tuple(world.TASKS)
+
+    def adapter(self, task: str) -> Path:
+        return world.ADAPTERS / task
+
+    def base_model(self):
+        return world.load_model()
+
+    def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
+        settings = {"max_steps": steps, "learning_rate": learning_rate, "warmup_steps": max(1, steps // 10)}
+        trainer = SFTTrainer(
+            model,
+            args=world.training_arguments(output_dir, seed, **settings),
+            train_dataset=world.rows(target, steps * world.BATCH_SIZE, seed),
+            processing_class=_tokenizer(),
+            peft_config=peft_config,
+            callbacks=list(callbacks),
+        )
+        return silenced(trainer)
+
+    def evaluate(self, model, target):
+        return world.accuracy(model, _tokenizer(), _test_rows(target))
+
+
+@cache
+def _tokenizer():
+    return world.load_tokenizer()
+
+
+@cache
+def _test_rows(target: str) -> Dataset:
+    return world.rows(target, world.TEST_ROWS, TEST_SEED, "test")
+
+
+def make(home: Path, fast: bool, model: str | None) -> Quickstart:
+    world.quiet()
+    return Quickstart(home, FAST if fast else FULL)

@@ -1,0 +1,63 @@
+"""Full fine-tuning on several processes: what training starts from is what the merge on disk holds."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import ROOT, _environment, _free_port
+from tests.distributed.modes import SHIMMED
+from tests.full import save_full
+from tests.tiny import llama
+
+
+has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+MODES = ["ddp", "native", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def world(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    for seed in range(2):
+        save_full(directory / f"model-{seed}", seed, tied=request.param)
+    llama(tie_word_embeddings=request.param).save_pretrained(directory / "base")
+    return directory
+
+
+def run(directory: Path, mode: str, count: int, base: Path, candidates: str | None, **callback) -> list[dict]:
+    directory.mkdir()
+    values = {
+        "mode": mode,
+        "world": count,
+        "shim": count > 1 and mode in SHIMMED,
+        "directory": str(directory),
+        "base": str(base),
+        "candidates": candidates,
+        "callback": callback,
+    }
+    command = [sys.executable, "-m"]
+    if count > 1:
+        command += ["torch.distributed.run", f"--nproc_per_node={count}", "--master_addr=127.0.0.1"]
+        command += [f"--master_port={_free_port()}", "-m"]
+    command += ["tests.distributed.full_worker", json.dumps(values)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **_environment()}, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, world, mode, method):
+    if mode == "zero3" and not has_deepspeed:
+        pytest.skip("deepspeed is not installed")
+    candidates = str(world / "model-*")
+    ranks = run(tmp_path / "run", mode, 2, world / "base", candidates, guard=False, merge_method=method, top_k=2)
+    assert {rank["decision"] for rank in ranks} == {"merged"}
+    [alone] = run(tmp_path / "alone", "ddp", 1, tmp_path / "run/out/mashup", None)
+    # The Trainer logs the same rows' mean; two processes each see half of them.
+    assert ranks[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert ranks[0]["losses"][0] == pytest.approx(alone["losses"][0], abs=1e-6)

@@ -1,0 +1,68 @@
+"""Full checkpoints of the tiny model, and a Trainer that trains all of its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tests.tiny import llama, rows, tokenizer
+
+
+def save_full(directory: Path, seed: int, steps: int = 30, tied: bool = False, **settings: Any) -> Path:
+    """Saves the tiny model after some training, in several shards."""
+    model = llama(tie_word_embeddings=tied, **settings)
+    trainer = full_trainer(
+        Path(directory).with_name("training"),
+        model=model,
+        train_rows=rows("text", 64, seed=100 + seed),
+        max_steps=steps,
+        learning_rate=3e-3,
+    )
+    trainer.train()
+    model.save_pretrained(directory, max_shard_size="20KB")
+    tokenizer().save_pretrained(directory)
+    return Path(directory)
+
+
+def full_trainer(
+    output_dir: Path,
+    *,
+    callbacks: list[TrainerCallback] | None = None,
+    model: LlamaForCausalLM | None = None,
+    train_rows: Any = None,
+    **settings: Any,
+) -> SFTTrainer:
+    arguments = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "log_level": "warning",
+        "max_length": 32,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+    return SFTTrainer(
+        model=llama() if model is None else model,
+        args=SFTConfig(**{**arguments, **settings}),
+        train_dataset=rows() if train_rows is None else train_rows,
+        processing_class=tokenizer(),
+        callbacks=callbacks or [],
+    )
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
