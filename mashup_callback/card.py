@@ -195,8 +195,7 @@ def _usage(base_model: str | None, task_type: str | None) -> str:
 def _full_usage(task_type: str | None) -> str:
     auto = _AUTO_CLASSES.get(task_type, "AutoModelForCausalLM")
     return (
-        f"```python\nfrom transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
+        f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     # The Trainer imports datasets, and importing the callback should not.
     from transformers import Trainer
 
+
 @dataclass(frozen=True, eq=False)
 class TrainerLoss:
     """

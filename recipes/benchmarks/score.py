@@ -47,6 +47,9 @@ from mashup_callback.sampling import Rows, draw_sample
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 ADAPTERS, RANK, ROWS, LENGTH = 16, 16, 2, 128
+_NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LARGE = dict(zip(_NAMES, (16_000, 768, 2048, 12, 12), strict=True))
+SMALL = dict(zip(_NAMES, (75, 128, 384, 4, 4), strict=True))
 CHECKPOINTS, NOISED, KEEP, SEEDS, POOL, SAMPLE = (0.2, 0.4, 0.6, 0.8), 14, 3, 20, 256, 128
 GROWTH = (8, 32, 128, 512)
 VOCABULARY, LONG_ROWS, LONG_LENGTH = 262_144, 16, 512
@@ -79,13 +82,12 @@ def random_adapters(model: nn.Module, directory: Path, count: int) -> list[Path]
 class Ways:
     """The ways to score the same adapters on the same batch."""
 
-    def __init__(self, directory: Path) -> None:
-        sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-        self.model = llama(vocab_size=16_000, **sizes)
+    def __init__(self, directory: Path, sizes: dict[str, int]) -> None:
+        self.model = llama(**sizes)
         self.base = directory / "base"
         self.model.save_pretrained(self.base)
         self.adapters = random_adapters(self.model, directory, ADAPTERS)
-        tokens = torch.randint(2, 16_000, (ROWS, LENGTH))
+        tokens = torch.randint(2, sizes["vocab_size"], (ROWS, LENGTH))
         self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
 
     def mashup(self) -> None:
@@ -124,8 +126,13 @@ class Ways:
 
 def throughput(repeats: int) -> dict[str, float]:
     """Each way's time for one adapter, by turns, and the ratios of the ones that took a turn together."""
+    console.print("a model of the quickstart's shape, for comparison:", _ratios(SMALL, repeats))
+    return _ratios(LARGE, repeats)
+
+
+def _ratios(sizes: dict[str, int], repeats: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
-        ways = Ways(Path(directory))
+        ways = Ways(Path(directory), sizes)
         ways.mashup()
         rounds = [_round(ways) for _ in range(repeats)]
     names = ("throughput_vs_bare", "speed_vs_reload", "speed_vs_peft")
