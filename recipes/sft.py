@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.end()
     return trainer
 
 

@@ -65,6 +65,9 @@ def main():
     (DIRECTORY / f"rank{RANK}.json").write_text(json.dumps({"losses": losses, "decision": decision}))
     if dist.is_initialized():
         dist.destroy_process_group()
+    # gloo's threads now and then keep a process from ending while its DDP model is destroyed.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ def main():
     write_findings(trainer, watch, callback.report if callback else None)
     if dist.is_initialized():
         dist.destroy_process_group()
+    # gloo's threads now and then keep a process from ending while its DDP model is destroyed.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def write_findings(trainer, watch, report):
