@@ -183,10 +183,12 @@ def _sampled(tensor: torch.Tensor | None) -> bytes:
     if tensor is None or tensor.is_meta or not tensor.numel():
         return b""
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    # The last ones too: added tokens are at the end of an embedding.
+    flat = torch.cat([flat[:: max(1, len(flat) // _SAMPLED)], flat[-_SAMPLED:]])
+    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _default_directory() -> Path | None:
     if (chosen := os.environ.get("MASHUP_CACHE")) is not None:
-        return Path(chosen).expanduser() if chosen else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mashup_callback"
+        return Path(os.path.expanduser(chosen)) if chosen else None
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "mashup_callback"

@@ -17,6 +17,8 @@ from .candidates import check_specs
 from .config import MashupConfig, UsageError
 from .distributed import OutOfStepError, agreed, joint
 from .layers import find_trainee
+from .model_tensors import FullTrainee
+from .publishing import refuse_foreign
 from .report import REPORT_NAME, MashupReport
 from .run import MashupRun, mashup_directory
 from .sharing import describe_on_push, push_mashup
@@ -118,8 +120,12 @@ class MashupCallback(TrainerCallback):
         with joint():
             trainee = find_trainee(model, overwrite=self.config.overwrite)
         self._directory = mashup_directory(self.config, args)
+        with joint():
+            refuse_foreign(self._directory)
         config = self.config
         if self._trainer is not None:
+            if isinstance(trainee, FullTrainee):
+                raise UsageError("`bind` needs a LoRA trainee. For full fine-tuning pass a callable `metric`.")
             config = replace(config, metric=TrainerLoss(self._trainer, trainee))
         run = MashupRun(config, args, model, trainee, processing_class)
         try:

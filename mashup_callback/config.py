@@ -247,5 +247,5 @@ def _at_least(name: str, value: Any, minimum: float, kind: Callable) -> None:
     numeric = isinstance(value, int) or (kind is float and isinstance(value, float))
     if isinstance(value, bool) or not numeric:
         raise TypeError(f"`{name}` is {value!r}, expected {'a whole number' if kind is int else 'a number'}.")
-    if not value >= minimum:
-        raise ValueError(f"`{name}` is {value!r}, expected at least {minimum}.")
+    if not minimum <= value < math.inf:
+        raise ValueError(f"`{name}` is {value!r}, expected a finite number of at least {minimum}.")

@@ -156,7 +156,7 @@ class _Passes:
 
 
 def _dummy_pass(model: nn.Module, batch: Mapping[str, Any], metric: Metric, chunks: int) -> None:
-    batch = send_to_device(batch, next(model.parameters()).device)
+    batch = _on_device(batch, model)
     if callable(metric) or "labels" not in batch:
         model(**{name: value for name, value in batch.items() if name != "labels"})
     else:
@@ -164,8 +164,14 @@ def _dummy_pass(model: nn.Module, batch: Mapping[str, Any], metric: Metric, chun
         language_model_losses(model, batch, chunks)
 
 
+def _on_device(batch: Any, model: nn.Module) -> Any:
+    # A copy: a BatchEncoding is moved in place, and trainers take the labels out of their inputs.
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return send_to_device(batch, next(model.parameters()).device)
+
+
 def _batch_losses(model: nn.Module, batch: Mapping[str, Any], metric: Metric, chunks: int | None = None) -> RowLosses:
-    batch = send_to_device(batch, next(model.parameters()).device)
+    batch = _on_device(batch, model)
     if not callable(metric):
         return language_model_losses(model, batch, chunks)
     loss, count = (torch.tensor([float(value)], dtype=torch.float64) for value in metric(model, batch))

@@ -112,7 +112,9 @@ def choose(
         with bare(model, arms.metric):
             single = arms.start(selection.first(1), "linear", {})
             merge = arms.grow(selection) if config.top_k == "auto" else arms.best_method(selection)
-    merge = single if merge.loss == single.loss and len(selection.scores) == 1 else merge
+    if len(merge.selection.scores) == 1:
+        # A merge of one is that candidate in another form, and one form stands for both.
+        single = merge = arms.better(single, merge) if config.guard else merge
     decision = agreed(_decide(base_loss, merge, single, config.guard))
     reason = _reason(decision, base_loss, merge, single, config.guard)
     if merger is not None and decision == "single":
@@ -168,7 +170,7 @@ class _Arms:
         for method, parameters in AUTO_METHODS.items():
             start = self.start(selection, method, parameters)
             logger.info("merge_method=%s: held-out loss %.4f", start.merged.method, start.loss)
-            best = start if best is None else self._better(best, start)
+            best = start if best is None else self.better(best, start)
         return best
 
     def grow(self, selection: Selection) -> Start:
@@ -176,12 +178,12 @@ class _Arms:
         best = None
         for count in range(1, len(selection.scores) + 1):
             start = self.best_method(selection.first(count, self.config.weights))
-            if best is not None and self._better(best, start) is best:
+            if best is not None and self.better(best, start) is best:
                 break
             best = start
         return best
 
-    def _better(self, first: Start, second: Start) -> Start:
+    def better(self, first: Start, second: Start) -> Start:
         """Returns the one with the lower loss, and forgets the other: a merge of full models takes a lot of disk."""
         better, worse = (second, first) if _loss(second) < _loss(first) else (first, second)
         if self.merger is not None:

@@ -57,15 +57,15 @@ class _SharedInput:
         self.A = As[0] if len(As) == 1 else torch.cat(As)
         ends = torch.tensor([len(A) for A in As]).cumsum(0).tolist()
         self.parts = {
-            layer: (slice(end - update.rank, end), (update.scaling * update.B).to(device))
+            layer: (slice(end - update.rank, end), update.B.to(device), update.scaling)
             for (layer, update), end in zip(updates.items(), ends, strict=True)
         }
         self.seen: tuple[weakref.ref, int] | None = None
         self.product: torch.Tensor | None = None
 
     def add(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        part, B = self.parts[layer]
-        return _plus(output, self._product(args[0])[..., part], B)
+        part, B, scaling = self.parts[layer]
+        return _plus(output, self._product(args[0])[..., part], B, scaling)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
@@ -77,10 +77,10 @@ class _SharedInput:
         return self.product
 
 
-def _plus(output: torch.Tensor, product: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def _plus(output: torch.Tensor, product: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     if torch.is_grad_enabled():
-        return (output + F.linear(product, B)).to(output.dtype)
+        return (output + scaling * F.linear(product, B)).to(output.dtype)
     if output.is_contiguous() and output.dtype == product.dtype == B.dtype:
-        output.view(-1, output.shape[-1]).addmm_(product.reshape(-1, product.shape[-1]), B.T)
+        output.view(-1, output.shape[-1]).addmm_(product.reshape(-1, product.shape[-1]), B.T, alpha=scaling)
         return output
-    return output.add_(F.linear(product, B))
+    return output.add_(F.linear(product, B), alpha=scaling)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .adapter_writer import save_adapter
 from .card import CARD_NAME, mashup_card
+from .config import UsageError
 from .guard import Start
 from .layers import Trainee
 from .mergekit_config import MERGEKIT_NAME, mergekit_config
@@ -72,6 +73,26 @@ def replacing(directory: Path) -> Iterator[Path]:
         _take_the_place_of(directory, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_foreign(directory: Path) -> None:
+    """
+    Refuses a directory whose place a mashup would take although it holds something else.
+
+    Args:
+        directory (`Path`):
+            Where a mashup is going to be written.
+
+    Raises:
+        UsageError: The directory is not empty and no earlier mashup's.
+    """
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    foreign = names and REPORT_NAME not in names
+    if directory.is_file() or foreign or any(name.startswith("checkpoint-") for name in names):
+        raise UsageError(
+            f"`report_dir` {directory} holds {min(names, default='a file')} and would be replaced. Choose a directory "
+            "of its own, such as <output_dir>/mashup."
+        )
 
 
 def _take_the_place_of(directory: Path, draft: Path) -> None:

@@ -148,7 +148,7 @@ class MashupRun:
             self.report.show()
             try:
                 publish(self.directory, self.report, start, self.trainee)
-            except OSError as error:
+            except Exception as error:
                 if self.config.on_error == "raise":
                     raise
                 # The model is as the report says; only its record on disk is missing.

@@ -105,6 +105,9 @@ class Rows:
         """Returns a sha256 of the batches, to tell whether two samples are the same."""
         digest = hashlib.sha256()
         for _, batch in self.batches():
+            if not isinstance(batch, Mapping):
+                digest.update(repr(batch).encode())
+                continue
             for name, value in sorted(batch.items()):
                 digest.update(name.encode())
                 if isinstance(value, torch.Tensor):
@@ -149,7 +152,8 @@ def draw_sample(
     Raises:
         ValueError: The data set has fewer than two rows, or `guard_rows` lacks a column of the training rows.
     """
-    rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
+    with random_state(seed):
+        rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
     needed = 2 if guard_rows is None else 1
     if len(rows) < needed:
         raise ValueError(f"The training data has {len(rows)} rows, expected at least {needed} to select and to guard.")
@@ -190,6 +194,9 @@ def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
             "in the form of the Trainer's own training rows: take them from `trainer.train_dataset` or from "
             "`trainer.eval_dataset`, after the Trainer has prepared it."
         )
+    if isinstance(example, Mapping) and isinstance(rows[0], Mapping):
+        # The Trainer drops the columns that the model does not take in its data loader only.
+        rows = [{name: row[name] for name in example} for row in rows]
     return rows
 
 

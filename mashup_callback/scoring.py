@@ -28,6 +28,7 @@ from .preparing import Preparation, Prepared, ahead
 from .probe import probe, trained_adapter
 from .racing import joined, ranking_value, rung_sizes, survivors
 from .sampling import Rows, as_rows
+from .trainer_loss import TrainerLoss
 from .weights import admit_checkpoint
 
 
@@ -171,7 +172,8 @@ class _Race:
     def __init__(self, model: nn.Module, rows: Rows, metric: Metric, max_seconds: float | None, hub: Hub) -> None:
         self.model, self.rows, self.metric, self.hub = model, rows, metric, hub
         self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
-        self.sharded = is_sharded(model)
+        # A trainer gathers its metrics from all processes, so all of them look at the same candidate.
+        self.sharded = is_sharded(model) or isinstance(metric, TrainerLoss)
         self.prepare = Preparation(model, metric, self.sharded)
 
     def run(self, scores: Iterable[Score], sizes: list[int], keep: int, count: int) -> list[Score]:
@@ -240,6 +242,9 @@ class _Race:
 
     def _cut(self, scores: list[Score], size: int, keep: int) -> list[Score]:
         values = {index: score.losses for index, score in enumerate(scores) if score.status == "scored"}
+        if len({len(losses.loss) for losses in values.values()}) > 1:
+            # Time was over within this rung: there are no rows that all have seen.
+            return scores
         runs = {index: scores[index].candidate.run for index in values}
         stay = set(decided(lambda: survivors(values, runs, keep, self.metric)))
         reason = f"behind after {size} rows"

@@ -363,3 +363,49 @@ def test_failed_stage_obeys_on_error(tmp_path, library, monkeypatch):
 def test_config_object_and_settings(library):
     callback = MashupCallback(str(library / "*"), config=MashupConfig(top_k=2, seed=7), top_k=1)
     assert (callback.config.top_k, callback.config.seed) == (1, 7)
+
+
+def test_a_directory_that_is_no_mashups_is_never_replaced(tmp_path, library):
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/precious.txt").write_text("mine")
+    callback = MashupCallback(str(library / "trained-*"), report_dir=str(tmp_path / "reports"))
+    with pytest.raises(ValueError, match=r"precious\.txt and would be replaced"):
+        sft_trainer(tmp_path / "out", callbacks=[callback]).train()
+    assert (tmp_path / "reports/precious.txt").read_text() == "mine"
+
+
+def test_a_merge_of_one_is_judged_in_the_form_that_is_written(tmp_path, library):
+    half = {"merge_method": "task_arithmetic", "merge_parameters": {"lambda": 0.5}, "top_k": 1}
+    held = {}
+    for guard in (True, False):
+        after = Snapshot()
+        callback = MashupCallback(str(library / "trained-0"), guard=guard, **half)
+        sft_trainer(tmp_path / str(guard), callbacks=[callback, after], max_steps=1).train()
+        assert callback.report.decision == "single"
+        held[guard] = after.values
+    # The whole adapter is better than half of it, and is what the guard finds; without a guard it is as asked for.
+    names = [name for name in held[True] if "lora_A" in name]
+    for name in names:
+        whole, less = (held[guard][name.replace("lora_A", "lora_B")] @ held[guard][name] for guard in (True, False))
+        torch.testing.assert_close(less, whole / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_report_that_cannot_be_saved_does_not_hide_the_swap(tmp_path, library, monkeypatch):
+    def fail(*args):
+        raise ValueError("no place")
+
+    monkeypatch.setattr("mashup_callback.run.publish", fail)
+    callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
+    sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
+    assert callback.report.decision in ("merged", "single")
+    assert any(value.any() for name, value in after.values.items() if "lora_B" in name)
+
+
+def test_bound_trainer_needs_lora(tmp_path, library):
+    tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none")
+    callback = MashupCallback(str(library / "*"))
+    trainer = Trainer(llama(), arguments, train_dataset=tokens, callbacks=[callback])
+    callback.bind(trainer)
+    with pytest.raises(ValueError, match="needs a LoRA trainee"):
+        trainer.train()

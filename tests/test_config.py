@@ -39,6 +39,7 @@ def test_defaults_are_those_of_the_design():
         ({"merge_method": "tiess"}, ValueError, "ties"),
         ({"merge_method": "nearswap", "top_k": 2}, ValueError, "'?t'?"),
         ({"max_seconds": -1}, ValueError, "at least 0"),
+        ({"max_download_gb": float("inf")}, ValueError, "finite"),
         ({"batch_size": 0}, ValueError, "at least 1"),
     ],
     ids=str,

@@ -92,3 +92,26 @@ def test_fingerprint_tells_samples_apart():
 def test_ready_batches_are_rows():
     batches = [{"input_ids": torch.ones(2, 3)}, {"input_ids": torch.ones(1, 2)}]
     assert [batch for _, batch in as_rows(batches).batches()] == batches
+
+
+def test_reading_rows_leaves_the_random_numbers_alone():
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return {"input_ids": [index, int(torch.randint(9, (1,)))]}
+
+    before = torch.get_rng_state()
+    draw_sample(DataLoader(Augmented(), collate_fn=identity), 8, batch_size=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_guard_rows_lose_the_columns_that_training_rows_lack():
+    loader = DataLoader(DATA, collate_fn=identity)
+    _, held_out = draw_sample(loader, 10, batch_size=2, guard_rows=[{"input_ids": [-1], "text": "a"}])
+    assert held_out.rows == [{"input_ids": [-1]}]
+
+
+def test_fingerprint_of_batches_that_are_no_mappings():
+    assert Rows(["a"], list).fingerprint() != Rows(["b"], list).fingerprint()

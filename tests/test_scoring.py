@@ -179,3 +179,30 @@ def test_racing_finds_the_best_with_fewer_rows(tmp_path, library):
     assert sum(score.rows for score in race) < 0.6 * sum(score.rows for score in everything)
     eliminated = [score for score in race if score.status == "eliminated"]
     assert eliminated and all(score.reason.startswith("behind after") for score in eliminated)
+
+
+def test_time_that_ends_within_a_rung_keeps_the_best_so_far(tmp_path, monkeypatch):
+    loader = sft_trainer(tmp_path / "out", train_rows=rows("text", 64)).get_train_dataloader()
+    data = Rows([loader.dataset[i] for i in range(64)], loader.collate_fn, 16)
+    paths = [save_random_adapter(tmp_path / f"a{seed}", seed) for seed in range(3)]
+    model, passes = llama(), []
+    clock = iter([0.0] * 10**6)
+    monkeypatch.setattr("mashup_callback.scoring.time.monotonic", lambda: 100.0 if len(passes) > 4 else next(clock))
+    model.model.register_forward_pre_hook(lambda *args: passes.append(1))
+    scores = score_candidates(model, paths, data, search="racing", keep=3, max_seconds=50)
+    assert {score.rows for score in scores} == {16, 32}
+    assert all(score.status == "scored" for score in scores)
+
+
+def test_a_metric_that_takes_the_labels_out_leaves_the_batch_alone(tmp_path):
+    batches = trainer_batches(sft_trainer(tmp_path / "out"))
+    paths = [save_random_adapter(tmp_path / f"a{seed}", seed) for seed in range(2)]
+
+    def metric(model, batch):
+        batch.pop("labels")
+        return 1.0, 1
+
+    from transformers import BatchEncoding
+
+    scores = score_candidates(llama(), paths, [BatchEncoding(dict(batch)) for batch in batches], metric=metric)
+    assert [score.status for score in scores] == ["scored"] * 2
