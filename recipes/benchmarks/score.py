@@ -1,7 +1,7 @@
 """
 What scoring costs: against the bare model, against peft, with many candidates, and in memory. Runs on the CPU:
 
-    python recipes/benchmarks/score.py --json score.json          # about 8 minutes on two idle cores
+    python recipes/benchmarks/score.py --json score.json
     python recipes/benchmarks/score.py --only racing growth
 
 Throughput and the comparisons with peft: 16 adapters of rank 16 on all linear layers of a random Llama of 97 M
