@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from .untrusted import AdapterError, open_regular, read_limited
 
 
 if TYPE_CHECKING:
+    from .checkpoints import Checkpoint
     from .hub import Hub
 
 __all__ = ["Candidate", "Spec", "find_candidates", "parse_spec"]
@@ -48,6 +49,7 @@ class Candidate:
         license (`str`, *optional*): Licence that the repository states.
         bytes (`int`, *optional*): Size of the weights.
         reason (`str`, *optional*): Why it cannot be used; None while it can.
+        files (`tuple[str, ...]`): Its files on the Hub, in its folder.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Candidate:
     license: str | None = None
     bytes: int | None = None
     reason: str | None = None
+    files: tuple[str, ...] = ()
 
 
 def find_candidates(
@@ -72,6 +75,8 @@ def find_candidates(
     allow_licenses: Sequence[str] | None = None,
     allow_authors: Sequence[str] | None = None,
     layers: Mapping[str, tuple[int, int]] | None = None,
+    check_model: "Callable[[Checkpoint], Checkpoint] | None" = None,
+    search_models: bool = False,
     hub: "Hub | None" = None,
 ) -> list[Candidate]:
     """
@@ -95,6 +100,11 @@ def find_candidates(
             Users and organisations that a Hub candidate may come from; None allows everyone.
         layers (`Mapping[str, tuple[int, int]]`, *optional*):
             Linear layers of the base model, name -> (in_features, out_features), which Hub candidates must fit.
+        check_model (`Callable`, *optional*):
+            Raises an `AdapterError` for a full model on the Hub whose description does not fit the model that is
+            trained, so that it is not downloaded.
+        search_models (`bool`, *optional*, defaults to `False`):
+            Whether searches list full fine-tunes of the base model beside adapters.
         hub (`Hub`, *optional*):
             The connection to the Hub; one of its own by default.
 
@@ -109,7 +119,13 @@ def find_candidates(
     """
     entries = [specs] if isinstance(specs, str | os.PathLike) else specs
     excluded = [os.path.realpath(os.path.expanduser(path)) for path in exclude]
-    limits = {"allow_licenses": allow_licenses, "allow_authors": allow_authors, "layers": layers}
+    limits = {
+        "allow_licenses": allow_licenses,
+        "allow_authors": allow_authors,
+        "layers": layers,
+        "check_model": check_model,
+        "search_models": search_models,
+    }
     found: list[Candidate] = []
     for spec in [_resolve(entry) for entry in entries]:
         if spec.kind == "path":
@@ -165,7 +181,8 @@ def _connect() -> "Hub":
 
 def _find_on_hub(spec: Spec, hub: "Hub", **wanted: Any) -> list[Candidate]:
     # Imported here because it imports torch, and this module's Candidate.
-    from .hub_search import HubFilter, find_on_hub
+    from .hub_judging import HubFilter
+    from .hub_search import find_on_hub
 
     return find_on_hub(spec, HubFilter(**wanted), hub)
 

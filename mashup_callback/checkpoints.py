@@ -13,20 +13,36 @@ from safetensors import SafetensorError, safe_open
 
 from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from .candidates import Candidate
+from .checkpoint_files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_JSON_BYTES,
+    WEIGHTS_NAME,
+    CheckpointError,
+    Directory,
+    Files,
+    read_index,
+    shard_names,
+)
 from .model_tensors import ModelTensors
-from .safetensors_header import DTYPE_BYTES, FileStamp, TensorInfo, read_header
-from .untrusted import AdapterError, open_regular, parse_object, quote, read_limited
+from .safetensors_header import DTYPE_BYTES, FileStamp, TensorInfo
+from .untrusted import AdapterError, open_regular, parse_object, quote
 from .vocabulary import Vocabulary, check_vocabularies, read_vocabulary
 
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-MAX_JSON_BYTES = 50_000_000
-
-
-class CheckpointError(AdapterError):
-    """The reason why a full checkpoint cannot be used."""
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "WEIGHTS_NAME",
+    "Checkpoint",
+    "CheckpointError",
+    "check_checkpoint",
+    "describe_checkpoint",
+    "is_checkpoint",
+    "read_checkpoint",
+    "read_tensor",
+    "tensors_of",
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ class Checkpoint:
 
     Args:
         candidate (`Candidate`): Where it came from.
-        path (`Path`): Its directory.
+        files (`Files`): Its files.
         config (`Mapping[str, Any]`): Its `config.json`.
         tensors (`Mapping[str, Stored]`): Its tensors by their name; by the model's names once checked.
         stamps (`Mapping[str, FileStamp]`): State of each shard when it was read.
@@ -66,12 +82,17 @@ class Checkpoint:
     """
 
     candidate: Candidate
-    path: Path
+    files: Files = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, Stored] = field(repr=False)
     stamps: Mapping[str, FileStamp] = field(repr=False)
     warnings: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """Its directory, once it is on this machine."""
+        return Path(self.candidate.path)
 
     @property
     def rank(self) -> None:
@@ -86,7 +107,7 @@ class Checkpoint:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """Its tokens and their ids, None where it has no tokenizer."""
-        return read_vocabulary(self.path)
+        return read_vocabulary(self.files)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -110,18 +131,33 @@ def read_checkpoint(candidate: Candidate | str | os.PathLike) -> Checkpoint:
         candidate = Candidate(str(candidate), "model", Path(candidate), run=os.path.realpath(candidate))
     if candidate.path is None:
         raise CheckpointError(f"{candidate.name} has not been downloaded yet")
-    directory = Path(candidate.path)
+    return describe_checkpoint(candidate, Directory(Path(candidate.path)))
+
+
+def describe_checkpoint(candidate: Candidate, files: Files) -> Checkpoint:
+    """
+    Reads the description of a full checkpoint, wherever its files are.
+
+    Args:
+        candidate (`Candidate`):
+            Where it is from.
+        files (`Files`):
+            Its files, of which only the small ones and the headers of the shards are read.
+
+    Raises:
+        CheckpointError: The reason why it cannot be used.
+    """
     try:
-        config = parse_object(read_limited(directory / CONFIG_NAME, MAX_JSON_BYTES), CONFIG_NAME)
-        index = _read_index(directory)
-        headers = {name: _read_shard(directory, name) for name in _shard_names(index)}
+        config = parse_object(files.read(CONFIG_NAME, MAX_JSON_BYTES), CONFIG_NAME)
+        index = read_index(files)
+        headers = {name: _read_shard(files, name) for name in shard_names(index)}
     except CheckpointError:
         raise
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
     tensors = {key: Stored(name, key, info) for name, (entries, _) in headers.items() for key, info in entries.items()}
     _check_index(index, tensors)
-    return Checkpoint(candidate, directory, config, tensors, {name: stamp for name, (_, stamp) in headers.items()})
+    return Checkpoint(candidate, files, config, tensors, {name: stamp for name, (_, stamp) in headers.items()})
 
 
 def check_checkpoint(checkpoint: Checkpoint, model: ModelTensors, vocabulary: Vocabulary | None = None) -> Checkpoint:
@@ -187,30 +223,12 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return tensor
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
-    """Returns the shard of every tensor, None for a checkpoint of a single file."""
-    if not (directory / INDEX_NAME).exists():
-        return None
-    weight_map = parse_object(read_limited(directory / INDEX_NAME, MAX_JSON_BYTES), INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_NAME} has no weight_map, expected the file of every tensor")
-    for name in weight_map.values():
-        # A name with a directory in it could lead anywhere.
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_NAME} names the file {quote(name)}, expected a *.safetensors beside it")
-    return weight_map
-
-
-def _shard_names(index: Mapping[str, str] | None) -> list[str]:
-    return [WEIGHTS_NAME] if index is None else sorted(set(index.values()))
-
-
-def _read_shard(directory: Path, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:
-    if not (directory / name).exists():
+def _read_shard(files: Files, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:
+    if not files.has(name):
         named = "" if name == WEIGHTS_NAME else f", which {INDEX_NAME} names"
         raise CheckpointError(f"the file {quote(name)}{named} is missing")
     try:
-        return read_header(directory / name)
+        return files.header(name)
     except AdapterError as error:
         raise CheckpointError(f"{quote(name)}: {error}") from error
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from .adapters import Adapter, check_adapter, read_adapter, save_adapter
 from .candidates import Candidate
-from .checkpoints import Checkpoint, CheckpointError, read_tensor
+from .checkpoints import Checkpoint, CheckpointError, read_checkpoint, read_tensor
 from .distributed import decided, is_main_process
 from .factors import LoraFactors
 from .layers import Trainee, layer_shape, linear_layers
@@ -16,7 +16,7 @@ from .lowrank import truncate_dense
 from .parameters import read_parameters
 from .untrusted import AdapterError
 from .vocabulary import Vocabulary
-from .weights import admit_checkpoint
+from .weights import fit_checkpoint
 from .workspace import Workspace
 
 
@@ -79,9 +79,7 @@ class Extractor:
         Raises:
             AdapterError: It does not fit the model, or too little of its update is of low rank.
         """
-        checkpoint = admit_checkpoint(self.model, candidate, self.vocabulary)
-        if checkpoint.resized:
-            raise CheckpointError(f"another vocabulary: {checkpoint.resized[0]} has another number of rows")
+        checkpoint = self.check(read_checkpoint(candidate))
         extraction = extract(self.model, checkpoint, self.trainee.ranks)
         kept, rank = extraction.kept_energy, max(self.trainee.ranks.values())
         if kept < self.min_kept_energy:
@@ -91,6 +89,22 @@ class Extractor:
                 "or train all weights"
             )
         return self._saved(candidate, extraction, f"rank {rank} keeps {kept:.1%} of its full update")
+
+    def check(self, checkpoint: Checkpoint) -> Checkpoint:
+        """
+        Checks by its description alone that a checkpoint's update of the model can be extracted.
+
+        Args:
+            checkpoint (`Checkpoint`):
+                The checkpoint.
+
+        Raises:
+            CheckpointError: The reason why not.
+        """
+        checkpoint = fit_checkpoint(self.model, checkpoint, self.vocabulary)
+        if checkpoint.resized:
+            raise CheckpointError(f"another vocabulary: {checkpoint.resized[0]} has another number of rows")
+        return checkpoint
 
     def _saved(self, candidate: Candidate, extraction: Extraction, warning: str) -> Adapter:
         path = self.workspace.new("extracted")

@@ -24,7 +24,7 @@ from .model_writer import is_model_on_disk, save_model
 from .parameters import read_parameters
 from .selection import Selection
 from .vocabulary import Vocabulary
-from .weights import Replacement, admit_checkpoint
+from .weights import Replacement, admit_checkpoint, fit_checkpoint
 from .workspace import Workspace
 
 
@@ -106,8 +106,12 @@ class ModelMerger:
         if len(sources) == 1:
             method, parameters = "linear", {}
         merged = self._merge(sources, selection.weights, method, parameters)
+        return merged, self.fitted(merged.path)
+
+    def fitted(self, path: Path) -> FittedModel:
+        """Returns what the trainee can hold of a merge on disk."""
         vocabulary = vocabulary_of(self.tokenizer)
-        return merged, self._fit(check_checkpoint(read_checkpoint(merged.path), self.trainee.tensors, vocabulary))
+        return self._fit(check_checkpoint(read_checkpoint(path), self.trainee.tensors, vocabulary))
 
     def kept(self, merged: "MergedModel") -> "MergedModel":
         """Returns a merge with files of its own: a candidate that is used as it is is copied."""
@@ -158,8 +162,9 @@ class ModelMerger:
 
     def _named(self, recipe: str, sources: Sequence[Adapter | Checkpoint]) -> str:
         """Returns mergekit's configuration with what others know the inputs by, not where they were for this merge."""
+        hub = [source.candidate for source in sources if source.candidate.repo_id]
         names = {str(path): name for name, path in self._adapters.items()}
-        names |= {str(source.candidate.path): source.candidate.repo_id for source in sources}
+        names |= {str(item.path): f"{item.repo_id}@{item.revision}" for item in hub if not item.subfolder}
         if self._base_is_own:
             names[str(self._base)] = self.config.base_model or base_model_name(self.model) or "path/to/the/base/model"
         for path, name in names.items():
@@ -207,16 +212,33 @@ class ModelMerger:
         return total
 
 
+@dataclass(frozen=True, eq=False)
+class ModelHandling:
+    """
+    What full checkpoints need.
+
+    Args:
+        merger (`ModelMerger`, *optional*): What merges them, where all weights are trained.
+        admit (`Callable[[Candidate], Adapter | Checkpoint]`): Makes of one on disk what is scored: the weights as they
+            are, or a low-rank update.
+        check (`Callable[[Checkpoint], Checkpoint]`): Checks by its description alone that one fits; raises an
+            `AdapterError` otherwise.
+    """
+
+    merger: ModelMerger | None
+    admit: Callable[[Candidate], Adapter | Checkpoint]
+    check: Callable[[Checkpoint], Checkpoint]
+
+
 def handle_models(
     model: nn.Module,
     trainee: Trainee | FullTrainee,
     workspace: Workspace,
     config: MashupConfig,
     tokenizer: Any = None,
-) -> tuple[ModelMerger | None, Callable[[Candidate], Adapter | Checkpoint]]:
+) -> ModelHandling:
     """
-    Returns what full checkpoints need: what merges them, where all weights are trained, and what admits them to
-    scoring, as they are or as low-rank updates.
+    Returns what full checkpoints need.
 
     Args:
         model (`torch.nn.Module`):
@@ -233,8 +255,13 @@ def handle_models(
     vocabulary = vocabulary_of(tokenizer)
     if isinstance(trainee, FullTrainee):
         merger = ModelMerger(model, trainee, workspace, config, tokenizer if vocabulary is not None else None)
-        return merger, lambda candidate: admit_checkpoint(model, candidate, vocabulary)
-    return None, Extractor(model, trainee, workspace, config.min_kept_energy, vocabulary)
+        return ModelHandling(
+            merger,
+            admit=lambda candidate: admit_checkpoint(model, candidate, vocabulary),
+            check=lambda checkpoint: fit_checkpoint(model, checkpoint, vocabulary),
+        )
+    extractor = Extractor(model, trainee, workspace, config.min_kept_energy, vocabulary)
+    return ModelHandling(None, extractor, extractor.check)
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary | None:

@@ -12,18 +12,19 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import cached_assets_path
 
-from .adapter_config import CONFIG_NAME
-from .candidates import WEIGHTS_NAME, Candidate
+from .candidates import Candidate
+from .checkpoint_files import CONFIG_NAME, INDEX_NAME, MAX_JSON_BYTES, parse_index, shard_names
+from .untrusted import AdapterError, read_limited
+from .vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 
 
 logger = logging.getLogger(__name__)
 
-FILES = (CONFIG_NAME, WEIGHTS_NAME)
 _LIBRARY = "mashup_callback"
-_FIELDS = ("name", "repo_id", "subfolder", "revision", "run", "license", "bytes")
+_FIELDS = ("name", "kind", "repo_id", "subfolder", "revision", "run", "license", "bytes", "files")
 
 
-def cached_adapter(candidate: Candidate) -> Candidate | None:
+def cached(candidate: Candidate) -> Candidate | None:
     """
     Returns the candidate with the directory that holds its files in the Hub's cache, None if not all are there.
 
@@ -34,19 +35,41 @@ def cached_adapter(candidate: Candidate) -> Candidate | None:
         candidate (`Candidate`):
             A candidate on the Hub with a revision; a branch or tag is looked up as it was when last downloaded.
     """
-    found = [
-        try_to_load_from_cache(candidate.repo_id, path_in_repository(candidate, name), revision=candidate.revision)
-        for name in FILES
-    ]
-    # A file that is known not to exist is cached as an object that is no path.
-    paths = [Path(path) for path in found if isinstance(path, str)]
-    if len(paths) < len(FILES) or not all(map(_is_genuine, paths)):
+    found = {name: _in_cache(candidate, name) for name in candidate.files}
+    if not found or None in found.values() or not all(map(_is_genuine, found.values())):
         return None
-    depth = len(Path(path_in_repository(candidate, CONFIG_NAME)).parts)
-    revision = paths[0].parents[depth - 1].name
+    first = candidate.files[0]
+    depth = len(Path(path_in_repository(candidate, first)).parts)
     return dataclasses.replace(
-        candidate, path=paths[0].parent, revision=revision, bytes=paths[FILES.index(WEIGHTS_NAME)].stat().st_size
+        candidate,
+        path=found[first].parent,
+        revision=found[first].parents[depth - 1].name,
+        bytes=sum(path.stat().st_size for name, path in found.items() if name.endswith(".safetensors")),
     )
+
+
+def cached_model(candidate: Candidate) -> Candidate | None:
+    """
+    Returns the full model that is in the cache in the place of a candidate, None if there is none or not all of it:
+    for when nobody can say what the repository holds.
+
+    Args:
+        candidate (`Candidate`):
+            A candidate on the Hub with a revision.
+    """
+    index = _in_cache(candidate, INDEX_NAME)
+    try:
+        shards = shard_names(parse_index(read_limited(index, MAX_JSON_BYTES)) if index else None)
+    except AdapterError:
+        return None
+    optional = [name for name in (INDEX_NAME, TOKENIZER_NAME, VOCABULARY_NAME) if _in_cache(candidate, name)]
+    return cached(dataclasses.replace(candidate, kind="model", files=(CONFIG_NAME, *optional, *shards)))
+
+
+def _in_cache(candidate: Candidate, name: str) -> Path | None:
+    path = try_to_load_from_cache(candidate.repo_id, path_in_repository(candidate, name), revision=candidate.revision)
+    # A file that is known not to exist is cached as an object that is no path.
+    return Path(path) if isinstance(path, str) else None
 
 
 def path_in_repository(candidate: Candidate, name: str) -> str:
@@ -107,7 +130,9 @@ def recall(key: str) -> list[Candidate] | None:
     """Returns what [`remember`] recorded, None if there is nothing."""
     try:
         values = json.loads(_record(key).read_text(encoding="utf-8"))["candidates"]
-        return [Candidate(**{name: value[name] for name in _FIELDS}) for value in values]
+        return [
+            Candidate(**{name: value[name] for name in _FIELDS} | {"files": (*value["files"],)}) for value in values
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from huggingface_hub import constants, hf_hub_download
 
-from .candidates import WEIGHTS_NAME, Candidate
+from .candidates import Candidate
 from .distributed import in_turns, is_first_on_machine, place
 from .hub import Hub, as_list
-from .hub_cache import FILES, cached_adapter, discard, has_digest, path_in_repository
+from .hub_cache import cached, discard, has_digest, path_in_repository
 from .hub_errors import TROUBLE, HubError, describe
 
 
@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 def download(candidate: Candidate, hub: Hub) -> Candidate:
     """
-    Downloads the two files of a candidate into the Hub's cache, at its commit, and verifies their hashes.
+    Downloads the files of a candidate into the Hub's cache, at its commit, and verifies their hashes.
 
     Args:
         candidate (`Candidate`):
@@ -44,7 +44,7 @@ def download(candidate: Candidate, hub: Hub) -> Candidate:
     if not _is_remote(candidate):
         return candidate
     try:
-        return cached_adapter(candidate) or _downloaded(candidate, hub)
+        return cached(candidate) or _downloaded(candidate, hub)
     except TROUBLE as error:
         return replace(candidate, reason=f"its download failed: {describe(error, candidate.repo_id)}")
 
@@ -115,7 +115,7 @@ def _downloaded(candidate: Candidate, hub: Hub) -> Candidate:
 
 def _digests(candidate: Candidate, hub: Hub) -> dict[str, str]:
     """Returns the hash of each file of the candidate as the Hub states it, in a reply of its own."""
-    names = [path_in_repository(candidate, name) for name in FILES]
+    names = [path_in_repository(candidate, name) for name in candidate.files]
     address = f"/api/models/{candidate.repo_id}/paths-info/{candidate.revision}"
     entries, _ = hub.get_json(address, method="POST", data={"paths": names})
     known = {str(entry.get("path")): entry for entry in as_list(entries) if isinstance(entry, dict)}
@@ -125,9 +125,9 @@ def _digests(candidate: Candidate, hub: Hub) -> dict[str, str]:
         if not isinstance(digest, str) or len(digest) not in (40, 64):
             raise HubError(f"the Hub does not state the hash of {name}")
         known[name] |= {"digest": digest}
-    size = known[path_in_repository(candidate, WEIGHTS_NAME)].get("size")
-    if candidate.bytes is not None and size != candidate.bytes:
-        raise HubError(f"the Hub states two sizes of {WEIGHTS_NAME}: {candidate.bytes:,} and {size} bytes")
+    sizes = [known[name].get("size") for name in names if name.endswith(".safetensors")]
+    if candidate.bytes is not None and (None in sizes or sum(sizes) != candidate.bytes):
+        raise HubError(f"the Hub states two sizes of its weights: {candidate.bytes:,} and {sizes} bytes")
     return {name: known[name]["digest"] for name in names}
 
 

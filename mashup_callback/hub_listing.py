@@ -1,8 +1,8 @@
-"""Listing repositories on the Hub: searches of a base model's adapters, collections, or one by name."""
+"""Listing repositories on the Hub: searches for what was made of a base model, collections, or one by name."""
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote as quote_path
@@ -47,7 +47,7 @@ class Lead:
         return f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
 
 
-def leads(spec: Spec, base_model: str | None, hub: Hub) -> list[Lead]:
+def leads(spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[str] = ("adapter",)) -> list[Lead]:
     """
     Lists the repositories that an entry of the grammar names.
 
@@ -55,9 +55,11 @@ def leads(spec: Spec, base_model: str | None, hub: Hub) -> list[Lead]:
         spec (`Spec`):
             A repository, a search or a collection.
         base_model (`str`, *optional*):
-            Name or path of the base model, whose adapters a search lists.
+            Name or path of the base model, of which a search lists what was made of it.
         hub (`Hub`):
             The connection.
+        relations (`Sequence[str]`, *optional*, defaults to `("adapter",)`):
+            What a search lists, in turns: `"adapter"`, `"finetune"`.
 
     Raises:
         HubError: If the Hub cannot be reached, or the name of the base model is not known.
@@ -65,7 +67,7 @@ def leads(spec: Spec, base_model: str | None, hub: Hub) -> list[Lead]:
     """
     if spec.kind == "repo":
         return [Lead(spec.repo_id, spec.revision or "main", spec.subfolder)]
-    found = _collected(spec, hub) if spec.kind == "collection" else _searched(spec, base_model, hub)
+    found = _collected(spec, hub) if spec.kind == "collection" else _searched(spec, base_model, hub, relations)
     limit = spec.limit or MAX_LISTED
     leads = [*itertools.islice(found, limit + 1)]
     if len(leads) > limit and spec.limit is None:
@@ -80,23 +82,29 @@ def _collected(spec: Spec, hub: Hub) -> Iterator[Lead]:
             yield Lead(item["id"])
 
 
-def _searched(spec: Spec, base_model: str | None, hub: Hub) -> Iterator[Lead]:
+def _searched(spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[str]) -> Iterator[Lead]:
     names = base_model_names(base_model, hub)
     if not names:
         raise HubError(f"the base model's name on the Hub is not known (it is {base_model!r}): set `base_model`")
     seen: set[str] = set()
+    listings = [_listed(spec, names, relation, hub) for relation in relations]
+    # In turns, so that a limit leaves some of each.
+    for row in itertools.chain.from_iterable(itertools.zip_longest(*listings)):
+        repo_id = row.get("id") if isinstance(row, dict) else None
+        if _is_repo_id(repo_id) and repo_id not in seen:
+            seen.add(repo_id)
+            yield Lead(repo_id, info=row if row.get("sha") and "siblings" in row else None)
+
+
+def _listed(spec: Spec, names: Sequence[str], relation: str, hub: Hub) -> Iterator[Any]:
     for name in names:
-        for row in _pages(_query(spec, name), hub):
-            repo_id = row.get("id") if isinstance(row, dict) else None
-            if _is_repo_id(repo_id) and repo_id not in seen:
-                seen.add(repo_id)
-                yield Lead(repo_id, info=row if row.get("sha") and "siblings" in row else None)
+        yield from _pages(_query(spec, f"base_model:{relation}:{name}"), hub)
 
 
-def _query(spec: Spec, base_model: str) -> dict[str, Any]:
+def _query(spec: Spec, tag: str) -> dict[str, Any]:
     given = {"author": spec.author, "search": spec.search, "sort": _SORT.get(spec.sort, spec.sort)}
     return {
-        "filter": [f"base_model:adapter:{base_model}", *spec.tags],
+        "filter": [tag, *spec.tags],
         **{name: value for name, value in given.items() if value is not None},
         "limit": min(spec.limit or MAX_LISTED, MAX_LISTED),
         "expand": list(PROPERTIES),
@@ -117,4 +125,4 @@ def _is_repo_id(value: Any) -> bool:
         validate_repo_id(value)
     except ValueError:
         return False
-    return "/" in value
+    return isinstance(value, str) and "/" in value

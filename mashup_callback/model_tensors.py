@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .parameters import clean_name
+from .parameters import clean_name, flattened_shapes
 
 
 # Parameters of adapters, which are no part of the model.
@@ -63,6 +63,8 @@ def describe_model(model: nn.Module) -> ModelTensors:
     Raises:
         ValueError: Parameters are quantized, so that no checkpoint's weights can take their place.
     """
+    # FSDP1's outermost unit is a wrapper like any other, and gone after the next line.
+    flattened = flattened_shapes(model)
     model = extract_model_from_parallel(model)
     names: dict[int, list[str]] = {}
     shapes, dtypes = {}, []
@@ -71,7 +73,7 @@ def describe_model(model: nn.Module) -> ModelTensors:
             continue
         known = names.setdefault(id(parameter), [])
         known.append(clean_name(name))
-        shapes[known[0]] = _shape(parameter)
+        shapes[known[0]] = flattened.get(id(parameter)) or _shape(parameter)
         dtypes.append(parameter.dtype)
     _refuse_quantized(dtypes)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -80,9 +80,7 @@ def write_parameters(model: nn.Module, values: Mapping[str, torch.Tensor], maste
 
 def _gathered(model: nn.Module, writeback: bool) -> Iterator[dict[str, nn.Parameter]]:
     """Yields the parameters by their clean names, those of FSDP1 one unit at a time while the unit is whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     units = {
         _unwrapped_name(name): module
         for name, module in model.named_modules()
@@ -95,6 +93,42 @@ def _gathered(model: nn.Module, writeback: bool) -> Iterator[dict[str, nn.Parame
             yield {clean_name(name): value for name, value in named.items() if not name.startswith(within)}
     if not units:
         yield {clean_name(name): value for name, value in model.named_parameters()}
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of the units that a forward pass of FSDP leaves whole: what is written into shards would be lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        # Before its first forward pass a unit of FSDP1 has no shard set apart, and is not whole.
+        elif isinstance(module, FullyShardedDataParallel) and hasattr(module._flat_param, "_local_shard"):
+            module._handle.reshard(free_unsharded_flat_param=module._handle.uses_sharded_strategy)
+
+
+def flattened_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Returns the shapes of the parameters of which FSDP1 keeps a flat part in each process, by the `id` of these."""
+    handles = [module._handle for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    flat = [handle.flat_param for handle in handles if handle is not None and handle._use_orig_params]
+    return {id(p): tuple(shape) for item in flat for p, shape in zip(item._params, item._shapes, strict=True)}
+
+
+def regather(parameter: nn.Parameter) -> None:
+    """
+    Makes the whole of a parameter that ZeRO-3 gathered agree with its shards again, or lets go of it.
+
+    Small parameters are kept whole between the steps, and neither a forward nor a backward pass would look at the
+    shards of these. Every process must call it.
+
+    Args:
+        parameter (`torch.nn.Parameter`):
+            A parameter that ZeRO-3 keeps in shards.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        parameter.partition()
+    if parameter.ds_persist:
+        parameter.all_gather()
 
 
 def _is_below(name: str, prefix: str) -> bool:
@@ -114,7 +148,9 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
-            return parameter.detach().clone()
+            whole = parameter.detach().clone()
+        regather(parameter)
+        return whole
     value = parameter.detach()
     return value.full_tensor().clone() if isinstance(value, DTensor) else value.clone()
 
@@ -125,6 +161,7 @@ def _fill(parameter: nn.Parameter, value: torch.Tensor, masters: bool) -> None:
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
+        regather(parameter)
     elif isinstance(parameter, DTensor):
         value = value.to(parameter.device, parameter.dtype)
         # Every process has the value, so each cuts out its own shard and nothing is sent.

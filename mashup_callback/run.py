@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from .candidates import find_candidates
+from .candidates import Candidate, find_candidates
 from .config import MashupConfig
 from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
-from .full_training import handle_models
+from .full_training import FittedModel, handle_models
 from .guard import Start, Verdict, choose
 from .hub import Hub
 from .layers import Trainee, base_model_name, layer_shape, linear_layers
@@ -23,11 +24,12 @@ from .model_tensors import FullTrainee
 from .provenance import warn_of_same_data
 from .publishing import publish
 from .racing import rungs
-from .report import MashupReport, candidate_rows, environment, merge_info
-from .sampling import draw_sample
+from .report import REPORT_NAME, MashupReport, candidate_rows, environment, merge_info
+from .restart import Earlier, find_earlier, inputs_fingerprint
+from .sampling import Rows, draw_sample
 from .scoring import Score, score_candidates
 from .selection import select
-from .swap import swap
+from .swap import FittedMerge, swap
 from .workspace import Workspace
 
 
@@ -52,67 +54,90 @@ class MashupRun:
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
         self.workspace = Workspace(self.directory)
-        self.merger, self.admit_model = handle_models(model, trainee, self.workspace, config, tokenizer)
+        self.models = handle_models(model, trainee, self.workspace, config, tokenizer)
+        self.merger = self.models.merger
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
+        self.inputs: str | None = None
         self.report: MashupReport | None = None
 
     def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
         config = self.config
         with self._timed("candidates"):
-            exclude = [Path(self.args.output_dir), self.directory]
-            candidates = in_turns(
-                lambda: find_candidates(
-                    specs,
-                    self.base_model,
-                    exclude=exclude,
-                    max_candidates=config.max_candidates,
-                    max_download_gb=config.max_download_gb,
-                    allow_licenses=config.allow_licenses,
-                    allow_authors=config.allow_authors,
-                    layers={name: layer_shape(layer) for name, layer in linear_layers(self.model).items()},
-                    hub=self.hub,
-                )
-            )
+            candidates = in_turns(lambda: self._find(specs))
         with self._timed("sample"):
-            batch_size = config.batch_size or self.args.train_batch_size
-            selection_rows, held_out = draw_sample(
+            samples = draw_sample(
                 dataloader,
                 config.sample_size,
-                batch_size=batch_size,
+                batch_size=config.batch_size or self.args.train_batch_size,
                 seed=config.seed,
                 guard_rows=config.guard_dataset,
             )
+            self.inputs = inputs_fingerprint(config, self.model, self.trainee, candidates, samples)
+            earlier = find_earlier(self.directory, self.inputs, self.trainee, self.merger)
+        if earlier is not None:
+            return self._again(earlier)
+        selection_rows, held_out = samples
         with self._timed("scoring"):
-            self.scores = score_candidates(
-                self.model,
-                candidates,
-                selection_rows,
-                config.metric,
-                search=config.search,
-                keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
-                base_model=self.base_model,
-                max_seconds=config.max_seconds,
-                hub=self.hub,
-                admit_model=self.admit_model,
-                learning_rate=self.args.learning_rate,
-            )
-            self.scores = warn_of_same_data(self.scores, dataloader.dataset)
+            self.scores = warn_of_same_data(self._score(candidates, selection_rows), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
         if not selection.scores:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
             verdict = choose(self.model, self.trainee, selection, held_out, config, self.merger)
-        with self._timed("swap"):
-            if verdict.chosen is not None and not config.dry_run:
-                swap(self.model, self.trainee, verdict.chosen.fitted)
+        self._swap(verdict.chosen and verdict.chosen.fitted)
         self._finish(verdict)
 
     def give_up(self, reason: str) -> None:
         logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
         self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
         self._publish(None)
+
+    def _find(self, specs: Sequence[str]) -> list[Candidate]:
+        config = self.config
+        return find_candidates(
+            specs,
+            self.base_model,
+            exclude=[Path(self.args.output_dir), self.directory],
+            max_candidates=config.max_candidates,
+            max_download_gb=config.max_download_gb,
+            allow_licenses=config.allow_licenses,
+            allow_authors=config.allow_authors,
+            layers={name: layer_shape(layer) for name, layer in linear_layers(self.model).items()},
+            check_model=self.models.check,
+            search_models=self.merger is not None,
+            hub=self.hub,
+        )
+
+    def _score(self, candidates: Sequence[Candidate], rows: Rows) -> list[Score]:
+        config = self.config
+        return score_candidates(
+            self.model,
+            candidates,
+            rows,
+            config.metric,
+            search=config.search,
+            keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
+            base_model=self.base_model,
+            max_seconds=config.max_seconds,
+            hub=self.hub,
+            admit_model=self.models.admit,
+            learning_rate=self.args.learning_rate,
+        )
+
+    def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
+        with self._timed("swap"):
+            if fitted is not None and not self.config.dry_run:
+                swap(self.model, self.trainee, fitted)
+
+    def _again(self, earlier: Earlier) -> None:
+        self._swap(earlier.fitted)
+        self.report = agreed(replace(earlier.report, reused=True, timings=self._seconds(), hub=self.hub.traffic()))
+        if is_main_process():
+            self.report.show()
+            # The merge stays where it is.
+            self.report.save(self.directory / REPORT_NAME)
 
     def _finish(self, verdict: Verdict) -> None:
         shown = verdict.chosen or verdict.merge
@@ -125,6 +150,7 @@ class MashupRun:
             single_loss=_finite(verdict.single.loss),
             candidates=candidate_rows(self.scores, weights),
             rungs=rungs(self.scores),
+            inputs=self.inputs,
             merge=merge_info(shown),
         )
         self._publish(shown)
@@ -135,7 +161,7 @@ class MashupRun:
             MashupReport(
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,
-                timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
+                timings=self._seconds(),
                 config=self.config.to_dict(),
                 hub=self.hub.traffic(),
                 environment=environment(),
@@ -153,6 +179,9 @@ class MashupRun:
                     raise
                 # The model is as the report says; only its record on disk is missing.
                 logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
+
+    def _seconds(self) -> dict[str, float]:
+        return {name: round(seconds, 4) for name, seconds in self.timings.items()}
 
     def _why_none(self) -> str:
         if not self.scores:

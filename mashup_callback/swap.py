@@ -156,7 +156,7 @@ def _check_written(found: Mapping[str, torch.Tensor], values: Mapping[str, torch
             f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (the first: {lost[0]}). "
             "Something else writes to the model at the same time, or keeps its parameters in a way unknown here."
         )
-    checksums = exchange(_checksum(found))
+    checksums = exchange(checksum(found))
     if len(set(checksums)) > 1:
         different = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
         raise RuntimeError(
@@ -165,7 +165,8 @@ def _check_written(found: Mapping[str, torch.Tensor], values: Mapping[str, torch
         )
 
 
-def _checksum(values: Mapping[str, torch.Tensor]) -> str:
+def checksum(values: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 in hex of named tensors, to the bit."""
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(name.encode())

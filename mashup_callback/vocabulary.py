@@ -1,10 +1,10 @@
 """Which tokens a checkpoint's rows of the embeddings stand for, and whether two vocabularies fit together."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from .untrusted import AdapterError, parse_object, quote, read_limited
+from .checkpoint_files import Files
+from .untrusted import AdapterError, parse_object, quote
 
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -15,13 +15,13 @@ MAX_TOKENIZER_BYTES = 200_000_000
 Vocabulary = Mapping[str, int]
 
 
-def read_vocabulary(directory: Path) -> Vocabulary | None:
+def read_vocabulary(files: Files) -> Vocabulary | None:
     """
-    Reads the tokens of a model directory's tokenizer with their ids, without running the tokenizer.
+    Reads the tokens of a checkpoint's tokenizer with their ids, without running the tokenizer.
 
     Args:
-        directory (`Path`):
-            The directory.
+        files (`Files`):
+            The checkpoint's files.
 
     Returns:
         `Mapping[str, int]`: The ids, or None where there is no `tokenizer.json` or `vocab.json`.
@@ -29,10 +29,10 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
     Raises:
         AdapterError: A file is malformed.
     """
-    if (directory / TOKENIZER_NAME).is_file():
-        return _from_tokenizer(parse_object(_read(directory / TOKENIZER_NAME), TOKENIZER_NAME))
-    if (directory / VOCABULARY_NAME).is_file():
-        return _ids(parse_object(_read(directory / VOCABULARY_NAME), VOCABULARY_NAME))
+    if files.has(TOKENIZER_NAME):
+        return _from_tokenizer(parse_object(files.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES), TOKENIZER_NAME))
+    if files.has(VOCABULARY_NAME):
+        return _ids(parse_object(files.read(VOCABULARY_NAME, MAX_TOKENIZER_BYTES), VOCABULARY_NAME))
     return None
 
 
@@ -57,10 +57,6 @@ def check_vocabularies(found: Vocabulary, expected: Vocabulary) -> None:
             f"another vocabulary: {len(different)} of {len(small)} tokens differ, such as {quote(token, 40)!r} with "
             f"id {found.get(token)}, expected {expected.get(token)}; one vocabulary must extend the other"
         )
-
-
-def _read(path: Path) -> bytes:
-    return read_limited(path, MAX_TOKENIZER_BYTES)
 
 
 def _from_tokenizer(tokenizer: Mapping[str, Any]) -> Vocabulary:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from .adapters import Adapter, load_factors
 from .candidates import Candidate
@@ -15,7 +14,7 @@ from .distributed import joint
 from .factors import Factors
 from .hooks import applied
 from .model_tensors import describe_model
-from .parameters import clean_name, read_parameters, write_parameters
+from .parameters import clean_name, read_parameters, regather, reshard, write_parameters
 from .vocabulary import Vocabulary
 
 
@@ -129,13 +128,12 @@ def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     named = _named(model)
     for name, value in saved.items():
         _share(named[name]).copy_(value)
+        if hasattr(named[name], "ds_tensor"):
+            regather(named[name])
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    for module in model.modules():
-        # A forward pass leaves some units whole; what is written into these is lost.
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     return dict(model.named_parameters())
 
 
@@ -186,8 +184,26 @@ def admit_checkpoint(model: nn.Module, candidate: Candidate, vocabulary: Vocabul
     Raises:
         CheckpointError: The reason why not.
     """
+    return fit_checkpoint(model, read_checkpoint(candidate), vocabulary)
+
+
+def fit_checkpoint(model: nn.Module, checkpoint: Checkpoint, vocabulary: Vocabulary | None = None) -> Checkpoint:
+    """
+    Checks that a checkpoint's weights can take the place of the model's.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+        checkpoint (`Checkpoint`):
+            Its description.
+        vocabulary (`Mapping[str, int]`, *optional*):
+            Tokens of the tokenizer that training uses.
+
+    Raises:
+        CheckpointError: The reason why not.
+    """
     try:
         tensors = describe_model(model)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return check_checkpoint(read_checkpoint(candidate), tensors, vocabulary)
+    return check_checkpoint(checkpoint, tensors, vocabulary)

@@ -13,7 +13,7 @@ from peft import EvaConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from mashup_callback.factors import LoraFactors
-from recipes.leave_one_out import arms, outputs, tables
+from recipes.leave_one_out import arms, cli, outputs, tables
 from recipes.leave_one_out import jobs as jobs_module
 from recipes.leave_one_out.controls import assert_initialised, randomised
 from recipes.leave_one_out.jobs import read_results, result_path, run_job, run_jobs
@@ -22,6 +22,7 @@ from recipes.leave_one_out.worlds import load_world, sources, stdlib
 from recipes.leave_one_out.worlds.base import ARMS, Budget
 from recipes.leave_one_out.worlds.benchmarks import BENCHMARKS
 from recipes.leave_one_out.worlds.quickstart import Quickstart, _tokenizer
+from recipes.leave_one_out.worlds.quickstart_full import QuickstartFull
 from recipes.quickstart import world as quickstart
 
 
@@ -319,6 +320,51 @@ def test_a_plain_initialisation_is_noticed(small):
         for name in before:
             named_only.get_parameter(name).add_(1)
     assert_initialised("EVA", before, named_only)
+
+
+# --- all weights trained
+
+
+class TwoFullTasks(QuickstartFull):
+    """Two held-out tasks, three full checkpoints, five steps and few test rows."""
+
+    evaluate = TwoTasks.evaluate
+
+    def all_tasks(self, budget: Budget) -> tuple[str, ...]:
+        return ("largest", "first", "last")
+
+    def mashup(self, target, candidates=None, **settings):
+        return super().mashup(target, candidates, **{"sample_size": 16, **settings})
+
+
+def test_full_fine_tuning(tmp_path, monkeypatch):
+    world = TwoFullTasks(tmp_path / "world", budget(arms=QuickstartFull.all_arms, learning_rate=1e-3))
+    monkeypatch.setattr(jobs_module, "load_world", lambda *_: world)
+    monkeypatch.setattr(quickstart, "BATCH_SIZE", 4)
+    monkeypatch.setattr(quickstart, "training_arguments", _fewer_rows(quickstart.training_arguments))
+    library = list(plan_library(world))
+    run_jobs(library, tmp_path)
+    assert [job.task for job in library] == ["largest", "first", "last"] and list(plan_library(world)) == []
+    base = world.base_model()
+    trained = LlamaForCausalLM.from_pretrained(world.adapter("first"))
+    assert not torch.equal(trained.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    run_jobs(list(plan(world)), tmp_path)
+    results = read_results(tmp_path, list(plan(world)))
+    assert [len(r["curve"]) for r in results] == [4] * 8
+    assert sorted(of_arm(results, "all")["chosen"]) == ["first", "largest"]
+    assert len(of_arm(results, "best_single")["chosen"]) == 1
+    assert of_arm(results, "all")["curve"][0] != of_arm(results, "scratch")["curve"][0]
+    outputs.write_outputs(results, world, tmp_path / "out")
+    assert set(pd.read_csv(tmp_path / "out/summary.csv")["arm"]) == set(QuickstartFull.all_arms)
+
+
+def test_full_leaves_out_what_needs_an_adapter(tmp_path, capsys):
+    options = cli.parsed(cli.parser(None), ["--full", "--arms", "scratch", "eva", "random"])
+    world = cli.narrowed(load_world(options.world, tmp_path), options)
+    assert world.name == "quickstart_full" and world.budget.arms == ("scratch",)
+    assert "Skipped, as these arms need a LoRA adapter to initialise: eva, random" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.parsed(cli.parser(None), ["--full", "--world", "stdlib"])
 
 
 # --- the plan and the random control

@@ -21,6 +21,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--world", default="quickstart", choices=[name.replace("_", "-") for name in WORLDS] + ["lots_of_loras"]
     )
+    made.add_argument("--full", action="store_true", help="train all weights, from full checkpoints (quickstart only)")
     made.add_argument("--fast", action="store_true", help="small sizes: minutes instead of hours")
     made.add_argument("--output-dir", type=Path, help="default: outputs/leave_one_out/<world>")
     made.add_argument("--jobs", type=int, help="processes; default: one a GPU, else one a core")
@@ -37,7 +38,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def main(description: str | None = None, arguments: list[str] | None = None) -> None:
     """Runs the experiment."""
-    options = parser(description).parse_args(arguments)
+    options = parsed(parser(description), arguments)
     output_dir = options.output_dir or Path("outputs/leave_one_out") / (options.world + "-fast" * options.fast)
     started = time.perf_counter()
     world = narrowed(
@@ -53,9 +54,24 @@ def main(description: str | None = None, arguments: list[str] | None = None) -> 
     print(f"{time.perf_counter() - started:.0f} s in all. Written: {', '.join(map(str, paths))}")
 
 
+def parsed(made: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; `--full` names the world in which all weights are trained."""
+    options = made.parse_args(arguments)
+    if options.full:
+        full = f"{options.world.removesuffix('-full')}-full"
+        if full.replace("-", "_") not in WORLDS:
+            made.error(f"--full: the world {options.world} has no version in which all weights are trained")
+        options.world = full
+    return options
+
+
 def narrowed(world: World, options: argparse.Namespace) -> World:
     """Applies the command line's choices to the world's budget."""
     changes = {name: tuple(value) for name in ("arms", "tasks", "seeds") if (value := getattr(options, name))}
+    meaningless = [arm for arm in changes.get("arms", ()) if arm not in world.all_arms]
+    if meaningless:
+        print(f"Skipped, as these arms need a LoRA adapter to initialise: {', '.join(meaningless)}")
+        changes["arms"] = tuple(arm for arm in changes["arms"] if arm in world.all_arms)
     if options.steps:
         changes["steps"] = options.steps
     if options.no_studies:

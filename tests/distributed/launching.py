@@ -51,11 +51,7 @@ def launch(
         "candidates": str(library / "*"),
         **settings,
     }
-    command = [sys.executable, "-m"]
-    if world > 1:
-        command += ["torch.distributed.run", f"--nproc_per_node={world}", "--master_addr=127.0.0.1"]
-        command += [f"--master_port={_free_port()}", "-m"]
-    command += ["tests.distributed.worker", json.dumps(values)]
+    command = _command(values, world, [f"--nproc_per_node={world}"], _free_port())
     started = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
@@ -65,6 +61,40 @@ def launch(
     run = Run(ranks, done.returncode, done.stdout, time.monotonic() - started)
     assert not ok or (run.code == 0 and len(ranks) == world), run.output[-8000:]
     return run
+
+
+def launch_nodes(
+    directory: Path, library: Path, candidates: str, environment: dict[str, str], nodes: int = 2, processes: int = 2
+) -> list[Run]:
+    """Starts one torchrun a node; each node has a Hub cache, a user cache and an output directory of its own."""
+    port, running = _free_port(), []
+    world = nodes * processes
+    started = time.monotonic()
+    for node in range(nodes):
+        home = directory / f"node{node}"
+        home.mkdir(parents=True)
+        values = {"mode": "ddp", "world": world, "shim": False, "directory": str(home), "candidates": candidates}
+        values |= {"base": str(library.parent / "base"), "callback": {"batch_size": 4}}
+        places = [f"--nnodes={nodes}", f"--node_rank={node}", f"--nproc_per_node={processes}"]
+        own = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": environment["HF_ENDPOINT"]}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = _command(values, world, places, port)
+        running.append(subprocess.Popen(command, cwd=ROOT, env={**environment, **_environment(), **own}, **streams))
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    runs = []
+    for node, (process, output) in enumerate(zip(running, outputs, strict=True)):
+        files = sorted((directory / f"node{node}").glob("rank*.json"))
+        ranks = [json.loads(file.read_text()) for file in files]
+        runs.append(Run(ranks, process.returncode, output, time.monotonic() - started))
+        assert process.returncode == 0 and len(ranks) == processes, output[-8000:]
+    return runs
+
+
+def _command(values: dict[str, Any], world: int, places: list[str], port: int) -> list[str]:
+    command = [sys.executable, "-m"]
+    if world > 1:
+        command += ["torch.distributed.run", *places, "--master_addr=127.0.0.1", f"--master_port={port}", "-m"]
+    return [*command, "tests.distributed.worker", json.dumps(values)]
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from tests.tiny import llama
 
 
 has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-MODES = ["ddp", "native", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)]
+MODES = ["ddp", "native", "fsdp2", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fsdp1", "zero3"))]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -49,11 +49,15 @@ def run(directory: Path, mode: str, count: int, base: Path, candidates: str | No
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
+def skip_without_deepspeed(mode):
+    if mode == "zero3" and not has_deepspeed:
+        pytest.skip("deepspeed is not installed")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, world, mode, method):
-    if mode == "zero3" and not has_deepspeed:
-        pytest.skip("deepspeed is not installed")
+    skip_without_deepspeed(mode)
     candidates = str(world / "model-*")
     ranks = run(tmp_path / "run", mode, 2, world / "base", candidates, guard=False, merge_method=method, top_k=2)
     assert {rank["decision"] for rank in ranks} == {"merged"}
@@ -61,3 +65,13 @@ def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, world, mode, method):
     # The Trainer logs the same rows' mean; two processes each see half of them.
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert ranks[0]["losses"][0] == pytest.approx(alone["losses"][0], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fsdp1", "fsdp2", "zero3"])
+def test_scoring_leaves_the_sharded_weights_as_they_were(tmp_path, world, mode):
+    skip_without_deepspeed(mode)
+    looked = run(tmp_path / "looked", mode, 2, world / "base", str(world / "model-*"), guard=False, dry_run=True)
+    plain = run(tmp_path / "plain", mode, 2, world / "base", None)
+    assert looked[0]["decision"] == "merged"
+    assert [rank["losses"] for rank in looked] == [rank["losses"] for rank in plain]

@@ -6,7 +6,7 @@ from pathlib import Path
 from .base import World
 
 
-WORLDS = ("quickstart", "stdlib", "minilm", "paper", "lots_of_loras")
+WORLDS = ("quickstart", "stdlib", "minilm", "paper", "lots_of_loras", "quickstart_full")
 
 __all__ = ["WORLDS", "World", "load_world"]
 

@@ -65,6 +65,7 @@ class World(ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     rank: ClassVar[int] = 8
+    all_arms: ClassVar[tuple[str, ...]] = ARMS
 
     def __init__(self, home: Path, budget: Budget) -> None:
         self.home, self.budget = home, budget
@@ -98,8 +99,8 @@ class World(ABC):
         found = self.candidates(target) if candidates is None else list(candidates)
         return MashupCallback(found, **{"on_error": "raise", **settings})
 
-    def lora_config(self, **settings: Any) -> LoraConfig:
-        """The trainee's LoRA configuration."""
+    def lora_config(self, **settings: Any) -> LoraConfig | None:
+        """The trainee's LoRA configuration; None where all weights are trained."""
         defaults = {"r": self.rank, "lora_alpha": 2 * self.rank, "target_modules": "all-linear"}
         return LoraConfig(**{**defaults, "task_type": "CAUSAL_LM", **settings})
 

@@ -1,0 +1,44 @@
+"""The quickstart's small world with all weights trained: the library holds full checkpoints."""
+
+from pathlib import Path
+
+from ...quickstart import world
+from .base import Budget
+from .quickstart import Quickstart, _tokenizer
+
+
+# The other arms initialise or imitate a LoRA adapter, of which there is none here.
+ARMS = ("scratch", "mashup", "best_single", "all")
+LEARNING_RATE = 1e-3
+FULL = Budget(
+    tasks=tuple(world.TASKS),
+    steps=world.STEPS,
+    eval_every=10,
+    learning_rate=LEARNING_RATE,
+    arms=ARMS,
+    learning_rates=(3e-4, 1e-3, 3e-3),
+)
+FAST = Budget(tasks=("largest", "last"), steps=60, eval_every=10, learning_rate=LEARNING_RATE, seeds=(1,), arms=ARMS)
+
+
+class QuickstartFull(Quickstart):
+    """Multiple choice by letter, all weights trained; the metric is the test accuracy."""
+
+    name = "quickstart_full"
+    all_arms = ARMS
+
+    def adapter(self, task: str) -> Path:
+        return self.home / "library" / task
+
+    def lora_config(self, **settings) -> None:
+        return None
+
+    def save_adapter(self, model, directory):
+        model.save_pretrained(directory)
+        # Tells the callback which tokens the rows of the embeddings are.
+        _tokenizer().save_pretrained(directory)
+
+
+def make(home: Path, fast: bool, model: str | None) -> QuickstartFull:
+    world.quiet()
+    return QuickstartFull(home, FAST if fast else FULL)
