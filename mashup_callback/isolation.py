@@ -1,6 +1,7 @@
 """Looking at a model without leaving a trace on it or on the random numbers that follow."""
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Context in which `model` is in evaluation mode without gradients, and after which everything is as it was.
 
     Restored are the random number generators (python, numpy, torch on the CPU and on every accelerator), the
-    training flag of every module, `requires_grad` of every parameter and whether the key-value cache is used.
+    training flag of every module, `requires_grad` of every parameter and whether the key-value cache is used. The
+    quantized layers of bitsandbytes compute what they compute in training, see [`quantized_layers`].
 
     Args:
         model (`torch.nn.Module`):
@@ -27,10 +29,32 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with random_state(), torch.no_grad(), _no_cache(model):
             model.eval()
+            for layer in quantized_layers(model):
+                layer.training = True
             yield
     finally:
         for module, flag in training:
             module.training = flag
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """
+    Returns the linear layers that bitsandbytes quantized.
+
+    In evaluation mode on a CPU, they are not what they are in training: 4-bit layers repack their weights and round
+    their scales for good where the CPU has AVX512-BF16, and have no gradient from then on; 8-bit layers round their
+    inputs to 8 bits too.
+
+    Args:
+        model (`torch.nn.Module`):
+            Any model.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        # No model has such layers before their package is imported.
+        return []
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @contextmanager

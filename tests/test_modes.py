@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from mashup_callback import MashupCallback
-from tests.tiny import llama, losses, sft_trainer
+from mashup_callback import MashupCallback, score_candidates
+from tests.tiny import llama, lora, losses, sft_trainer
 
 
 class Held(TrainerCallback):
@@ -51,3 +53,32 @@ def test_bfloat16(tmp_path, library, plain):
     assert values == pytest.approx(plain[0], abs=2e-2)
     for name, value in held.items():
         assert torch.allclose(value.float(), plain[1][name], rtol=2**-7, atol=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["adapter in float16", "adapter in float32"])
+def test_float16(tmp_path, library, plain, dtype):
+    # By itself, peft keeps the adapter of a half precision model in float32.
+    settings = {"autocast_adapter_dtype": dtype == torch.float32}
+    model = get_peft_model(llama().half(), lora(), **settings)
+    values, held, report = run(tmp_path / "out", library, model=model)
+    assert report.decision == plain[2].decision
+    # float16 keeps 11 bits.
+    assert report.merged_loss == pytest.approx(plain[2].merged_loss, abs=2e-3)
+    assert all(torch.equal(value, plain[1][name].to(dtype)) for name, value in held.items())
+    saved = PeftModel.from_pretrained(llama().half(), tmp_path / "out/mashup", is_trainable=True, **settings)
+    loaded = sft_trainer(tmp_path / "loaded", model=saved)
+    loaded.train()
+    assert values[0] == losses(loaded)[0]
+
+
+def test_scores_in_float16_are_the_losses_of_peft(library):
+    tokens = torch.randint(7, 87, (4, 12), generator=torch.Generator().manual_seed(0))
+    paths = sorted(library.glob("*-*"))
+    for score in score_candidates(llama().half(), paths, [{"input_ids": tokens, "labels": tokens}]):
+        model = PeftModel.from_pretrained(llama().half(), score.candidate.path).eval()
+        with torch.no_grad():
+            logits = model(tokens).logits[:, :-1].float()
+        # The head's output is rounded to 11 bits in another order.
+        assert score.loss == pytest.approx(
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), abs=2e-3
+        )
