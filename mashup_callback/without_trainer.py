@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .adapter_config import CONFIG_NAME
 from .adapters import Adapter, AdapterError, check_adapter, read_adapter
 from .candidates import WEIGHTS_NAME, Candidate
 from .card import CARD_NAME
+from .checkpoints import read_checkpoint
 from .config import MashupConfig
 from .layers import layer_shape, linear_layers
 from .mergekit_config import MERGEKIT_NAME
@@ -66,6 +67,9 @@ def describe_candidate(
     if candidate.reason or candidate.path is None:
         return row
     try:
+        if candidate.kind == "model":
+            read_checkpoint(candidate)
+            return row
         adapter = check_adapter(read_adapter(candidate), shapes, base_model)
     except AdapterError as error:
         return row | {"reason": str(error)}
@@ -91,12 +95,14 @@ def usable(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def finished(candidates: Sequence[Candidate]) -> list[Candidate]:
     """
-    Returns the usable candidates, without the checkpoints of runs whose final adapter is among them.
+    Returns the usable adapters, without the checkpoints of runs whose final adapter is among them.
 
     Raises:
         ValueError: None is usable.
     """
-    chosen = usable(candidates)
+    reason = "a full model; merge those with mergekit's own command, or in a run that trains all weights"
+    models = [candidate for candidate in candidates if candidate.kind == "model" and not candidate.reason]
+    chosen = usable([replace(item, reason=reason) if item in models else item for item in candidates])
     runs = {candidate.run for candidate in chosen if not _is_checkpoint(candidate)}
     return [candidate for candidate in chosen if not (_is_checkpoint(candidate) and candidate.run in runs)]
 

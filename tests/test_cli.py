@@ -172,6 +172,18 @@ def test_merge_leaves_out_checkpoints_of_finished_runs(world, tmp_path):
     assert [*map(str, names)] == ["one", "two/checkpoint-9"]
 
 
+def test_full_models_are_found_and_ranked_but_not_merged(world, tmp_path):
+    from tests import tiny
+
+    tiny.llama(seed=1).save_pretrained(tmp_path / "full")
+    shutil.copytree(world / "runs", tmp_path / "runs")
+    [row] = output("find", world / "base", "full", cwd=tmp_path)["candidates"]
+    assert (row["kind"], row["reason"]) == ("model", None)
+    rows = output("rank", world / "base", "full", "runs/a1", "--dataset", world / "text.jsonl", cwd=tmp_path)
+    assert {row["status"] for row in rows["candidates"]} == {"scored"}
+    assert "a full model" in failure("merge", "full", "--output", "merged", cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
