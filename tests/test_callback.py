@@ -193,6 +193,29 @@ def test_second_train_and_resume_do_not_swap_again(tmp_path, library):
         assert torch.equal(value, after.values[name.replace(".weight", ".default.weight")]), name
 
 
+def test_a_smaller_batch_after_running_out_of_memory_does_not_swap_again(tmp_path, library):
+    class OutOfMemory(TrainerCallback):
+        reports, starts, sizes = [], [], []
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.reports.append(callback.report)
+            self.starts.append(lora_parameters(model))
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.sizes.append(state.train_batch_size)
+            if len(self.sizes) == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    callback, broken = MashupCallback(str(library / "trained-*")), OutOfMemory()
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback, broken], auto_find_batch_size=True)
+    trainer.train()
+    assert trainer.state.global_step == 3 and broken.sizes[1] < broken.sizes[0]
+    assert len(broken.reports) == 2 and broken.reports[0] is broken.reports[1]
+    first, again = broken.starts
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(value.any() for name, value in again.items() if "lora_B" in name)
+
+
 def test_a_new_model_is_a_new_run(tmp_path, library):
     callback = MashupCallback(str(library / "trained-*"))
     for name in ("one", "two"):
