@@ -111,9 +111,17 @@ def _check_features(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name not in _KNOWN and value:
             why = _FEATURES.get(name, "it is not known to leave the update at scaling·B·A")
+            if name == "modules_to_save" and fields.get("task_type") in _HEADED:
+                why = f"it was trained with a head of its own (`task_type` {fields['task_type']}), {_OWN_HEAD}"
             raise AdapterError(f"`{quote(name)}` is set to {quote(value)}, which is not supported: {why}")
 
 
+# Tasks for which peft trains and saves a head whether asked to or not.
+_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_OWN_HEAD = (
+    "and its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the head "
+    "alone: one trained with `task_type=None`, or on the same base model for another task"
+)
 _FEATURES = {
     "use_dora": "DoRA also rescales the base weights",
     "lora_bias": "the update has a bias",

@@ -11,6 +11,8 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 
+from .layers import adapter_host
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -64,13 +66,12 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
     Args:
         model (`torch.nn.Module`):
-            A `PeftModel`, a model with adapters added by transformers, or one without adapters.
+            A `PeftModel`, a model with adapters added by transformers, one around these, or one without adapters.
     """
-    model = extract_model_from_parallel(model)
     # Switching adapters off and on again sets requires_grad of every adapter as if it were the active one.
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with _adapters_off(model):
+        with _adapters_off(adapter_host(model)):
             yield
     finally:
         for parameter, flag in flags:
@@ -78,16 +79,16 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
+def _adapters_off(host: nn.Module | None) -> Iterator[None]:
+    if isinstance(host, PeftModel):
+        with host.disable_adapter():
             yield
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        model.disable_adapters()
+    elif getattr(host, "_hf_peft_config_loaded", False):
+        host.disable_adapters()
         try:
             yield
         finally:
-            model.enable_adapters()
+            host.enable_adapters()
     else:
         yield
 

@@ -126,7 +126,7 @@ def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee | FullTra
             f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
             "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
         )
-    config = extract_model_from_parallel(model).peft_config[names[0]]
+    config = adapter_host(model).peft_config[names[0]]
     _refuse_initialisation(config)
     fitting = {
         name: layer
@@ -138,6 +138,19 @@ def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee | FullTra
     if not overwrite:
         _refuse_trained(targets.values())
     return Trainee(names[0], targets, config)
+
+
+def adapter_host(model: nn.Module) -> nn.Module | None:
+    """
+    Returns the module that the adapters were added to, None if there are none.
+
+    Args:
+        model (`torch.nn.Module`):
+            A `PeftModel` or a model with adapters added by transformers, or one around it, as sentence-transformers
+            builds; wrapped or not.
+    """
+    modules = extract_model_from_parallel(model).modules()
+    return next((module for module in modules if getattr(module, "peft_config", None)), None)
 
 
 def _trained_adapters(layer: LoraLayer) -> Iterator[str]:

@@ -50,7 +50,21 @@ def with_transformers():
     return model
 
 
-@pytest.mark.parametrize("make", [with_peft, with_transformers, llama])
+def within_another():
+    """As sentence-transformers holds its models: what is trained is around the model with the adapters."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = with_transformers()
+
+        def forward(self, tokens):
+            return self.inner(tokens)
+
+    return Outer()
+
+
+@pytest.mark.parametrize("make", [with_peft, with_transformers, within_another, llama])
 def test_without_adapters(make):
     torch.manual_seed(0)
     model = make().eval()

@@ -78,7 +78,7 @@ def test_scores_in_float16_are_the_losses_of_peft(library):
         model = PeftModel.from_pretrained(llama().half(), score.candidate.path).eval()
         with torch.no_grad():
             logits = model(tokens).logits[:, :-1].float()
-        # The head's output is rounded to 11 bits in another order.
+        # A hundredth of the update shows at this tolerance; rounding to 11 bits in another order does not.
         assert score.loss == pytest.approx(
-            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), abs=2e-3
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), abs=1e-4
         )

@@ -4,11 +4,34 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from safetensors.torch import load_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    DataCollatorForSeq2Seq,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from mashup_callback import MashupCallback
-from tests.tiny import llama, lora, lora_parameters, losses, save_random_adapter, save_scaled_adapter, tokenizer
+from tests.tiny import (
+    llama,
+    lora,
+    lora_parameters,
+    losses,
+    preferences,
+    rows,
+    save_random_adapter,
+    save_scaled_adapter,
+    tokenizer,
+)
 
 
 COMMON = {
@@ -24,12 +47,6 @@ COMMON = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
 }
-
-
-def preferences(count=24):
-    prompts = [f"w{i % 7} w{i % 5} " for i in range(count)]
-    rows = [{"prompt": p, "chosen": "w1 w2 w3", "rejected": f"w{9 + i % 9} w8"} for i, p in enumerate(prompts)]
-    return Dataset.from_list(rows)
 
 
 def dpo(output_dir, callbacks=()):
@@ -60,6 +77,25 @@ def kto(output_dir, callbacks=()):
     )
 
 
+def without_reference(trainer_class, config_class):
+    """Returns what makes a trainer of preferences that compares the model with no other."""
+
+    def make(output_dir, callbacks=()):
+        return trainer_class(
+            llama(),
+            args=config_class(str(output_dir), max_length=32, **COMMON),
+            train_dataset=preferences(),
+            processing_class=tokenizer(),
+            peft_config=lora(),
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+orpo, cpo = without_reference(ORPOTrainer, ORPOConfig), without_reference(CPOTrainer, CPOConfig)
+
+
 @pytest.fixture(scope="module")
 def preferring(tmp_path_factory):
     """An adapter that DPO trained on the preferences, and its opposite."""
@@ -72,7 +108,7 @@ def preferring(tmp_path_factory):
     return directory / "runs"
 
 
-@pytest.mark.parametrize("make", [dpo, kto])
+@pytest.mark.parametrize("make", [dpo, kto, orpo, cpo], ids=["dpo", "kto", "orpo", "cpo"])
 def test_bound_trainer_ranks_by_its_own_loss(tmp_path, preferring, make):
     callback = MashupCallback(str(preferring / "*"), top_k=1, on_error="raise")
     trainer = make(tmp_path / "out", [callback])
@@ -166,3 +202,163 @@ def test_sequence_to_sequence(tmp_path):
     trainer.train()
     assert [row.status for row in callback.report.candidates] == ["scored"] * 3
     assert losses(trainer)[0] == pytest.approx(callback.report.merged_loss, abs=0.3)
+
+
+def reward(output_dir, callbacks=(), task_type="SEQ_CLS", max_steps=2):
+    torch.manual_seed(0)
+    config = llama().config
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
+    # The backbone is that of the other tests; the head is as fresh as any reward model's.
+    model.model.load_state_dict(llama().model.state_dict())
+    return RewardTrainer(
+        model,
+        args=RewardConfig(str(output_dir), max_length=32, **{**COMMON, "max_steps": max_steps}),
+        train_dataset=preferences().map(
+            lambda row: {kind: row["prompt"] + row[kind] for kind in ("chosen", "rejected")}
+        ),
+        processing_class=tokenizer(),
+        peft_config=lora(task_type=task_type),
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.fixture(scope="module")
+def rewarding(tmp_path_factory):
+    """Adapters of a reward model: a good one that leaves the head alone, its opposite, one with a head of its own."""
+    directory = tmp_path_factory.mktemp("rewarding")
+    for name, task_type in (("good", None), ("headed", "SEQ_CLS")):
+        trainer = reward(directory / "training", task_type=task_type, max_steps=12)
+        trainer.train()
+        trainer.model.save_pretrained(directory / "runs" / name)
+    save_scaled_adapter(directory / "runs/bad", directory / "runs/good", -1.0)
+    return directory / "runs"
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None], ids=["head trained", "head frozen"])
+def test_reward_model_starts_from_adapters_without_a_head(tmp_path, rewarding, task_type):
+    callback = MashupCallback(str(rewarding / "*"), top_k=1, on_error="raise")
+    trainer = reward(tmp_path / "out", [callback], task_type)
+    callback.bind(trainer)
+    trainer.train()
+    found = {row.name.rsplit("/", 1)[-1]: row for row in callback.report.candidates}
+    assert callback.report.decision == "single" and found["good"].loss < found["bad"].loss - 0.02
+    assert found["headed"].status == "rejected"
+    for part in ("`modules_to_save`", "score", "SEQ_CLS", "head of its own"):
+        assert part in found["headed"].reason
+    assert callback.report.single_loss < callback.report.base_loss - 0.02
+    merge = load_file(tmp_path / "out/mashup/adapter_model.safetensors")
+    loaded = reward(tmp_path / "loaded", task_type=task_type)
+    fill(loaded.model, merge)
+    loaded.train()
+    assert losses(trainer) == losses(loaded)
+
+
+def fill(model, saved):
+    """Puts saved factors into the adapter of a model, whatever wraps the model."""
+    named = {name.replace(".default.weight", ".weight"): value for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for name, value in saved.items():
+            [parameter] = [
+                named[key]
+                for key in named
+                if key.removeprefix("base_model.model.") == name.removeprefix("base_model.model.")
+            ]
+            parameter.copy_(value)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=96, max_position_embeddings=64, **sizes)).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def sentence_trainer(bert, output_dir, callbacks=(), max_steps=2):
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    torch.manual_seed(0)
+    model = SentenceTransformer(modules=[Transformer(str(bert)), Pooling(32)], device="cpu")
+    model.add_adapter(lora(target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
+    settings = {**COMMON, "max_steps": max_steps, "per_device_train_batch_size": 8}
+    return SentenceTransformerTrainer(
+        model,
+        args=SentenceTransformerTrainingArguments(str(output_dir), **settings),
+        train_dataset=Dataset.from_list(
+            [{"anchor": f"w{i} w{i + 1}", "positive": f"w{i + 40} w{i + 3}"} for i in range(32)]
+        ),
+        loss=MultipleNegativesRankingLoss(model),
+        callbacks=list(callbacks),
+    )
+
+
+def test_sentence_transformers(tmp_path, bert):
+    pytest.importorskip("sentence_transformers")
+    trainer = sentence_trainer(bert, tmp_path / "training", max_steps=20)
+    trainer.train()
+    trainer.model.transformers_model.save_pretrained(tmp_path / "runs/good")
+    save_scaled_adapter(tmp_path / "runs/bad", tmp_path / "runs/good", -1.0)
+    callback = MashupCallback(str(tmp_path / "runs/*"), top_k=1, on_error="raise")
+    trainer = sentence_trainer(bert, tmp_path / "out", [callback])
+    callback.bind(trainer)
+    trainer.train()
+    assert callback.report.decision == "single" and callback.report.candidates[0].name.endswith("good")
+    assert callback.report.candidates[0].loss < callback.report.candidates[1].loss - 0.1
+    loaded = sentence_trainer(bert, tmp_path / "loaded")
+    fill(loaded.model, load_file(tmp_path / "out/mashup/adapter_model.safetensors"))
+    loaded.train()
+    assert losses(trainer) == losses(loaded)
+
+
+class AtBeginning(TrainerCallback):
+    """Keeps what the adapter holds when training begins, trial by trial."""
+
+    def __init__(self):
+        self.held = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.held.append((lora_parameters(model), args.learning_rate))
+
+
+def test_every_trial_of_a_hyperparameter_search_starts_from_a_mashup(tmp_path, library):
+    pytest.importorskip("optuna")
+    fresh = []
+
+    def model_init(trial=None):
+        model = get_peft_model(llama(), lora())
+        fresh.append(lora_parameters(model))
+        return model
+
+    tokens = rows().map(lambda row: {"input_ids": tokenizer()(row["text"])["input_ids"]}, remove_columns=["text"])
+    tokens = tokens.map(lambda row: {"labels": row["input_ids"]})
+    callback, beginning = MashupCallback(str(library / "trained-*"), on_error="raise"), AtBeginning()
+    trainer = Trainer(
+        model_init=model_init,
+        args=TrainingArguments(str(tmp_path / "out"), **COMMON),
+        train_dataset=tokens,
+        eval_dataset=tokens,
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        callbacks=[callback, beginning],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)},
+        n_trials=2,
+        backend="optuna",
+    )
+    assert callback.report.decision != "scratch"
+    saved = load_file(tmp_path / "out/mashup/adapter_model.safetensors")
+    [(first, rate), (second, other_rate)] = beginning.held
+    assert rate != other_rate
+    for held, before in ((first, fresh[-2]), (second, fresh[-1])):
+        for name, value in held.items():
+            assert torch.equal(value, saved[name.replace(".default", "")])
+            assert not torch.equal(value, before[name])

@@ -82,6 +82,14 @@ def rows(kind: str = "text", count: int = 32, seed: int = 0, columns: int = 2) -
     )
 
 
+def preferences(count: int = 24) -> Dataset:
+    """Rows that DPO and its relatives take."""
+    prompts = [f"w{i % 7} w{i % 5} " for i in range(count)]
+    return Dataset.from_list(
+        [{"prompt": p, "chosen": "w1 w2 w3", "rejected": f"w{9 + i % 9} w8"} for i, p in enumerate(prompts)]
+    )
+
+
 def stream(kind: str = "text", count: int = 32, seed: int = 0) -> IterableDataset:
     return rows(kind, count, seed).to_iterable_dataset()
 

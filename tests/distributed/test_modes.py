@@ -8,6 +8,8 @@ The slow ones need packages that the others do not:
     python -m pytest -m slow tests/distributed
 """
 
+import math
+
 import pytest
 
 
@@ -37,6 +39,20 @@ def test_ddp(start, alone):
     for rank in run.ranks:
         assert abs(rank["forwards"] - batches / 2) <= 4 / 2
     assert sum(rank["forwards"] for rank in run.ranks) == batches
+
+
+def test_bound_trainer_in_ddp(start):
+    # Its loss decides nothing here: whether these candidates help it is another question.
+    settings = {"trains": "dpo", "callback": {**CALLBACK, "guard": False, "on_error": "raise"}}
+    run, alone = start(mode="ddp", **settings), start(world=1, **settings)
+    check_same(run, alone)
+    losses, alone_losses = (
+        {row["name"]: row["loss"] for row in each.ranks[0]["report"]["candidates"]} for each in (run, alone)
+    )
+    assert losses == pytest.approx(alone_losses, abs=1e-5)
+    # DPO's own loss: ln 2 for an adapter that changes nothing.
+    assert run.ranks[0]["report"]["base_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(set(losses.values())) > 1 and run.ranks[0]["report"]["merged_loss"] != pytest.approx(math.log(2))
 
 
 def test_fsdp2_of_transformers(start, alone):

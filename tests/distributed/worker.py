@@ -20,6 +20,7 @@ DEFAULTS = {
     "trainer": {},
     "lora": {},
     "data": "map",
+    "trains": "sft",
     "fault": None,
     "dtype": "float32",
 }
@@ -33,16 +34,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from mashup_callback import MashupCallback
 from mashup_callback.parameters import clean_name, read_parameters
 from tests.distributed.faults import install
 from tests.distributed.modes import build_model, prepare, trainer_settings
-from tests.tiny import lora, rows, tokenizer
+from tests.tiny import lora, preferences, rows, tokenizer
 
 
 torch.set_num_threads(1)
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
+TRAINER, CONFIG = TRAINERS[SETTINGS.trains]
 
 
 class Watch:
@@ -92,11 +95,11 @@ def arguments():
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
-    return SFTConfig(**{**settings, **trainer_settings(SETTINGS.mode, SETTINGS.world), **SETTINGS.trainer})
+    return CONFIG(**{**settings, **trainer_settings(SETTINGS.mode, SETTINGS.world), **SETTINGS.trainer})
 
 
 def train_rows():
-    data = rows(count=32)
+    data = rows(count=32) if SETTINGS.trains == "sft" else preferences(32)
     shards = {"map": None, "stream": 1, "shards": 4}[SETTINGS.data]
     return data if shards is None else data.to_iterable_dataset(num_shards=shards)
 
@@ -109,7 +112,7 @@ def main():
     callback = None
     if SETTINGS.callback is not None:
         callback = MashupCallback(SETTINGS.candidates, **SETTINGS.callback)
-    trainer = SFTTrainer(
+    trainer = TRAINER(
         model=build_model(SETTINGS.mode, SETTINGS.world, SETTINGS.base, getattr(torch, SETTINGS.dtype)),
         args=args,
         train_dataset=train_rows(),
@@ -117,6 +120,8 @@ def main():
         peft_config=lora(**SETTINGS.lora),
         callbacks=[AtBeginning(watch.begin), *([callback] if callback else []), AtBeginning(watch.end)],
     )
+    if callback and SETTINGS.trains != "sft":
+        callback.bind(trainer)
     world = dist.get_world_size() if dist.is_initialized() else 1
     assert world == SETTINGS.world, f"{world} processes, expected {SETTINGS.world}"
     install(SETTINGS.fault, RANK)
