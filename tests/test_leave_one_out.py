@@ -65,7 +65,7 @@ def small(tmp_path_factory):
 
 
 def _fewer_rows(function):
-    return lambda *args, **settings: function(*args, **settings, per_device_train_batch_size=4)
+    return lambda *args, **settings: function(*args, **{**settings, "per_device_train_batch_size": 4})
 
 
 def of_arm(results: list[dict], arm: str, task: str = "last") -> dict:
