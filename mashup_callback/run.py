@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from .candidates import Candidate, find_candidates
 from .config import MashupConfig
 from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
 from .full_training import FittedModel, handle_models
-from .guard import Start, Verdict, choose
+from .guard import Verdict, choose
 from .hub import Hub
 from .layers import Trainee, base_model_name, layer_shape, linear_layers
 from .model_tensors import FullTrainee
@@ -92,7 +92,7 @@ class MashupRun:
     def give_up(self, reason: str) -> None:
         logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
         self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
-        self._publish(None)
+        self._publish(lambda: publish(self.directory, self.report, None, self.trainee))
 
     def _find(self, specs: Sequence[str]) -> list[Candidate]:
         config = self.config
@@ -134,10 +134,8 @@ class MashupRun:
     def _again(self, earlier: Earlier) -> None:
         self._swap(earlier.fitted)
         self.report = agreed(replace(earlier.report, reused=True, timings=self._seconds(), hub=self.hub.traffic()))
-        if is_main_process():
-            self.report.show()
-            # The merge stays where it is.
-            self.report.save(self.directory / REPORT_NAME)
+        # The merge stays where it is.
+        self._publish(lambda: self.report.save(self.directory / REPORT_NAME))
 
     def _finish(self, verdict: Verdict) -> None:
         shown = verdict.chosen or verdict.merge
@@ -153,7 +151,7 @@ class MashupRun:
             inputs=self.inputs,
             merge=merge_info(shown),
         )
-        self._publish(shown)
+        self._publish(lambda: publish(self.directory, self.report, shown, self.trainee))
 
     def _report(self, **values: Any) -> None:
         # Agreed, as each process took its own time and found the candidates at its own paths.
@@ -169,11 +167,11 @@ class MashupRun:
             )
         )
 
-    def _publish(self, start: Start | None) -> None:
+    def _publish(self, write: Callable[[], Any]) -> None:
         if is_main_process():
             self.report.show()
             try:
-                publish(self.directory, self.report, start, self.trainee)
+                write()
             except Exception as error:
                 if self.config.on_error == "raise":
                     raise

@@ -106,6 +106,21 @@ def test_nothing_but_the_weights_of_the_adapter_changes(tmp_path, library):
     assert changed == {name for name in before.values if "lora_" in name}
 
 
+def test_a_collator_that_draws_random_numbers_draws_none_of_the_runs(tmp_path, library):
+    callback, before, after = MashupCallback(str(library / "trained-*")), Snapshot(), Snapshot()
+    trainer = sft_trainer(tmp_path / "out", callbacks=[before, callback, after])
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: collate(rows) | {"drawn": torch.rand(len(rows), 1)}
+    trainer.model.register_forward_pre_hook(_without_drawn, with_kwargs=True)
+    trainer.train()
+    assert callback.report.inputs is not None
+    assert before.random == after.random
+
+
+def _without_drawn(module, args, inputs):
+    return args, {name: value for name, value in inputs.items() if name != "drawn"}
+
+
 def test_other_adapters_on_the_model_are_left_alone(tmp_path, library):
     model = get_peft_model(llama(), lora())
     model.add_adapter("reference", lora(init_lora_weights=False))

@@ -1,10 +1,12 @@
 """A run that was killed after its mashup and is started again, against the same run from the beginning."""
 
+import itertools
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -154,6 +156,48 @@ def test_a_killed_full_run_uses_its_mashup_again(tmp_path):
     assert same(again.start, begun.start) and not same(again.start, weights(llama()))
     found = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/mashup").glob("*.safetensors")}
     assert found == shards
+
+
+def test_masks_drawn_at_random_are_the_same_inputs(tmp_path, runs):
+    seeds = itertools.count()
+
+    class Elsewhere(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            torch.manual_seed(next(seeds))
+
+    def trainer(output_dir, callbacks, **arguments):
+        made = sft_trainer(output_dir, callbacks=[Elsewhere(), *callbacks], **arguments)
+        made.data_collator = _masking(made.data_collator)
+        return made
+
+    _, first, begun = start(tmp_path / "run", runs, killed=True, trainer=trainer)
+    _, callback, again = start(tmp_path / "run", runs, trainer=trainer)
+    assert begun.passes > 0 and first.report.inputs is not None
+    assert again.passes == 0 and callback.report.reused
+    assert same(again.start, begun.start)
+
+
+def _masking(collate):
+    def masked(rows):
+        batch = collate(rows)
+        drawn = torch.rand(batch["labels"].shape) < 0.3
+        return batch | {"labels": batch["labels"].masked_fill(drawn, -100)}
+
+    return masked
+
+
+def test_a_report_that_cannot_be_saved_again_does_not_hide_the_swap(tmp_path, runs, monkeypatch):
+    first, begun, *_ = killed_and_again(tmp_path, runs)
+    saved = (tmp_path / "run/mashup/report.json").read_text()
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(MashupReport, "save", fail)
+    _, callback, again = start(tmp_path / "run", runs)
+    assert callback.report.reused and callback.report.decision == first.decision != "scratch"
+    assert same(again.start, begun.start)
+    assert (tmp_path / "run/mashup/report.json").read_text() == saved
 
 
 def test_the_report_says_so(tmp_path, runs, capsys):
