@@ -14,11 +14,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .adapters import Adapter, adapter_hash
 from .losses import RowLosses
-from .parameters import clean_name
+from .parameters import clean_name, local_part
 
 
 logger = logging.getLogger(__name__)
@@ -181,17 +180,12 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _sampled(tensor: torch.Tensor | None) -> bytes:
-    if tensor is None or tensor.is_meta or not _local(tensor).numel():
+    if tensor is None or tensor.is_meta or not local_part(tensor).numel():
         return b""
-    flat = _local(tensor).detach().reshape(-1)
+    flat = local_part(tensor).reshape(-1)
     # The last ones too: added tokens are at the end of an embedding.
     flat = torch.cat([flat[:: max(1, len(flat) // _SAMPLED)], flat[-_SAMPLED:]])
     return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the part of a sharded tensor that this process holds (FSDP2, ZeRO-3)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
 def _default_directory() -> Path | None:

@@ -136,10 +136,10 @@ def rank(
 
         from .config import MashupConfig
         from .hub import Hub
+        from .layers import layer_shapes
         from .report import candidate_rows
         from .scoring import score_candidates
         from .sft_rows import sft_rows
-        from .without_trainer import layer_shapes
 
         MashupConfig(metric=metric, search=search)
         net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)

@@ -11,7 +11,7 @@ from .candidates import Candidate
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint, read_tensor
 from .distributed import decided, is_main_process
 from .factors import LoraFactors
-from .layers import Trainee, layer_shape, linear_layers
+from .layers import Trainee, layer_shape, layer_shapes, linear_layers
 from .lowrank import truncate_dense
 from .parameters import read_parameters
 from .untrusted import AdapterError
@@ -110,8 +110,7 @@ class Extractor:
         path = self.workspace.new("extracted")
         decided(lambda: save_adapter(path, extraction.factors, base_model=None))
         found = dataclasses.replace(candidate, kind="adapter", path=path)
-        shapes = {name: layer_shape(layer) for name, layer in linear_layers(self.model).items()}
-        adapter = check_adapter(read_adapter(found), shapes)
+        adapter = check_adapter(read_adapter(found), layer_shapes(self.model))
         return dataclasses.replace(adapter, warnings=(*adapter.warnings, warning))
 
 

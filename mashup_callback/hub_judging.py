@@ -6,7 +6,7 @@ from urllib.parse import quote as quote_path
 
 from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from .adapter_config import MAX_CONFIG_BYTES, parse_config
-from .adapters import check_adapter, parse_adapter, read_adapter
+from .adapters import Adapter, check_adapter, parse_adapter, read_adapter
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from .candidates import Candidate
 from .checkpoints import Checkpoint, describe_checkpoint, read_checkpoint
@@ -44,21 +44,22 @@ class HubFilter:
     max_candidates: int | None = None
 
 
-def judge_local(candidate: Candidate, wanted: HubFilter) -> None:
+def judge_local(candidate: Candidate, wanted: HubFilter) -> Adapter | Checkpoint:
     """
-    Checks a candidate whose files are on this machine.
+    Reads the description of a candidate whose files are on this machine, and checks it.
+
+    Args:
+        candidate (`Candidate`):
+            With its `path`.
+        wanted (`HubFilter`):
+            What it must be.
 
     Raises:
         AdapterError: The reason why it does not fit.
     """
     if candidate.kind == "model":
-        checkpoint = read_checkpoint(candidate)
-        if wanted.check_model is not None:
-            wanted.check_model(checkpoint)
-        return
-    adapter = read_adapter(candidate)
-    if wanted.layers is not None:
-        check_adapter(adapter, wanted.layers, wanted.base_model)
+        return _checked_model(read_checkpoint(candidate), wanted)
+    return _checked_adapter(read_adapter(candidate), wanted)
 
 
 def judge_remotely(candidate: Candidate, wanted: HubFilter, hub: Hub, paths: Sequence[str]) -> Candidate:
@@ -90,18 +91,22 @@ def _judge_adapter(candidate: Candidate, wanted: HubFilter, files: "_HubFiles") 
     # Before the header of one that is unfit is asked for.
     parse_config(config)
     header, size = files.start(ADAPTER_WEIGHTS_NAME)
-    adapter = parse_adapter(candidate, config, header, size)
-    if wanted.layers is not None:
-        check_adapter(adapter, wanted.layers, wanted.base_model)
+    _checked_adapter(parse_adapter(candidate, config, header, size), wanted)
     return replace(candidate, bytes=size)
 
 
 def _judge_model(candidate: Candidate, wanted: HubFilter, files: "_HubFiles") -> Candidate:
-    checkpoint = describe_checkpoint(candidate, files)
-    if wanted.check_model is not None:
-        wanted.check_model(checkpoint)
+    checkpoint = _checked_model(describe_checkpoint(candidate, files), wanted)
     size = sum(stamp.size for stamp in checkpoint.stamps.values())
     return replace(candidate, bytes=size, files=tuple(dict.fromkeys([*candidate.files, *checkpoint.stamps])))
+
+
+def _checked_adapter(adapter: Adapter, wanted: HubFilter) -> Adapter:
+    return adapter if wanted.layers is None else check_adapter(adapter, wanted.layers, wanted.base_model)
+
+
+def _checked_model(checkpoint: Checkpoint, wanted: HubFilter) -> Checkpoint:
+    return checkpoint if wanted.check_model is None else wanted.check_model(checkpoint)
 
 
 @dataclass(frozen=True)

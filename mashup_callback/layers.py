@@ -86,6 +86,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if layer_shape(layer) is not None}
 
 
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns (in_features, out_features) of a model's linear layers, by their name in the base model."""
+    return {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
+
+
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
     """Returns (in_features, out_features) of a linear layer of any kind, quantized ones too; None for other layers."""
     if isinstance(layer, Conv1D):

@@ -112,6 +112,14 @@ def flattened_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
     return {id(p): tuple(shape) for item in flat for p, shape in zip(item._params, item._shapes, strict=True)}
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what this process holds of a tensor (FSDP2, ZeRO-3): all of one that is not sharded."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
+    value = tensor.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def regather(parameter: nn.Parameter) -> None:
     """
     Makes the whole of a parameter that ZeRO-3 gathered agree with its shards again, or lets go of it.

@@ -19,7 +19,7 @@ from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
 from .full_training import FittedModel, handle_models
 from .guard import Verdict, choose
 from .hub import Hub
-from .layers import Trainee, base_model_name, layer_shape, linear_layers
+from .layers import Trainee, base_model_name, layer_shapes
 from .model_tensors import FullTrainee
 from .provenance import warn_of_same_data
 from .publishing import publish
@@ -55,7 +55,6 @@ class MashupRun:
         self.directory = mashup_directory(config, args)
         self.workspace = Workspace(self.directory)
         self.models = handle_models(model, trainee, self.workspace, config, tokenizer)
-        self.merger = self.models.merger
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
@@ -75,7 +74,7 @@ class MashupRun:
                 guard_rows=config.guard_dataset,
             )
             self.inputs = inputs_fingerprint(config, self.model, self.trainee, candidates, samples)
-            earlier = find_earlier(self.directory, self.inputs, self.trainee, self.merger)
+            earlier = find_earlier(self.directory, self.inputs, self.trainee, self.models.merger)
         if earlier is not None:
             return self._again(earlier)
         selection_rows, held_out = samples
@@ -85,7 +84,7 @@ class MashupRun:
         if not selection.scores:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
-            verdict = choose(self.model, self.trainee, selection, held_out, config, self.merger)
+            verdict = choose(self.model, self.trainee, selection, held_out, config, self.models.merger)
         self._swap(verdict.chosen and verdict.chosen.fitted)
         self._finish(verdict)
 
@@ -104,9 +103,9 @@ class MashupRun:
             max_download_gb=config.max_download_gb,
             allow_licenses=config.allow_licenses,
             allow_authors=config.allow_authors,
-            layers={name: layer_shape(layer) for name, layer in linear_layers(self.model).items()},
+            layers=layer_shapes(self.model),
             check_model=self.models.check,
-            search_models=self.merger is not None,
+            search_models=self.models.merger is not None,
             hub=self.hub,
         )
 

@@ -21,7 +21,7 @@ from .evaluation import Metric, bare, evaluate
 from .hub import Hub
 from .hub_download import arriving
 from .isolation import undisturbed
-from .layers import Trainee, layer_shape, linear_layers
+from .layers import Trainee, layer_shapes
 from .losses import RowLosses
 from .parameters import is_sharded
 from .preparing import Preparation, Prepared, ahead
@@ -142,7 +142,7 @@ def score_candidates(
     """
     hub = hub or Hub(asks=is_first_on_machine())
     race = _Race(model, as_rows(batches), metric, max_seconds, hub)
-    shapes = {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
+    shapes = layer_shapes(model)
     admit_model = admit_model or partial(admit_checkpoint, model)
     trainee = trained_adapter(model) if metric == "probe" else None
     with joint(), undisturbed(model), bare(model, metric), arriving(candidates, hub) as coming:

@@ -158,7 +158,7 @@ def _check_written(found: Mapping[str, torch.Tensor], values: Mapping[str, torch
         )
     checksums = exchange(checksum(found))
     if len(set(checksums)) > 1:
-        different = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+        different = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
         raise RuntimeError(
             f"The weights written on the processes {different} differ from those of process 0. The processes must "
             "start from the same fresh adapter: set the same seed on all of them."

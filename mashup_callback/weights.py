@@ -14,7 +14,7 @@ from .distributed import joint
 from .factors import Factors
 from .hooks import applied
 from .model_tensors import describe_model
-from .parameters import clean_name, read_parameters, regather, reshard, write_parameters
+from .parameters import clean_name, local_part, read_parameters, regather, reshard, write_parameters
 from .vocabulary import Vocabulary
 
 
@@ -116,7 +116,7 @@ def _values(model: nn.Module, replacement: Replacement) -> _Values:
 
 def _save(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:
     return {
-        name: _share(parameter).to("cpu", copy=True)
+        name: local_part(parameter).to("cpu", copy=True)
         for name, parameter in _named(model).items()
         # FSDP1 keeps many parameters in a flat one.
         if clean_name(name) in names or "_flat_param" in name
@@ -127,7 +127,7 @@ def _save(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:
 def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     named = _named(model)
     for name, value in saved.items():
-        _share(named[name]).copy_(value)
+        local_part(named[name]).copy_(value)
         if hasattr(named[name], "ds_tensor"):
             regather(named[name])
 
@@ -135,14 +135,6 @@ def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     reshard(model)
     return dict(model.named_parameters())
-
-
-def _share(parameter: nn.Parameter) -> torch.Tensor:
-    """Returns the part of a parameter that this process holds."""
-    if hasattr(parameter, "ds_tensor"):
-        return parameter.ds_tensor
-    value = parameter.detach()
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def applied_to(model: nn.Module, update: Factors | Replacement) -> AbstractContextManager[None]:

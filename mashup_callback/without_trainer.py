@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .adapter_config import CONFIG_NAME
-from .adapters import Adapter, AdapterError, check_adapter, read_adapter
+from .adapters import Adapter, AdapterError, read_adapter
 from .candidates import WEIGHTS_NAME, Candidate
 from .card import CARD_NAME
-from .checkpoints import read_checkpoint
 from .config import MashupConfig
-from .layers import layer_shape, linear_layers
+from .hub_judging import HubFilter, judge_local
+from .layers import layer_shapes
 from .mergekit_config import MERGEKIT_NAME
 from .merging import MergedAdapter, merge_adapters
 from .plot import PLOT_NAME
@@ -44,11 +43,6 @@ def model_shapes(model: str) -> dict[str, tuple[int, int]]:
     return layer_shapes(net)
 
 
-def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns (in_features, out_features) of a model's linear layers, by their name in the base model."""
-    return {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
-
-
 def describe_candidate(
     candidate: Candidate, shapes: Mapping[str, tuple[int, int]], base_model: str | None
 ) -> dict[str, Any]:
@@ -67,13 +61,10 @@ def describe_candidate(
     if candidate.reason or candidate.path is None:
         return row
     try:
-        if candidate.kind == "model":
-            read_checkpoint(candidate)
-            return row
-        adapter = check_adapter(read_adapter(candidate), shapes, base_model)
+        found = judge_local(candidate, HubFilter(base_model, shapes))
     except AdapterError as error:
         return row | {"reason": str(error)}
-    return row | {"rank": adapter.rank, "warnings": list(adapter.warnings)}
+    return row | {"rank": found.rank, "warnings": list(found.warnings)}
 
 
 def usable(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -101,8 +92,9 @@ def finished(candidates: Sequence[Candidate]) -> list[Candidate]:
         ValueError: None is usable.
     """
     reason = "a full model; merge those with mergekit's own command, or in a run that trains all weights"
-    models = [candidate for candidate in candidates if candidate.kind == "model" and not candidate.reason]
-    chosen = usable([replace(item, reason=reason) if item in models else item for item in candidates])
+    chosen = usable(
+        [replace(item, reason=item.reason or reason) if item.kind == "model" else item for item in candidates]
+    )
     runs = {candidate.run for candidate in chosen if not _is_checkpoint(candidate)}
     return [candidate for candidate in chosen if not (_is_checkpoint(candidate) and candidate.run in runs)]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ...quickstart import world
-from .base import Budget
+from .base import Budget, World
 from .quickstart import Quickstart, _tokenizer
 
 
@@ -26,9 +26,8 @@ class QuickstartFull(Quickstart):
 
     name = "quickstart_full"
     all_arms = ARMS
-
-    def adapter(self, task: str) -> Path:
-        return self.home / "library" / task
+    # The library is trained by the protocol, as in most worlds; the quickstart's own holds LoRA adapters.
+    adapter = World.adapter
 
     def lora_config(self, **settings) -> None:
         return None
