@@ -26,6 +26,13 @@ def save_full(directory: Path, seed: int, steps: int = 30, tied: bool = False, *
     return Path(directory)
 
 
+def save_models(directory: Path, count: int, **settings: Any) -> Path:
+    """Saves several of them as `model-<seed>`, each after training of its own."""
+    for seed in range(count):
+        save_full(directory / f"model-{seed}", seed, **settings)
+    return directory
+
+
 def full_trainer(
     output_dir: Path,
     *,

@@ -20,7 +20,7 @@ from mashup_callback.full_merge import ModelInput, check_space, merge_models
 from mashup_callback.model_tensors import describe_model
 from mashup_callback.vocabulary import check_vocabularies
 from mashup_callback.weights import Replacement, replaced
-from tests.full import full_trainer, same, save_full, weights
+from tests.full import full_trainer, same, save_models, weights
 from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
 
 
@@ -32,18 +32,12 @@ def tied(request):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tied):
     """Three trained checkpoints, each in several shards."""
-    directory = tmp_path_factory.mktemp("full")
-    for seed in range(3):
-        save_full(directory / f"model-{seed}", seed, tied=tied)
-    return directory
+    return save_models(tmp_path_factory.mktemp("full"), 3, tied=tied)
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("untied")
-    for seed in range(3):
-        save_full(directory / f"model-{seed}", seed)
-    return directory
+    return save_models(tmp_path_factory.mktemp("untied"), 3)
 
 
 def batch(seed=0):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from mashup_callback import MashupCallback
-from tests.full import full_trainer, same, save_full
+from tests.full import full_trainer, same, save_models
 from tests.hub import conftest
 from tests.hub.views import front_matter
 from tests.test_hub import reasons, usable
@@ -54,10 +54,7 @@ def finish(**results):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two trained checkpoints, each in several shards."""
-    directory = tmp_path_factory.mktemp("models")
-    for seed in range(2):
-        save_full(directory / f"model-{seed}", seed)
-    return directory
+    return save_models(tmp_path_factory.mktemp("models"), 2)
 
 
 def contents(directory, card=CARD, folder=""):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mashup_callback import MashupCallback, MashupReport
-from tests.full import full_trainer, same, save_full, weights
+from tests.full import full_trainer, same, save_models, weights
 from tests.tiny import llama, lora, lora_parameters, losses, rows, save_scaled_adapter, sft_trainer
 
 
@@ -145,9 +145,7 @@ def test_a_failed_mashup_is_tried_again(tmp_path, runs):
 
 
 def test_a_killed_full_run_uses_its_mashup_again(tmp_path):
-    for seed in range(2):
-        save_full(tmp_path / f"full/{seed}", seed)
-    candidates = str(tmp_path / "full/*")
+    candidates = f"{save_models(tmp_path / 'full', 2)}/*"
     _, first, begun = start(tmp_path / "run", candidates, killed=True, trainer=full_trainer)
     shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/mashup").glob("*.safetensors")}
     _, callback, again = start(tmp_path / "run", candidates, trainer=full_trainer)

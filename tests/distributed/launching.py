@@ -51,10 +51,15 @@ def launch(
         "candidates": str(library / "*"),
         **settings,
     }
-    command = _command(values, world, [f"--nproc_per_node={world}"], _free_port())
     started = time.monotonic()
     done = subprocess.run(
-        command, cwd=ROOT, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+        torchrun(values, world),
+        cwd=ROOT,
+        env=_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
     )
     files = [directory / f"rank{rank}.json" for rank in range(world)]
     ranks = [json.loads(file.read_text()) for file in files if file.exists()]
@@ -78,7 +83,7 @@ def launch_nodes(
         places = [f"--nnodes={nodes}", f"--node_rank={node}", f"--nproc_per_node={processes}"]
         own = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": environment["HF_ENDPOINT"]}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        command = _command(values, world, places, port)
+        command = torchrun(values, world, places=places, port=port)
         running.append(subprocess.Popen(command, cwd=ROOT, env={**environment, **_environment(), **own}, **streams))
     outputs = [process.communicate(timeout=300)[0] for process in running]
     runs = []
@@ -90,11 +95,19 @@ def launch_nodes(
     return runs
 
 
-def _command(values: dict[str, Any], world: int, places: list[str], port: int) -> list[str]:
+def torchrun(
+    values: dict[str, Any],
+    world: int,
+    worker: str = "worker",
+    places: list[str] | None = None,
+    port: int | None = None,
+) -> list[str]:
+    """Returns the command that starts a worker in `world` processes, by default all of them here, or alone."""
     command = [sys.executable, "-m"]
     if world > 1:
-        command += ["torch.distributed.run", *places, "--master_addr=127.0.0.1", f"--master_port={port}", "-m"]
-    return [*command, "tests.distributed.worker", json.dumps(values)]
+        command += ["torch.distributed.run", *(places or [f"--nproc_per_node={world}"]), "--master_addr=127.0.0.1"]
+        command += [f"--master_port={port or _free_port()}", "-m"]
+    return [*command, f"tests.distributed.{worker}", json.dumps(values)]
 
 
 def _environment() -> dict[str, str]:

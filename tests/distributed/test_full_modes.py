@@ -4,14 +4,13 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import ROOT, _environment, _free_port
+from tests.distributed.launching import ROOT, _environment, torchrun
 from tests.distributed.modes import SHIMMED
-from tests.full import save_full
+from tests.full import save_models
 from tests.tiny import llama
 
 
@@ -22,8 +21,7 @@ MODES = ["ddp", "native", "fsdp2", *(pytest.param(mode, marks=pytest.mark.slow) 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def world(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
-    for seed in range(2):
-        save_full(directory / f"model-{seed}", seed, tied=request.param)
+    save_models(directory, 2, tied=request.param)
     llama(tie_word_embeddings=request.param).save_pretrained(directory / "base")
     return directory
 
@@ -39,11 +37,7 @@ def run(directory: Path, mode: str, count: int, base: Path, candidates: str | No
         "candidates": candidates,
         "callback": callback,
     }
-    command = [sys.executable, "-m"]
-    if count > 1:
-        command += ["torch.distributed.run", f"--nproc_per_node={count}", "--master_addr=127.0.0.1"]
-        command += [f"--master_port={_free_port()}", "-m"]
-    command += ["tests.distributed.full_worker", json.dumps(values)]
+    command = torchrun(values, count, "full_worker")
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **_environment()}, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
