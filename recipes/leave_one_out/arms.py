@@ -21,7 +21,7 @@ PAPER = {
     "search": "exhaustive",
     "guard": False,
 }
-ORACLE_POOL, ORACLE_SIZE = 5, 3
+ORACLE_POOL, ORACLE_SIZE = 4, 3
 
 
 def begin(world: World, job: Job, directory: Path) -> Begin:
@@ -83,7 +83,7 @@ def lora_ga(world: World, job: Job, directory: Path) -> Begin:
 
 def oracle(world: World, job: Job, directory: Path) -> Begin:
     """
-    The best subset in hindsight, of those searched: every candidate alone, then every triple of the five best ones,
+    The best subset in hindsight, of those searched: every candidate alone, then every triple of the four best ones,
     each trained for `job.oracle_steps` steps and compared on the test rows. The search is charged.
     """
     spent, values = 0.0, {}

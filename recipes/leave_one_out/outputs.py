@@ -29,7 +29,7 @@ NOTES = (
     "with a + is a lower bound. Scratch's own row says how early its own curve first touches its final value. "
     "Seconds include finding, downloading, scoring all candidates, merging and swapping (for the oracle: its search; "
     "for EVA and LoRA-GA: the initialisation) and leave out evaluations. All arms use learning rate {rate:g} in the "
-    "main table. The oracle searches every candidate alone and every triple of the best five, each trained for "
+    "main table. The oracle searches every candidate alone and every triple of the best four, each trained for "
     "{oracle} steps and compared on the test rows. The metric is {metric} ({direction} is better)."
 )
 

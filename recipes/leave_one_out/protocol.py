@@ -20,6 +20,7 @@ from .worlds import World
 
 LIBRARY = "library"
 LIBRARY_SEED = 1000
+SWEPT = ("scratch", "mashup")
 
 
 @dataclass(frozen=True)
@@ -175,16 +176,15 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
             Base model, for the worlds that have a choice.
     """
     budget, seen = world.budget, set()
-    variants = [(arm, budget.seeds, budget.learning_rate, {}) for arm in budget.arms]
-    variants += [
-        (arm, budget.sweep_seeds, rate, {}) for rate in budget.learning_rates for arm in ("scratch", "mashup")
-    ]
-    variants += [("mashup", budget.sweep_seeds, budget.learning_rate, {"sample_size": n}) for n in budget.sample_sizes]
-    grid = [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
-    variants += [("mashup", budget.sweep_seeds, budget.learning_rate, settings) for settings in grid]
-    for arm, seeds, rate, settings in variants:
+    rate, few = budget.learning_rate, budget.sweep_seeds
+    variants = [(arm, budget.tasks, budget.seeds, rate, {}) for arm in budget.arms]
+    variants += [(arm, budget.tasks, few, other, {}) for other in budget.learning_rates for arm in SWEPT]
+    studies = [{"sample_size": count} for count in budget.sample_sizes]
+    studies += [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
+    variants += [("mashup", budget.study_tasks or budget.tasks, few, rate, settings) for settings in studies]
+    for arm, tasks, seeds, rate, settings in variants:
         for seed in seeds:
-            for task in budget.tasks:
+            for task in tasks:
                 job = make_job(world, task, arm, seed, rate, settings, model)
                 if job not in seen:
                     seen.add(job)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from .protocol import LIBRARY
+from .protocol import LIBRARY, SWEPT
 
 
 RUN = ["world", "task", "arm", "seed", "learning_rate", "steps", "settings"]
@@ -151,7 +151,7 @@ def by_task(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
 
 def learning_rates(table: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
     """Returns the final value of scratch and mashup by learning rate and task; no rows without a sweep."""
-    part = table[(table["settings"] == "{}") & table["arm"].isin(["scratch", "mashup"]) & table["seed"].isin(seeds)]
+    part = table[(table["settings"] == "{}") & table["arm"].isin(SWEPT) & table["seed"].isin(seeds)]
     table = part.groupby(["learning_rate", "arm", "task"])["final"].mean().reset_index()
     return table if table["learning_rate"].nunique() > 1 else table[:0]
 

@@ -30,6 +30,7 @@ class Budget:
         arms (`tuple[str, ...]`): Arms of the main table.
         learning_rates (`tuple[float, ...]`): The sweep, for scratch and mashup.
         sweep_seeds (`tuple[int, ...]`): Seeds of the sweep and of the two studies below.
+        study_tasks (`tuple[str, ...]`): Tasks of the two studies below; all of `tasks` where empty.
         sample_sizes (`tuple[int, ...]`): Values of `sample_size` for accuracy against the number of selection rows.
         methods (`tuple[str, ...]`): Merge methods of the study of method and k.
         top_ks (`tuple[int, ...]`): Values of k of that study.
@@ -44,6 +45,7 @@ class Budget:
     arms: tuple[str, ...] = ARMS
     learning_rates: tuple[float, ...] = ()
     sweep_seeds: tuple[int, ...] = (1,)
+    study_tasks: tuple[str, ...] = ()
     sample_sizes: tuple[int, ...] = ()
     methods: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = ()

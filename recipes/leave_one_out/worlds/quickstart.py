@@ -13,13 +13,14 @@ from .base import Budget, World, silenced
 FULL = Budget(
     tasks=tuple(world.TASKS),
     steps=world.STEPS,
-    eval_every=10,
+    eval_every=15,
     learning_rate=world.LEARNING_RATE,
     learning_rates=(1e-3, 3e-3, 6e-3),
-    sample_sizes=(8, 32, 128, 256),
+    study_tasks=tuple(world.TASKS)[::2],
+    sample_sizes=(8, 32, 256),
     methods=("linear", "ties"),
-    top_ks=(1, 2, 3, 5),
-    oracle_steps=20,
+    top_ks=(1, 3, 5),
+    oracle_steps=10,
 )
 FAST = Budget(
     tasks=("largest", "last"),
