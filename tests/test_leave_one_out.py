@@ -381,6 +381,25 @@ def test_the_plan_has_every_job_once(tmp_path):
     assert list(plan_library(world)) == []
 
 
+def test_the_studies_may_be_of_fewer_tasks(tmp_path):
+    sizes = {"learning_rates": (1e-3, 3e-3), "sample_sizes": (8,), "methods": ("ties",), "top_ks": (1, 2)}
+    world = TwoTasks(tmp_path, budget(study_tasks=("last",), **sizes))
+    assert len(list(plan(world))) == 2 * (9 + 2) + (1 + 2)
+    assert {job.task for job in plan(world) if job.settings} == {"last"}
+    options = cli.parsed(cli.parser(None), ["--tasks", "largest"])
+    assert {job.task for job in plan(cli.narrowed(world, options))} == {"largest"}
+    options = cli.parsed(cli.parser(None), ["--tasks", "last"])
+    assert {job.task for job in plan(cli.narrowed(world, options)) if job.settings} == {"last"}
+
+
+def test_every_run_pays_for_its_own_scoring(small, tmp_path, monkeypatch):
+    """Arms after the first would find the scores of the first, and their overhead would be too low."""
+    world, _, _, _ = small
+    monkeypatch.setenv("MASHUP_CACHE", str(tmp_path / "cache"))
+    run_job(make_job(world, "last", "mashup", 1, 3e-3, {}), tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_jobs_file_depends_on_its_settings(tmp_path):
     world = TwoTasks(tmp_path, budget())
     keys = {make_job(world, "last", "mashup", 1, 3e-3, settings).key for settings in ({}, {"top_k": 2}, {"top_k": 3})}

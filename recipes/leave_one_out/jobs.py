@@ -53,7 +53,7 @@ def run_job(job: Job, output_dir: Path, fast: bool = False) -> None:
     if path.is_file():
         return
     claim_gpu()
-    # A user has no scores of the target yet: every run pays for its own. Set here, as workers have an environment each.
+    # A user has no scores of the target yet, so every run pays for its own. Workers have an environment each.
     os.environ["MASHUP_CACHE"] = ""
     world = load_world(job.world, output_dir / "world", fast, job.model)
     started = time.perf_counter()
