@@ -381,6 +381,13 @@ def test_the_plan_has_every_job_once(tmp_path):
     assert list(plan_library(world)) == []
 
 
+def test_the_arms_of_a_task_and_seed_run_after_one_another(tmp_path):
+    jobs = list(plan(TwoTasks(tmp_path, budget(seeds=(1, 2)))))
+    runs = [(job.task, job.seed) for job in jobs]
+    assert runs == [(task, seed) for seed in (1, 2) for task in TASKS for _ in ARMS]
+    assert [job.arm for job in jobs[: len(ARMS)]] == list(ARMS)
+
+
 def test_the_studies_may_be_of_fewer_tasks(tmp_path):
     sizes = {"learning_rates": (1e-3, 3e-3), "sample_sizes": (8,), "methods": ("ties",), "top_ks": (1, 2)}
     world = TwoTasks(tmp_path, budget(study_tasks=("last",), **sizes))

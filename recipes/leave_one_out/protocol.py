@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def train(world: World, job: Job, begin: Begin, stop_after: int | None = None) -
 
 def plan(world: World, model: str | None = None) -> Iterator[Job]:
     """
-    Yields every job of a world's budget once, in the order of the paper's tables.
+    Yields every job of a world's budget once: the main table first, the arms of one task and seed after one another,
+    so that a machine that slows down over hours does so for all of them; then the sweep and the studies.
 
     Args:
         world (`World`):
@@ -177,18 +179,19 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
     """
     budget, seen = world.budget, set()
     rate, few = budget.learning_rate, budget.sweep_seeds
-    variants = [(arm, budget.tasks, budget.seeds, rate, {}) for arm in budget.arms]
-    variants += [(arm, budget.tasks, few, other, {}) for other in budget.learning_rates for arm in SWEPT]
     studies = [{"sample_size": count} for count in budget.sample_sizes]
     studies += [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
-    variants += [("mashup", budget.study_tasks or budget.tasks, few, rate, settings) for settings in studies]
-    for arm, tasks, seeds, rate, settings in variants:
-        for seed in seeds:
-            for task in tasks:
-                job = make_job(world, task, arm, seed, rate, settings, model)
-                if job not in seen:
-                    seen.add(job)
-                    yield job
+    parts = (
+        (budget.seeds, budget.tasks, [(arm, rate, {}) for arm in budget.arms]),
+        (few, budget.tasks, [(arm, other, {}) for other in budget.learning_rates for arm in SWEPT]),
+        (few, budget.study_tasks or budget.tasks, [("mashup", rate, settings) for settings in studies]),
+    )
+    for seeds, tasks, variants in parts:
+        for seed, task, (arm, learning_rate, settings) in product(seeds, tasks, variants):
+            job = make_job(world, task, arm, seed, learning_rate, settings, model)
+            if job not in seen:
+                seen.add(job)
+                yield job
 
 
 def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
