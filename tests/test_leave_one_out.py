@@ -28,6 +28,7 @@ from recipes.quickstart import world as quickstart
 
 TASKS = ("largest", "last")
 LIBRARY = ("largest", "smallest", "first", "last")
+RESULTS = Path(arms.__file__).parent / "results"
 
 
 class TwoTasks(Quickstart):
@@ -129,6 +130,18 @@ def test_parity_of_runs_by_hand():
     assert mashup["gain"].tolist() == pytest.approx([0.2, -0.2, 0.3, 0.0])
     # Scratch ends at second 20, when these have trained for 15 s, that is, 15 steps.
     assert mashup["equal_seconds"].tolist() == pytest.approx([0.8, 0.45, 0.8, 0.75])
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/summary.csv")), ids=lambda path: path.parent.name)
+def test_committed_results(path):
+    summary = pd.read_csv(path)
+    assert list(summary.columns) == tables.SUMMARY
+    world = load_world(path.parent.name, "unused")
+    assert tuple(summary["arm"]) == world.budget.arms
+    assert set(summary["tasks"]) == {len(world.budget.tasks)} and set(summary["seeds"]) == {len(world.budget.seeds)}
+    # The means over tasks are those of the table by task.
+    by_task = pd.read_csv(path.with_name("by_task.csv")).groupby("arm")["gain"].mean()
+    assert summary["gain"].tolist() == pytest.approx(by_task[summary["arm"]].tolist(), abs=1e-4)
 
 
 def test_summary_by_hand():
