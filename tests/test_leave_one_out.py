@@ -408,6 +408,7 @@ def test_the_studies_may_be_of_fewer_tasks(tmp_path):
     assert {job.task for job in plan(world) if job.settings} == {"last"}
     options = cli.parsed(cli.parser(None), ["--tasks", "largest"])
     assert {job.task for job in plan(cli.narrowed(world, options))} == {"largest"}
+    assert not any(job.settings for job in plan(world))
     options = cli.parsed(cli.parser(None), ["--tasks", "last"])
     assert {job.task for job in plan(cli.narrowed(world, options)) if job.settings} == {"last"}
 

@@ -79,7 +79,5 @@ def narrowed(world: World, options: argparse.Namespace) -> World:
     unknown = set(changes.get("tasks", ())) - set(world.library_tasks)
     if unknown:
         raise ValueError(f"unknown tasks {sorted(unknown)}, expected some of {', '.join(world.library_tasks)}.")
-    tasks = changes.get("tasks", world.budget.tasks)
-    changes["study_tasks"] = tuple(task for task in world.budget.study_tasks if task in tasks)
     world.budget = dataclasses.replace(world.budget, **changes)
     return world

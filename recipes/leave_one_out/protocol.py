@@ -181,10 +181,11 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
     rate, few = budget.learning_rate, budget.sweep_seeds
     studies = [{"sample_size": count} for count in budget.sample_sizes]
     studies += [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
+    studied = [task for task in budget.study_tasks or budget.tasks if task in budget.tasks]
     parts = (
         (budget.seeds, budget.tasks, [(arm, rate, {}) for arm in budget.arms]),
         (few, budget.tasks, [(arm, other, {}) for other in budget.learning_rates for arm in SWEPT]),
-        (few, budget.study_tasks or budget.tasks, [("mashup", rate, settings) for settings in studies]),
+        (few, studied, [("mashup", rate, settings) for settings in studies]),
     )
     for seeds, tasks, variants in parts:
         for seed, task, (arm, learning_rate, settings) in product(seeds, tasks, variants):

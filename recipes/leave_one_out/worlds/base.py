@@ -30,7 +30,7 @@ class Budget:
         arms (`tuple[str, ...]`): Arms of the main table.
         learning_rates (`tuple[float, ...]`): The sweep, for scratch and mashup.
         sweep_seeds (`tuple[int, ...]`): Seeds of the sweep and of the two studies below.
-        study_tasks (`tuple[str, ...]`): Tasks of the two studies below; all of `tasks` where empty.
+        study_tasks (`tuple[str, ...]`): Those of `tasks` in the two studies below; empty: all.
         sample_sizes (`tuple[int, ...]`): Values of `sample_size` for accuracy against the number of selection rows.
         methods (`tuple[str, ...]`): Merge methods of the study of method and k.
         top_ks (`tuple[int, ...]`): Values of k of that study.
