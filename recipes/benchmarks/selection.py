@@ -1,7 +1,7 @@
 """
 Which metric picks the best single start: the regret of each after training, on the quickstart world.
 
-    python recipes/benchmarks/selection.py --json selection.json            # 8 targets, 3 seeds: hours on two cores
+    python recipes/benchmarks/selection.py --json selection.json            # 8 targets, 3 seeds, two processes
     python recipes/benchmarks/selection.py --seeds 1 --steps 40 --targets last units
 
 Regret: held-out loss after training from the metric's choice, less that after training from the best choice in
@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from joblib import Parallel, delayed
 from transformers import PrinterCallback, set_seed
 from trl import SFTTrainer
 
@@ -87,7 +88,10 @@ def test_rows(target: str, directory: str) -> Rows:
     return draw_sample(trainer.get_train_dataloader(), TEST_ROWS, batch_size=64)[1]
 
 
-def regrets(target: str, seed: int, steps: int) -> dict[str, float]:
+def regrets(target: str, seed: int, steps: int) -> dict[str, str | int | float]:
+    """One row of the study, measured in this process with one thread."""
+    world.quiet()
+    torch.set_num_threads(1)
     library = [world.ADAPTERS / task for task in world.TASKS if task != target]
     chosen = choices(target, seed, library)
     losses = {str(path): final_loss(target, seed, steps, path) for path in library}
@@ -97,7 +101,7 @@ def regrets(target: str, seed: int, steps: int) -> dict[str, float]:
     picks = {metric: Path(name).name for metric, name in chosen.items()}
     hindsight = Path(min(losses, key=losses.get)).name
     print(f"{target}, seed {seed}: best {best:.4f} by {hindsight}; {picks}; {found}", flush=True)
-    return found
+    return {"target": target, "seed": seed, "hindsight": hindsight} | found
 
 
 def main() -> None:
@@ -106,14 +110,13 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=list(world.TASKS), default=list(world.TASKS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each target")
     parser.add_argument("--steps", type=int, default=world.STEPS, help="training steps of each run")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     options = parser.parse_args()
-    world.quiet()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    rows = [
-        {"target": target, "seed": seed, **regrets(target, seed, options.steps)}
+    rows = Parallel(n_jobs=options.jobs)(
+        delayed(regrets)(target, seed, options.steps)
         for seed in range(1, options.seeds + 1)
         for target in options.targets
-    ]
+    )
     means = {name: statistics.mean(row[name] for row in rows) for name in (*METRICS, "mean of all")}
     print("mean regret:", {name: round(value, 4) for name, value in means.items()})
     if options.json:
