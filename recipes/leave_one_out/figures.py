@@ -36,7 +36,7 @@ def mean_curves(points: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
         for arm, group in points.groupby("arm", sort=False):
             mean = group.groupby("step")["value"].mean()
             axes.plot(mean.index, mean, label=arm, color=COLOURS[arm], linewidth=2.5 if arm == "mashup" else 1.2)
-        axes.set(xlabel="training step", ylabel=f"test {metric}, mean over tasks and seeds")
+        axes.set(xlabel="training step", ylabel=f"test {metric},\nmean over tasks and seeds")
         axes.legend(fontsize=8)
 
     return plot
@@ -66,7 +66,7 @@ def selection_rows(table: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
         mean = table.groupby("rows")["final"].mean()
         axes.plot(mean.index, mean, marker="o", color=COLOURS["mashup"])
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="selection rows", ylabel=f"final test {metric}, mean over tasks")
+        axes.set(xlabel="selection rows", ylabel=f"final test {metric},\nmean over tasks")
 
     return plot
 
@@ -95,7 +95,7 @@ def learning_rates(table: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
             mean = group.groupby("learning_rate")["final"].mean()
             axes.plot(mean.index, mean, marker="o", label=arm, color=COLOURS[arm])
         axes.set_xscale("log")
-        axes.set(xlabel="learning rate", ylabel=f"final test {metric}, mean over tasks")
+        axes.set(xlabel="learning rate", ylabel=f"final test {metric},\nmean over tasks")
         axes.legend()
 
     return plot
