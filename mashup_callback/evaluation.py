@@ -71,7 +71,7 @@ def _applied(model: nn.Module, metric: Metric, update: Factors | Replacement | N
 
 
 def _one_by_one(model: nn.Module, rows: Rows, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
-    sums, seen = _empty(rows)
+    sums, seen = empty_sums(rows)
     for indices, batch in rows.batches():
         try:
             losses = _batch_losses(model, batch, metric)
@@ -81,13 +81,13 @@ def _one_by_one(model: nn.Module, rows: Rows, metric: Metric) -> tuple[torch.Ten
             clear_device_cache(garbage_collection=True)
             logger.info("Out of memory with %d rows; the batch is halved.", len(indices))
             continue
-        _enter(losses, indices, sums, seen)
+        enter(losses, indices, sums, seen)
     return sums, seen
 
 
 def _in_step(model: nn.Module, rows: Rows, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with every process in the same forward pass at the same time, and with as many calls of the head."""
-    sums, seen = _empty(rows)
+    sums, seen = empty_sums(rows)
     for indices, batch in rows.batches():
         chunks = max(exchange(head_chunks(model, batch)))
         with _Passes(model) as passes:
@@ -96,15 +96,17 @@ def _in_step(model: nn.Module, rows: Rows, metric: Metric) -> tuple[torch.Tensor
             except Exception as error:
                 passes.make_up(lambda batch=batch, chunks=chunks: _dummy_pass(model, batch, metric, chunks), error)
                 raise
-        _enter(losses, indices, sums, seen)
+        enter(losses, indices, sums, seen)
     return sums, seen
 
 
-def _empty(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_sums(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns zeros for the sums of each row, as [`RowLosses`] has them, and which rows were seen: none."""
     return torch.zeros(3, len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.bool)
 
 
-def _enter(losses: RowLosses, indices: list[int], sums: torch.Tensor, seen: torch.Tensor) -> None:
+def enter(losses: RowLosses, indices: list[int], sums: torch.Tensor, seen: torch.Tensor) -> None:
+    """Writes the losses of one batch to the places of its rows."""
     values = torch.stack([losses.loss, losses.correct, losses.tokens])
     seen[indices] = True
     if values.shape[1] == len(indices):
@@ -156,7 +158,7 @@ class _Passes:
 
 
 def _dummy_pass(model: nn.Module, batch: Mapping[str, Any], metric: Metric, chunks: int) -> None:
-    batch = _on_device(batch, model)
+    batch = on_device(batch, model)
     if callable(metric) or "labels" not in batch:
         model(**{name: value for name, value in batch.items() if name != "labels"})
     else:
@@ -164,14 +166,15 @@ def _dummy_pass(model: nn.Module, batch: Mapping[str, Any], metric: Metric, chun
         language_model_losses(model, batch, chunks)
 
 
-def _on_device(batch: Any, model: nn.Module) -> Any:
+def on_device(batch: Any, model: nn.Module) -> Any:
+    """Returns a copy of a batch on the model's device."""
     # A copy: a BatchEncoding is moved in place, and trainers take the labels out of their inputs.
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     return send_to_device(batch, next(model.parameters()).device)
 
 
 def _batch_losses(model: nn.Module, batch: Mapping[str, Any], metric: Metric, chunks: int | None = None) -> RowLosses:
-    batch = _on_device(batch, model)
+    batch = on_device(batch, model)
     if not callable(metric):
         return language_model_losses(model, batch, chunks)
     loss, count = (torch.tensor([float(value)], dtype=torch.float64) for value in metric(model, batch))

@@ -91,7 +91,7 @@ def head_chunks(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Returns into how many parts the labels of a batch are split so that their logits fit."""
     labels = batch.get("labels")
     count = int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0
-    return max(1, -(-count // _chunk_size(_head(model))))
+    return max(1, -(-count // _chunk_size(output_head(model))))
 
 
 def _is_masked(model: nn.Module) -> bool:
@@ -109,17 +109,19 @@ class _LabelPositions:
     """
     Context in which the language model head sees the label positions only.
 
-    A pre-hook runs the head on them, chunk by chunk, and lets a single position through to the model's own code. What
-    that code does to the head's output is read from the configuration and checked at that position. Where the check
-    fails, the head is remembered as unknown and the model's own logits at the label positions are used from then on.
+    A pre-hook gives the model's own code these positions only. Where their logits would be too many, or have a
+    gradient, it runs the head on them itself, chunk by chunk, and lets a single position through to the model's own
+    code. What that code does to the head's output is read from the configuration and checked at that position. Where
+    the check fails, the head is remembered as unknown and the model's own logits are used from then on.
     """
 
     def __init__(self, model: nn.Module, labels: torch.Tensor, chunks: int | None) -> None:
-        self.head, self.chunks = _head(model), chunks
+        self.head, self.chunks = output_head(model), chunks
         self.postprocess = logit_postprocessing(model.config)
         self.mask = labels != IGNORE
         self.targets = labels[self.mask]
         self.inside = False
+        self.reduced = False
         self.sums: tuple[torch.Tensor, torch.Tensor] | None = None
         self.probe: torch.Tensor | None = None
 
@@ -135,8 +137,10 @@ class _LabelPositions:
         if self.inside or not args or args[0].shape[:2] != self.mask.shape:
             return None
         hidden = args[0][self.mask.to(args[0].device)]
-        if head in _UNKNOWN_HEADS:
-            return (hidden[None], *args[1:])
+        if head in _UNKNOWN_HEADS or (self._chunks(hidden) == 1 and not torch.is_grad_enabled()):
+            self.reduced = True
+            # A batch without labels still needs a position for the model's own code.
+            return (hidden[None] if len(hidden) else args[0][:1, :1], *args[1:])
         self.inside = True
         try:
             self.sums, self.probe = self._in_chunks(hidden), head(args[0][:1, :1])
@@ -144,8 +148,11 @@ class _LabelPositions:
             self.inside = False
         return (args[0][:1, :1], *args[1:])
 
+    def _chunks(self, hidden: torch.Tensor) -> int:
+        return self.chunks or max(1, -(-len(hidden) // _chunk_size(self.head)))
+
     def _in_chunks(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chunks = self.chunks or max(1, -(-len(hidden) // _chunk_size(self.head)))
+        chunks = self._chunks(hidden)
         pairs = zip(hidden.tensor_split(chunks), self.targets.tensor_split(chunks), strict=True)
         losses = [self._part(part, targets) for part, targets in pairs]
         return tuple(torch.cat(values) for values in zip(*losses, strict=True))
@@ -162,8 +169,8 @@ class _LabelPositions:
         if logits is None:
             raise ValueError(f"The model returned {type(outputs).__name__} without `logits`. Pass a callable metric.")
         if self.sums is None:
-            at_labels = logits.flatten(0, 1) if self.head in _UNKNOWN_HEADS else logits[self.mask.to(logits.device)]
-            self.sums = _token_losses(at_labels, self.targets)
+            at_labels = logits.flatten(0, 1) if self.reduced else logits[self.mask.to(logits.device)]
+            self.sums = _token_losses(at_labels[: len(self.targets)], self.targets)
         elif not self._agreed(_agree(self.postprocess(self.probe), logits)):
             _UNKNOWN_HEADS.add(self.head)
             return None
@@ -204,7 +211,8 @@ def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return apply
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the layer that turns hidden states into logits; None where the model does not tell."""
     return _unwrapped(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
@@ -215,15 +223,16 @@ def _chunk_size(head: nn.Module | None) -> int:
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of each position and whether it is predicted; without gradients, `logits` is used up."""
-    targets, predicted = targets.to(logits.device), logits.argmax(-1)
-    correct = (predicted == targets).float()
+    targets = targets.to(logits.device)
     if torch.is_grad_enabled():
+        correct = (logits.argmax(-1) == targets).float()
         return F.cross_entropy(logits.float(), targets, reduction="none"), correct
     logits = logits.float()
-    largest, chosen = (logits.gather(-1, index[:, None])[:, 0] for index in (predicted, targets))
+    largest, predicted = logits.max(-1)
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
     # In place: with a large vocabulary, each copy of the logits takes as long as a layer.
     sums = logits.sub_(largest[:, None]).exp_().sum(-1)
-    return sums.log() + (largest - chosen), correct
+    return sums.log() + (largest - chosen), (predicted == targets).float()
 
 
 def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -1,18 +1,24 @@
-"""What a candidate needs before it can be scored, made by a thread while another candidate is scored."""
+"""What a candidate needs before it can be scored, made by a thread while others are scored."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .adapters import Adapter, AdapterError
+from .adapters import Adapter, AdapterError, check_adapter, read_adapter
 from .cache import ScoreCache, base_fingerprint, score_key
+from .candidates import Candidate
+from .checkpoints import Checkpoint, is_checkpoint
+from .distributed import exchange
 from .factors import Factors, LoraFactors
+from .hooks import StackedFactors, empty_stack
 from .losses import RowLosses
+from .racing import Score
 from .sampling import Rows
 from .weights import load_update
 
@@ -31,12 +37,30 @@ class Prepared:
         losses (`RowLosses`, *optional*): Its losses, where they are known from an earlier run.
         key (`str`, *optional*): Under which they are kept.
         error (`Exception`, *optional*): Why it could not be read.
+        place (`int`, *optional*): Its place in the stack of its group.
+        seconds (`float`): Its share of the time that its group has taken.
     """
 
     update: Any = None
     losses: RowLosses | None = None
     key: str | None = None
     error: Exception | None = None
+    place: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedGroup:
+    """
+    Candidates that are scored together, or one after the other.
+
+    Args:
+        members (`list[Prepared]`): Each of them.
+        stacked (`list[StackedFactors]`, *optional*): The updates of those that have a place, on the model's device.
+    """
+
+    members: list[Prepared]
+    stacked: list[StackedFactors] | None = None
 
 
 class Preparation:
@@ -67,11 +91,37 @@ class Preparation:
         if self.base is not None:
             self._fingerprints[id(part)] = part.fingerprint()
 
-    def __call__(self, source: Adapter | Any, part: Rows) -> Prepared:
+    def __call__(self, sources: Sequence[Any], part: Rows) -> PreparedGroup:
+        """Reads a group of candidates; those that are None need nothing."""
+        members = [Prepared() if source is None else self._known(source, part) for source in sources]
+        unknown = [
+            index
+            for index, (source, member) in enumerate(zip(sources, members, strict=True))
+            if source is not None and member.losses is None and member.error is None
+        ]
+        if len(unknown) < 2:
+            for index in unknown:
+                members[index] = self._read(sources[index], members[index])
+            return PreparedGroup(members)
+        stacked = empty_stack([sources[index].modules for index in unknown])
+        for place, index in enumerate(unknown):
+            members[index] = _put(stacked, place, sources[index], members[index])
+        return PreparedGroup(members, [factors.to(self.device) for factors in stacked])
+
+    def alone(self, source: Any, part: Rows) -> Prepared:
+        """Reads one candidate."""
+        return self([source], part).members[0]
+
+    def _known(self, source: Any, part: Rows) -> Prepared:
         try:
             key = self._key(source, part)
-            losses = self.cache.get(key, len(part)) if key else None
-            return Prepared(None if losses else _to(load_update(source), self.device), losses, key)
+            return Prepared(None, self.cache.get(key, len(part)) if key else None, key)
+        except (AdapterError, OSError, RuntimeError) as error:
+            return Prepared(error=error)
+
+    def _read(self, source: Any, known: Prepared) -> Prepared:
+        try:
+            return replace(known, update=_to(load_update(source), self.device))
         except (AdapterError, OSError, RuntimeError) as error:
             return Prepared(error=error)
 
@@ -79,6 +129,15 @@ class Preparation:
         """Keeps what was measured for the next run."""
         if prepared.key is not None and prepared.losses is None:
             self.cache.put(prepared.key, losses)
+
+    def keep_all(self, group: PreparedGroup, losses: Sequence[RowLosses], seconds: float) -> list[Prepared]:
+        """Keeps the losses of a stack, and returns the members with theirs and the seconds that each took."""
+        members = list(group.members)
+        for index, member in enumerate(members):
+            if member.place is not None:
+                self.keep(member, losses[member.place])
+                members[index] = replace(member, losses=losses[member.place], seconds=seconds)
+        return members
 
     def _key(self, source: Any, part: Rows) -> str | None:
         if self.base is None or not isinstance(source, Adapter):
@@ -115,6 +174,17 @@ def _ahead(
         yield pair
 
 
+def _put(stacked: Sequence[StackedFactors], place: int, source: Any, known: Prepared) -> Prepared:
+    try:
+        update = load_update(source)
+    except (AdapterError, OSError, RuntimeError) as error:
+        # Its place in the stack stays zero and is of no use.
+        return Prepared(error=error)
+    for factors in stacked:
+        factors.put(place, update)
+    return replace(known, place=place)
+
+
 def _to(update: Any, device: torch.device) -> Factors | Any:
     if device.type == "cpu" or not isinstance(update, dict):
         return update
@@ -122,3 +192,59 @@ def _to(update: Any, device: torch.device) -> Factors | Any:
         name: LoraFactors(factors.A.to(device), factors.B.to(device), factors.scaling)
         for name, factors in update.items()
     }
+
+
+def admitted(
+    candidate: Candidate | Adapter | str | Path,
+    shapes: Mapping[str, tuple],
+    base_model: str | None,
+    admit_model: Callable[[Candidate], Adapter | Checkpoint],
+) -> Score:
+    """
+    Returns a candidate as something to score, or as rejected with the reason.
+
+    Args:
+        candidate (`Candidate`, `Adapter` or path):
+            What was asked for.
+        shapes (`Mapping[str, tuple]`):
+            (in_features, out_features) of the model's linear layers.
+        base_model (`str`, *optional*):
+            Name of the base model.
+        admit_model (`Callable`):
+            What makes of a full checkpoint something to score.
+    """
+    if isinstance(candidate, str | Path):
+        kind = "model" if is_checkpoint(Path(candidate)) else "adapter"
+        candidate = Candidate(name=str(candidate), kind=kind, path=Path(candidate), run=str(candidate))
+    found = candidate.candidate if isinstance(candidate, Adapter) else candidate
+    if found.reason is not None:
+        return Score(found, "rejected", found.reason)
+    try:
+        if found.kind == "model":
+            return Score(found, adapter=admit_model(found))
+        adapter = candidate if isinstance(candidate, Adapter) else read_adapter(candidate)
+        return Score(found, adapter=check_adapter(adapter, shapes, base_model))
+    except AdapterError as error:
+        return Score(found, "rejected", str(error))
+
+
+def admitted_by_all(scores: list[Score]) -> list[Score]:
+    """Returns the main process's candidates, and rejects those that another process lacks or cannot read."""
+    everywhere = exchange({score.candidate.name: (score.candidate.run, score.reason) for score in scores})
+    here = {score.candidate.name: score for score in scores}
+    if len(everywhere) == 1:
+        return scores
+    # Where a file system is not shared, an adapter's path and what is recorded with it are each process's own.
+    found = [here.get(name) or Score(Candidate(name=name), "rejected") for name in everywhere[0]]
+    return [_rejected_by_one(score, everywhere) for score in found]
+
+
+def _rejected_by_one(score: Score, everywhere: Sequence[Mapping[str, tuple[str, str | None]]]) -> Score:
+    name = score.candidate.name
+    reasons = [found[name][1] if name in found else "it is not found there" for found in everywhere]
+    refusing = [rank for rank, reason in enumerate(reasons) if reason is not None]
+    score = replace(score, candidate=replace(score.candidate, run=everywhere[0][name][0]))
+    if not refusing:
+        return score
+    where = "" if len(refusing) == len(everywhere) else f"process {refusing[0]}: "
+    return replace(score, status="rejected", reason=f"{where}{reasons[refusing[0]]}")

@@ -24,7 +24,7 @@ from .swap import fit
 
 
 if TYPE_CHECKING:
-    from .scoring import Score
+    from .racing import Score
 
 logger = logging.getLogger(__name__)
 

@@ -1,23 +1,72 @@
-"""Successive halving: which candidates are worth more rows."""
+"""What is known of a candidate, and successive halving: which candidates are worth more rows."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from .adapters import Adapter
+from .candidates import Candidate
+from .checkpoints import Checkpoint
 from .losses import RowLosses
 from .report import Rung
 
-
-if TYPE_CHECKING:
-    from .scoring import Score
 
 FIRST_RUNG = 16
 # Of many candidates a third goes on; so few go on anyway, unless the sample already tells them apart.
 REDUCTION, FEW = 3, 10
 # A candidate counts as worse when its paired difference exceeds so many of its standard errors.
 CERTAIN = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """
+    What scoring found out about one candidate.
+
+    Args:
+        candidate (`Candidate`): The candidate.
+        status (`str`): `"scored"`, `"eliminated"` in an early rung, `"rejected"` as unfit or `"failed"` while scored.
+        reason (`str`, *optional*): Why it was not scored to the end.
+        losses (`RowLosses`, *optional*): Its losses on the rows it was scored on.
+        seconds (`float`): Time spent on it.
+        adapter (`Adapter` or `Checkpoint`, *optional*): Its adapter or full checkpoint, with names as in the model.
+        metric (`str` or `Callable`): What it is ranked by.
+        probe_loss (`float`, *optional*): Loss per label token after a few steps of training, see [`probe`].
+    """
+
+    candidate: Candidate
+    status: str = "scored"
+    reason: str | None = None
+    losses: RowLosses | None = None
+    seconds: float = 0.0
+    adapter: Adapter | Checkpoint | None = None
+    metric: str | Callable = "loss"
+    probe_loss: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Loss per label token in nats, or what a callable metric returned; None if never scored."""
+        return None if self.losses is None else self.losses.mean_loss
+
+    @property
+    def value(self) -> float:
+        """What candidates are ranked by; lower is better, and infinite if never scored."""
+        if self.probe_loss is not None:
+            return self.probe_loss
+        return math.inf if self.losses is None else ranking_value(self.losses, self.metric)
+
+    @property
+    def rows(self) -> int:
+        """Rows it was scored on."""
+        return 0 if self.losses is None else len(self.losses.loss)
+
+    @property
+    def tokens(self) -> int:
+        """Label tokens it was scored on."""
+        return 0 if self.losses is None else int(self.losses.tokens.sum())
 
 
 def rung_sizes(rows: int, search: str) -> list[int]:
@@ -36,7 +85,7 @@ def rung_sizes(rows: int, search: str) -> list[int]:
     return sizes
 
 
-def rungs(scores: Iterable["Score"]) -> tuple[Rung, ...]:
+def rungs(scores: Iterable[Score]) -> tuple[Rung, ...]:
     """Returns the rungs of the race that gave these scores, the first one first."""
     raced = [score for score in scores if score.rows]
     sizes = sorted({score.rows for score in raced})

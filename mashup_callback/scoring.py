@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapters import Adapter, AdapterError, check_adapter, read_adapter
+from .adapters import Adapter, AdapterError
 from .candidates import Candidate
-from .checkpoints import Checkpoint, is_checkpoint
-from .distributed import agreed, deal, decided, exchange, is_first_on_machine, is_main_process, joint, place
+from .checkpoints import Checkpoint
+from .distributed import agreed, deal, decided, is_first_on_machine, is_main_process, joint, place
 from .evaluation import Metric, bare, evaluate
 from .hub import Hub
 from .hub_download import arriving
@@ -24,63 +24,16 @@ from .isolation import undisturbed
 from .layers import Trainee, layer_shapes
 from .losses import RowLosses
 from .parameters import is_sharded
-from .preparing import Preparation, Prepared, ahead
+from .preparing import Preparation, Prepared, PreparedGroup, admitted, admitted_by_all, ahead
 from .probe import probe, trained_adapter
-from .racing import joined, ranking_value, rung_sizes, survivors
+from .racing import Score, joined, rung_sizes, survivors
 from .sampling import Rows, as_rows
+from .tiling import Tiling, evaluate_together
 from .trainer_loss import TrainerLoss
 from .weights import admit_checkpoint
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """
-    What scoring found out about one candidate.
-
-    Args:
-        candidate (`Candidate`): The candidate.
-        status (`str`): `"scored"`, `"eliminated"` in an early rung, `"rejected"` as unfit or `"failed"` while scored.
-        reason (`str`, *optional*): Why it was not scored to the end.
-        losses (`RowLosses`, *optional*): Its losses on the rows it was scored on.
-        seconds (`float`): Time spent on it.
-        adapter (`Adapter` or `Checkpoint`, *optional*): Its adapter or full checkpoint, with names as in the model.
-        metric (`str` or `Callable`): What it is ranked by.
-        probe_loss (`float`, *optional*): Loss per label token after a few steps of training, see [`probe`].
-    """
-
-    candidate: Candidate
-    status: str = "scored"
-    reason: str | None = None
-    losses: RowLosses | None = None
-    seconds: float = 0.0
-    adapter: Adapter | Checkpoint | None = None
-    metric: Metric = "loss"
-    probe_loss: float | None = None
-
-    @property
-    def loss(self) -> float | None:
-        """Loss per label token in nats, or what a callable metric returned; None if never scored."""
-        return None if self.losses is None else self.losses.mean_loss
-
-    @property
-    def value(self) -> float:
-        """What candidates are ranked by; lower is better, and infinite if never scored."""
-        if self.probe_loss is not None:
-            return self.probe_loss
-        return math.inf if self.losses is None else ranking_value(self.losses, self.metric)
-
-    @property
-    def rows(self) -> int:
-        """Rows it was scored on."""
-        return 0 if self.losses is None else len(self.losses.loss)
-
-    @property
-    def tokens(self) -> int:
-        """Label tokens it was scored on."""
-        return 0 if self.losses is None else int(self.losses.tokens.sum())
 
 
 def score_candidates(
@@ -102,9 +55,14 @@ def score_candidates(
 
     The model computes what its base does, with its own adapters switched off, and a candidate is applied by forward
     hooks on the layers it targets: y + s·(x Aᵀ) Bᵀ. No module is added, no random number is drawn, and afterwards the
-    model is exactly as it was. At any time the tensors of at most two candidates are in
-    memory: those of the one that is scored, and of the next one, which is read meanwhile. A full checkpoint's weights
-    take the place of the model's instead, see [`replaced`] for the bound on memory.
+    model is exactly as it was. Where batches are so small that the device would be idle, up to 16 candidates share a
+    forward pass, each on its own copy of the batch, see [`Tiling`]; a candidate's losses do not depend on the others.
+
+    At any time the tensors of at most two such groups are in memory, those of the one that is scored and of the next
+    one, which is read meanwhile, and of one more candidate. A group is one candidate, or several whose factors in
+    float32 take at most 256 MiB (or a sixteenth of the model, if that is more). The activations are those of the
+    batch, or of at most 1,024 tokens on a CPU and 8,192 on an accelerator, halved when memory runs out. A full
+    checkpoint's weights take the place of the model's instead, see [`replaced`] for the bound on memory.
 
     In a distributed run every process calls it with the same candidates and batches, and gets the same scores. Where
     each process holds the whole model, the candidates are dealt out; where the model is sharded, the rows are.
@@ -128,7 +86,7 @@ def score_candidates(
         base_model (`str`, *optional*):
             Name of the base model, to warn about adapters that record another one.
         max_seconds (`float`, *optional*):
-            When it is over, no further candidate is scored on further rows.
+            When it is over, no further candidate, or group of them, is scored on further rows.
         hub (`Hub`, *optional*):
             The connection by which candidates are downloaded while others are scored; one of its own by default.
         admit_model (`Callable`, *optional*):
@@ -146,9 +104,9 @@ def score_candidates(
     admit_model = admit_model or partial(admit_checkpoint, model)
     trainee = trained_adapter(model) if metric == "probe" else None
     with joint(), undisturbed(model), bare(model, metric), arriving(candidates, hub) as coming:
-        admitted = (_admitted(candidate, shapes, base_model, admit_model) for candidate in coming)
-        scores = (replace(score, metric=metric) for score in admitted)
-        scores = scores if place()[1] == 1 else _admitted_by_all([*scores])
+        admissions = (admitted(candidate, shapes, base_model, admit_model) for candidate in coming)
+        scores = (replace(score, metric=metric) for score in admissions)
+        scores = scores if place()[1] == 1 else admitted_by_all([*scores])
         scores = race.run(scores, rung_sizes(len(race.rows), search), keep, len(candidates))
         if metric == "probe":
             scores = _probed(race, scores, keep, trainee, learning_rate)
@@ -175,6 +133,7 @@ class _Race:
         # A trainer gathers its metrics from all processes, so all of them look at the same candidate.
         self.sharded = is_sharded(model) or isinstance(metric, TrainerLoss)
         self.prepare = Preparation(model, metric, self.sharded)
+        self.tiling = Tiling(model, enabled=not self.sharded and not callable(metric))
 
     def run(self, scores: Iterable[Score], sizes: list[int], keep: int, count: int) -> list[Score]:
         start = 0
@@ -191,18 +150,46 @@ class _Race:
     def _score_all(self, scores: Iterable[Score], part: Rows, bar: tqdm) -> list[Score]:
         # In a single process they are scored as they arrive from the Hub.
         if self.sharded or place()[1] == 1:
-            with ahead(scores, lambda score: self._prepared(score, part)) as coming:
-                return [replace(score, **self._score(score, part, bar, ready)) for score, ready in coming]
+            return self._scored(scores, part, bar)
         scores = list(scores)
         alive = [index for index, score in enumerate(scores) if score.status == "scored"]
-        results = deal(lambda i: self._score(scores[i], part, bar, self._prepared(scores[i], part)), alive)
-        for index, result in zip(alive, results, strict=True):
-            scores[index] = replace(scores[index], **result)
+        shares = [alive[rank :: place()[1]] for rank in range(place()[1])]
+        results = deal(lambda mine: [_outcome(s) for s in self._scored([scores[i] for i in mine], part, bar)], shares)
+        for mine, outcomes in zip(shares, results, strict=True):
+            for index, outcome in zip(mine, outcomes, strict=True):
+                scores[index] = replace(scores[index], **outcome)
         return scores
 
-    def _prepared(self, score: Score, part: Rows) -> Prepared:
-        usable = score.status == "scored" and (self.sharded or time.monotonic() <= self.deadline)
-        return self.prepare(score.adapter, part) if usable else Prepared()
+    def _scored(self, scores: Iterable[Score], part: Rows, bar: tqdm) -> list[Score]:
+        groups = self.tiling.groups(scores, part)
+        with ahead(groups, lambda group: self._prepared(group, part)) as coming:
+            return [score for group, ready in coming for score in self._score_group(group, part, bar, ready)]
+
+    def _prepared(self, group: list[Score], part: Rows) -> PreparedGroup:
+        in_time = self.sharded or time.monotonic() <= self.deadline
+        sources = [score.adapter if in_time and score.status == "scored" else None for score in group]
+        return self.prepare(sources, part)
+
+    def _score_group(self, group: list[Score], part: Rows, bar: tqdm, ready: PreparedGroup) -> list[Score]:
+        members = self._together(part, ready) if ready.stacked else ready.members
+        return [
+            replace(score, **self._score(score, part, bar, member))
+            for score, member in zip(group, members, strict=True)
+        ]
+
+    def _together(self, part: Rows, ready: PreparedGroup) -> list[Prepared]:
+        """Returns the members of a group with their losses from forward passes that they share."""
+        if time.monotonic() > self.deadline:
+            return ready.members
+        started = time.monotonic()
+        try:
+            losses = evaluate_together(self.model, part, ready.stacked, self.tiling)
+        except Exception as error:
+            # Whose fault it is shows when each is scored alone.
+            logger.info("Candidates share no forward pass: %s: %s", type(error).__name__, error)
+            self.tiling.stop()
+            return ready.members
+        return self.prepare.keep_all(ready, losses, (time.monotonic() - started) / len(losses))
 
     def _score(self, score: Score, part: Rows, bar: tqdm, ready: Prepared) -> dict[str, Any]:
         if score.status != "scored":
@@ -213,25 +200,28 @@ class _Race:
 
     def _result(self, score: Score, part: Rows, ready: Prepared) -> dict[str, Any]:
         started = time.monotonic()
-        over = started > self.deadline
+        over = ready.losses is None and started > self.deadline
         if agreed(over) if self.sharded else over:
             # What was scored on fewer rows stays comparable by its mean.
             self.hub.stop("max_seconds was over")
             return {"status": "scored" if score.losses else "eliminated", "reason": "max_seconds was over"}
         try:
             with joint() if self.sharded else nullcontext():
-                losses = self._losses(part, ready)
+                losses = self._losses(score, part, ready)
         except AdapterError as error:
             return {"status": "rejected", "reason": str(error)}
         except (RuntimeError, OSError) as error:
             return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         losses = joined([score.losses, losses] if score.losses else [losses])
-        seconds = score.seconds + time.monotonic() - started
+        seconds = score.seconds + ready.seconds + time.monotonic() - started
         if not math.isfinite(losses.mean_loss):
             return {"status": "failed", "reason": f"its loss is {losses.mean_loss}", "seconds": seconds}
         return {"losses": losses, "seconds": seconds}
 
-    def _losses(self, part: Rows, ready: Prepared) -> RowLosses:
+    def _losses(self, score: Score, part: Rows, ready: Prepared) -> RowLosses:
+        if ready.place is not None and ready.losses is None:
+            # The forward pass that it shared failed.
+            ready = self.prepare.alone(score.adapter, part)
         if ready.error is not None:
             raise ready.error
         if ready.losses is not None:
@@ -255,44 +245,6 @@ class _Race:
         ]
 
 
-def _admitted(
-    candidate: Candidate | Adapter | str | Path,
-    shapes: Mapping[str, tuple],
-    base_model: str | None,
-    admit_model: Callable[[Candidate], Adapter | Checkpoint],
-) -> Score:
-    if isinstance(candidate, str | Path):
-        kind = "model" if is_checkpoint(Path(candidate)) else "adapter"
-        candidate = Candidate(name=str(candidate), kind=kind, path=Path(candidate), run=str(candidate))
-    found = candidate.candidate if isinstance(candidate, Adapter) else candidate
-    if found.reason is not None:
-        return Score(found, "rejected", found.reason)
-    try:
-        if found.kind == "model":
-            return Score(found, adapter=admit_model(found))
-        adapter = candidate if isinstance(candidate, Adapter) else read_adapter(candidate)
-        return Score(found, adapter=check_adapter(adapter, shapes, base_model))
-    except AdapterError as error:
-        return Score(found, "rejected", str(error))
-
-
-def _admitted_by_all(scores: list[Score]) -> list[Score]:
-    """Returns the main process's candidates, and rejects those that another process lacks or cannot read."""
-    everywhere = exchange({score.candidate.name: (score.candidate.run, score.reason) for score in scores})
-    here = {score.candidate.name: score for score in scores}
-    if len(everywhere) == 1:
-        return scores
-    # Where a file system is not shared, an adapter's path and what is recorded with it are each process's own.
-    found = [here.get(name) or Score(Candidate(name=name), "rejected") for name in everywhere[0]]
-    return [_rejected_by_one(score, everywhere) for score in found]
-
-
-def _rejected_by_one(score: Score, everywhere: Sequence[Mapping[str, tuple[str, str | None]]]) -> Score:
-    name = score.candidate.name
-    reasons = [found[name][1] if name in found else "it is not found there" for found in everywhere]
-    refusing = [rank for rank, reason in enumerate(reasons) if reason is not None]
-    score = replace(score, candidate=replace(score.candidate, run=everywhere[0][name][0]))
-    if not refusing:
-        return score
-    where = "" if len(refusing) == len(everywhere) else f"process {refusing[0]}: "
-    return replace(score, status="rejected", reason=f"{where}{reasons[refusing[0]]}")
+def _outcome(score: Score) -> dict[str, Any]:
+    """Returns what scoring changes in a score; the rest stays each process's own."""
+    return {name: getattr(score, name) for name in ("status", "reason", "losses", "seconds")}

@@ -4,9 +4,8 @@ What scoring costs: against the bare model, against peft, with many candidates, 
     python recipes/benchmarks/score.py --json score.json
     python recipes/benchmarks/score.py --only racing growth
 
-Throughput and the comparisons with peft: 16 adapters of rank 16 on all linear layers of a random Llama of 97 M
-parameters, 256 tokens each, medians of 5 with the ways taking turns. Racing and growth: the quickstart world. Memory:
-a Llama with 262,144 tokens, a batch of 16 rows of 512.
+Throughput and the comparisons with peft are in throughput.py. Racing and growth: the quickstart world. Memory: a Llama
+with 262,144 tokens, a batch of 16 rows of 512.
 """
 
 import os
@@ -28,12 +27,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from throughput import llama, throughput
 from torch import nn
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mashup_callback import score_candidates
 from mashup_callback.adapters import load_factors, read_adapter
@@ -46,111 +43,12 @@ from mashup_callback.sampling import Rows, draw_sample
 
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
-ADAPTERS, RANK, ROWS, LENGTH = 16, 16, 2, 128
-_NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-LARGE = dict(zip(_NAMES, (16_000, 768, 2048, 12, 12), strict=True))
-SMALL = dict(zip(_NAMES, (75, 128, 384, 4, 4), strict=True))
 CHECKPOINTS, NOISED, KEEP, SEEDS, POOL, SAMPLE = (0.2, 0.4, 0.6, 0.8), 14, 3, 20, 256, 128
 GROWTH = (8, 32, 128, 512)
 VOCABULARY, LONG_ROWS, LONG_LENGTH = 262_144, 16, 512
-# Whether to count processor time, which other programs on the machine disturb less.
-CPU_TIME = "--cpu-time" in sys.argv
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 
 console = Console()
-
-
-def seconds(function: Callable[[], object]) -> float:
-    clock = time.process_time if CPU_TIME else time.perf_counter
-    started = clock()
-    function()
-    return clock() - started
-
-
-def llama(**settings: int) -> LlamaForCausalLM:
-    """A random Llama."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **settings)).eval()
-
-
-def random_adapters(model: nn.Module, directory: Path, count: int) -> list[Path]:
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
-    for index in range(count):
-        tuned = get_peft_model(model, config)
-        tuned.save_pretrained(directory / str(index))
-        model = tuned.unload()
-    return [directory / str(index) for index in range(count)]
-
-
-class Ways:
-    """The ways to score the same adapters on the same batch."""
-
-    def __init__(self, directory: Path, sizes: dict[str, int]) -> None:
-        self.model = llama(**sizes)
-        self.base = directory / "base"
-        self.model.save_pretrained(self.base)
-        self.adapters = random_adapters(self.model, directory, ADAPTERS)
-        tokens = torch.randint(2, sizes["vocab_size"], (ROWS, LENGTH))
-        self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
-
-    def mashup(self) -> None:
-        score_candidates(self.model, self.adapters, [self.batch])
-
-    @torch.no_grad()
-    def bare(self, model: nn.Module | None = None) -> float:
-        """The model's own forward, its head at the label positions, and the loss."""
-        model = model or self.model
-        tokens = self.batch["input_ids"]
-        hidden = model.model(tokens, attention_mask=self.batch["attention_mask"], use_cache=False)[0]
-        logits = model.lm_head(hidden[:, :-1].flatten(0, 1))
-        return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
-
-    def bare_for_each(self) -> None:
-        for _ in self.adapters:
-            self.bare()
-
-    def reload(self) -> None:
-        for path in self.adapters[:4]:
-            model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(self.base), path).eval()
-            self.bare(model.get_base_model())
-
-    def swap_in_peft(self) -> float:
-        tuned = get_peft_model(self.model, LoraConfig(r=RANK, target_modules="all-linear"), "trained").eval()
-        taken = seconds(lambda: [self._swap(tuned, path) for path in self.adapters[:4]])
-        tuned.unload()
-        return taken
-
-    def _swap(self, tuned: PeftModel, path: Path) -> None:
-        tuned.load_adapter(path, "candidate")
-        tuned.set_adapter("candidate")
-        self.bare(tuned.get_base_model())
-        tuned.delete_adapter("candidate")
-
-
-def throughput(repeats: int) -> dict[str, float]:
-    """Each way's time for one adapter, by turns, and the ratios of the ones that took a turn together."""
-    console.print("a model of the quickstart's shape, for comparison:", _ratios(SMALL, repeats))
-    return _ratios(LARGE, repeats)
-
-
-def _ratios(sizes: dict[str, int], repeats: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as directory:
-        ways = Ways(Path(directory), sizes)
-        ways.mashup()
-        rounds = [_round(ways) for _ in range(repeats)]
-    names = ("throughput_vs_bare", "speed_vs_reload", "speed_vs_peft")
-    return {name: statistics.median(values) for name, values in zip(names, zip(*rounds, strict=True), strict=True)}
-
-
-def _round(ways: Ways) -> tuple[float, float, float]:
-    # Before and after, so that a machine that slows down does so for both.
-    bare = seconds(ways.bare_for_each) / ADAPTERS
-    ours = seconds(ways.mashup) / ADAPTERS
-    bare = (bare + seconds(ways.bare_for_each) / ADAPTERS) / 2
-    reload = seconds(ways.reload) / 4
-    peft = ways.swap_in_peft() / 4
-    console.print(f"seconds an adapter: bare {bare:.3f}, mashup {ours:.3f}, reload {reload:.3f}, peft {peft:.3f}")
-    return bare / ours, reload / ours, peft / ours
 
 
 def quickstart(target: str, size: int) -> tuple[nn.Module, Rows, Rows]:
@@ -374,7 +272,9 @@ def main() -> None:
         print(memory_of(options.memory_of))
         return
     measure = {
-        "throughput": lambda: throughput(options.repeats),
+        "throughput": lambda: throughput(
+            options.repeats, time.process_time if options.cpu_time else time.perf_counter
+        ),
         "racing": racing,
         "growth": lambda: growth(options.plot),
         "memory": memory,

@@ -14,6 +14,7 @@ import mashup_callback.parameters
 import mashup_callback.preparing
 import mashup_callback.scoring
 import mashup_callback.swap
+import mashup_callback.tiling
 from mashup_callback.adapters import AdapterError
 
 
@@ -41,7 +42,7 @@ def missing(rank: int) -> None:
             raise AdapterError("adapter_config.json is missing")
         return original(candidate)
 
-    original = _replace(mashup_callback.scoring, "read_adapter", read)
+    original = _replace(mashup_callback.preparing, "read_adapter", read)
 
 
 def scoring_raises(rank: int) -> None:
@@ -52,6 +53,8 @@ def scoring_raises(rank: int) -> None:
             raise KeyError("a defect on process 1")
         return original(*args, **kwargs)
 
+    # Each candidate is scored alone.
+    mashup_callback.tiling.CPU_TOKENS = 0
     original = _replace(mashup_callback.scoring, "evaluate", evaluate)
 
 

@@ -34,11 +34,11 @@ def test_ddp(start, alone):
     losses = [row["loss"] for row in run.ranks[0]["report"]["candidates"]]
     assert losses == pytest.approx([row["loss"] for row in alone.ranks[0]["report"]["candidates"]], abs=1e-5)
     # Half of the candidates (within one) and half of the guard's rows each.
-    batches = len(losses) * 4 + 3 * 4
-    assert alone.ranks[0]["forwards"] == batches
+    rows = (len(losses) * 4 + 3 * 4) * 4
+    assert alone.ranks[0]["rows"] == rows
     for rank in run.ranks:
-        assert abs(rank["forwards"] - batches / 2) <= 4 / 2
-    assert sum(rank["forwards"] for rank in run.ranks) == batches
+        assert abs(rank["rows"] - rows / 2) <= 4 * 4 / 2
+    assert sum(rank["rows"] for rank in run.ranks) == rows
 
 
 def test_bound_trainer_in_ddp(start):

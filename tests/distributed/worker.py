@@ -2,7 +2,7 @@
 One process of a training run, started by torchrun or alone: `python -m tests.distributed.worker <settings as JSON>`.
 
 It writes `rank<n>.json` into the run's directory: the losses, the report, a checksum of the adapter right after the
-mashup, how far that is from the adapter saved, and how often the model ran forward during the mashup.
+mashup, how far that is from the adapter saved, and how many rows the model was given during the mashup.
 """
 
 import hashlib
@@ -49,16 +49,16 @@ TRAINER, CONFIG = TRAINERS[SETTINGS.trains]
 
 
 class Watch:
-    """Counts forward passes during the mashup, and looks at the adapter right after it."""
+    """Counts the rows of forward passes during the mashup, and looks at the adapter right after it."""
 
     def __init__(self):
-        self.forwards, self.held = 0, {}
+        self.rows, self.held = 0, {}
 
     def begin(self, model):
-        self.handle = model.register_forward_pre_hook(self.count)
+        self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def count(self, *args):
-        self.forwards += 1
+    def count(self, model, args, kwargs):
+        self.rows += len(kwargs["input_ids"])
 
     def end(self, model):
         self.handle.remove()
@@ -138,7 +138,7 @@ def write_findings(trainer, watch, report):
     findings = {
         "kind": trainer.accelerator.distributed_type.value,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "forwards": watch.forwards,
+        "rows": watch.rows,
         "held": checksum(watch.held),
         "trained": checksum(watch.read(trainer.model)),
         "saved_difference": difference(watch.held) if RANK == 0 and report and report.decision != "scratch" else None,
