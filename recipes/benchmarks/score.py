@@ -179,6 +179,7 @@ def growth(plot: Path | None) -> dict[str, float]:
         paths = [path for path, _ in candidates(Path(directory), target, GROWTH[-1])]
         mixed = [paths[index] for index in torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))]
         score_candidates(model, mixed[:4], rows)
+        forget_peak()
         for count in GROWTH:
             started = time.perf_counter()
             scores = score_candidates(model, mixed[:count], rows, search="racing", keep=KEEP)
@@ -237,8 +238,8 @@ def memory_of(mode: str) -> float:
     sizes = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = llama(vocab_size=VOCABULARY, **sizes)
     tokens = torch.randint(2, VOCABULARY, (LONG_ROWS, LONG_LENGTH))
-    # Building the model took more than it needs afterwards: the mark starts anew (Linux).
-    Path("/proc/self/clear_refs").write_text("5")
+    # Building the model took more than it needs afterwards.
+    forget_peak()
     if mode == "headless":
         with torch.no_grad():
             model.model(tokens, use_cache=False)
@@ -249,6 +250,11 @@ def memory_of(mode: str) -> float:
     with undisturbed(model):
         evaluate(model, Rows([{"input_ids": tokens, "labels": labels}], lambda rows: rows[0]))
     return resident_bytes("VmHWM") - before
+
+
+def forget_peak() -> None:
+    """Begins to count this process's peak memory anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_bytes(field: str) -> float:
