@@ -1,7 +1,7 @@
 """
 Which metric picks the best single start: the regret of each after training, on the quickstart world.
 
-    python recipes/benchmarks/selection.py --json selection.json            # 8 targets, 3 seeds, two processes
+    python recipes/benchmarks/selection.py --json selection.json            # 8 targets, 3 seeds: 37 minutes on 2 cores
     python recipes/benchmarks/selection.py --seeds 1 --steps 40 --targets last units
 
 Regret: held-out loss after training from the metric's choice, less that after training from the best choice in

@@ -47,16 +47,18 @@ def llama(**settings: int) -> LlamaForCausalLM:
 def gemma() -> Gemma3ForCausalLM:
     """Three layers as Gemma-3-1B has 26, and 16,000 tokens instead of 262,144: 99 M parameters."""
     torch.manual_seed(0)
-    widths = {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1}
     config = Gemma3TextConfig(
         vocab_size=16_000,
+        hidden_size=1152,
+        intermediate_size=6912,
         num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
         head_dim=256,
         query_pre_attn_scalar=256,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        **widths,
     )
     return Gemma3ForCausalLM(config).eval()
 
