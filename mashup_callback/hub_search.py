@@ -120,9 +120,7 @@ def _look(lead: Lead, wanted: HubFilter, hub: Hub) -> list[Candidate]:
 
 
 def _candidates_of(lead: Lead, wanted: HubFilter, hub: Hub) -> list[Candidate]:
-    author = lead.repo_id.split("/")[0]
-    if not _allowed(author, wanted.allow_authors):
-        raise AdapterError(f"its author {author} is not in allow_authors")
+    _require_author(lead.repo_id, wanted)
     info = lead.info
     if info is None:
         path = f"/api/models/{lead.repo_id}/revision/{quote_path(lead.revision, safe='')}"
@@ -133,6 +131,12 @@ def _candidates_of(lead: Lead, wanted: HubFilter, hub: Hub) -> list[Candidate]:
         raise AdapterError(f"its licence {stated} is not in allow_licenses")
     found = held_candidates(lead, facts)
     return [_checked(candidate, wanted, hub, facts.files) for candidate in found]
+
+
+def _require_author(repo_id: str, wanted: HubFilter) -> None:
+    author = repo_id.split("/")[0]
+    if not _allowed(author, wanted.allow_authors):
+        raise AdapterError(f"its author {author} is not in allow_authors")
 
 
 def _allowed(value: str | None, allowed: Iterable[str] | None) -> bool:
@@ -161,6 +165,7 @@ def _is_complete(candidate: Candidate) -> bool:
 
 def _judged(candidate: Candidate, wanted: HubFilter) -> Candidate:
     try:
+        _require_author(candidate.repo_id, wanted)
         if not _allowed(candidate.license, wanted.allow_licenses):
             raise AdapterError(f"its licence {candidate.license} is not in allow_licenses")
         judge_local(candidate, wanted)

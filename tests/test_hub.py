@@ -235,6 +235,25 @@ def test_what_is_cached_costs_no_request_when_pinned_and_one_when_not(hub, run_c
     assert hub.requests == []
 
 
+def test_allow_lists_hold_offline_and_for_commits_in_the_cache(hub, run_client, adapter, tmp_path):
+    shas = {"acme/a": hub.seed("acme/a", adapter(1)), "evil/a": hub.seed("evil/a", adapter(2, license="gpl-3.0"))}
+    pinned = [f"{name}@{sha}" for name, sha in shas.items()]
+    for specs in (shas, pinned):
+        run_client(PRELUDE + "finish(found=find(sys.argv[1:], fetch=True))", *specs)
+    program = """
+lists = {"authors": {"allow_authors": ["acme"]}, "licenses": {"allow_licenses": ["mit"]}}
+finish(**{name: find(sys.argv[1:], fetch=True, **given) for name, given in lists.items()})
+"""
+    offline = hub.environment(tmp_path / "hf_home") | {"HF_HUB_OFFLINE": "1"}
+    for specs in (shas, pinned):
+        for environment in (None, offline):
+            found = run_client(PRELUDE + program, *specs, env=environment)
+            assert usable(found["authors"]) == ["acme/a"]
+            assert reasons(found["authors"]) == {"evil/a": "its author evil is not in allow_authors"}
+            assert "not in allow_licenses" in found["licenses"]["evil/a"]["reason"]
+            assert environment or usable(found["licenses"]) == ["acme/a"]
+
+
 def test_damaged_files_in_the_cache_are_removed_and_downloaded_again(hub, run_client, adapter, tmp_path):
     sha = hub.seed("acme/one", adapter(1))
     program = PRELUDE + "found = find(sys.argv[1:], fetch=True); finish(found=found)"
