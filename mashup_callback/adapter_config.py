@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .untrusted import AdapterError, parse_object, quote
+from .errors import AdapterError
+from .untrusted import parse_object, quote
 
 
 CONFIG_NAME = "adapter_config.json"

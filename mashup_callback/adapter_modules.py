@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .adapter_config import CONFIG_NAME, AdapterConfig
+from .errors import AdapterError
 from .safetensors_header import TensorInfo
-from .untrusted import AdapterError, quote
+from .untrusted import quote
 
 
 _KEY_PREFIX = "base_model.model."

@@ -17,14 +17,14 @@ from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_
 from .adapter_modules import ModuleShape, adapter_modules, match_modules
 from .adapter_writer import save_adapter
 from .candidates import Candidate
+from .errors import AdapterError
 from .factors import LoraFactors
 from .safetensors_header import DTYPE_NAMES, FileStamp, TensorInfo, parse_header, read_header
-from .untrusted import AdapterError, open_regular, quote, read_limited
+from .untrusted import open_regular, quote, read_limited
 
 
 __all__ = [
     "Adapter",
-    "AdapterError",
     "ModuleShape",
     "adapter_hash",
     "adapter_modules",

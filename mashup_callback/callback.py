@@ -14,8 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from .candidates import check_specs
-from .config import MashupConfig, UsageError
-from .distributed import OutOfStepError, agreed, joint
+from .config import MashupConfig
+from .distributed import agreed, joint
+from .errors import OutOfStepError, UsageError
 from .layers import find_trainee
 from .model_tensors import FullTrainee
 from .publishing import refuse_foreign

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from .candidate_spec import FORMS, Spec, is_glob, parse_spec
-from .untrusted import AdapterError, open_regular, read_limited
+from .errors import AdapterError
+from .untrusted import open_regular, read_limited
 
 
 if TYPE_CHECKING:

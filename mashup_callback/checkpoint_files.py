@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from .errors import CheckpointError
 from .safetensors_header import FileStamp, TensorInfo, read_header
-from .untrusted import AdapterError, parse_object, quote, read_limited
+from .untrusted import parse_object, quote, read_limited
 
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 50_000_000
-
-
-class CheckpointError(AdapterError):
-    """The reason why a full checkpoint cannot be used."""
 
 
 class Files(Protocol):

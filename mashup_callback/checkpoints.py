@@ -18,15 +18,15 @@ from .checkpoint_files import (
     INDEX_NAME,
     MAX_JSON_BYTES,
     WEIGHTS_NAME,
-    CheckpointError,
     Directory,
     Files,
     read_index,
     shard_names,
 )
+from .errors import AdapterError, CheckpointError
 from .model_tensors import ModelTensors
 from .safetensors_header import DTYPE_BYTES, FileStamp, TensorInfo
-from .untrusted import AdapterError, open_regular, parse_object, quote
+from .untrusted import open_regular, parse_object, quote
 from .vocabulary import Vocabulary, check_vocabularies, read_vocabulary
 
 
@@ -35,7 +35,6 @@ __all__ = [
     "INDEX_NAME",
     "WEIGHTS_NAME",
     "Checkpoint",
-    "CheckpointError",
     "check_checkpoint",
     "describe_checkpoint",
     "is_checkpoint",

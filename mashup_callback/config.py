@@ -14,10 +14,6 @@ SPACES = ("delta", "core", "factors")
 ON_ERROR = ("scratch", "raise")
 
 
-class UsageError(ValueError):
-    """A user's own mistake, found after construction; it is raised whatever `on_error` says."""
-
-
 @dataclass(frozen=True)
 class MashupConfig:
     r"""

@@ -13,15 +13,13 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from .errors import OutOfStepError
+
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class OutOfStepError(Exception):
-    """A process failed inside a forward pass that the others cannot finish without it: the run has to end."""
 
 
 class _RemoteFailure(Exception):  # noqa: N818

@@ -10,7 +10,8 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .distributed import OutOfStepError, exchange, place
+from .distributed import exchange, place
+from .errors import OutOfStepError
 from .factors import Factors
 from .isolation import without_adapters
 from .losses import RowLosses, head_chunks, language_model_losses

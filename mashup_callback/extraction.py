@@ -8,13 +8,13 @@ from torch import nn
 
 from .adapters import Adapter, check_adapter, read_adapter, save_adapter
 from .candidates import Candidate
-from .checkpoints import Checkpoint, CheckpointError, read_checkpoint, read_tensor
+from .checkpoints import Checkpoint, read_checkpoint, read_tensor
 from .distributed import decided, is_main_process
+from .errors import AdapterError, CheckpointError
 from .factors import LoraFactors
 from .layers import Trainee, layer_shape, layer_shapes, linear_layers
 from .lowrank import truncate_dense
 from .parameters import read_parameters
-from .untrusted import AdapterError
 from .vocabulary import Vocabulary
 from .weights import fit_checkpoint
 from .workspace import Workspace

@@ -10,16 +10,13 @@ import torch
 from torch import nn
 
 from .adapter_modules import ModuleShape
+from .errors import NotTiledError
 from .factors import Factors, LoraFactors
 from .layers import linear_layers
 
 
 # Layers of one block that most architectures give the same input. Where one does not, the result is the same.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-
-
-class NotTiledError(RuntimeError):
-    """A layer was given something else than the rows of one candidate after those of another."""
 
 
 @dataclass(frozen=True, eq=False)

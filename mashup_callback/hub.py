@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from .hub_errors import RETRY_STATUS, HubError, describe, is_transient, retry_after
+from .errors import HubError
+from .hub_errors import RETRY_STATUS, describe, is_transient, retry_after
 from .untrusted import quote
 
 

@@ -14,7 +14,8 @@ from huggingface_hub.utils import cached_assets_path
 
 from .candidates import Candidate
 from .checkpoint_files import CONFIG_NAME, INDEX_NAME, MAX_JSON_BYTES, parse_index, shard_names
-from .untrusted import AdapterError, read_limited
+from .errors import AdapterError
+from .untrusted import read_limited
 from .vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 
 

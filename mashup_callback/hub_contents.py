@@ -9,10 +9,9 @@ from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from .candidates import Candidate
 from .checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from .errors import AdapterError, HubError
 from .hub import as_list
-from .hub_errors import HubError
 from .hub_listing import Lead
-from .untrusted import AdapterError
 from .vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 
 

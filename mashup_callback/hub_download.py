@@ -16,9 +16,10 @@ from huggingface_hub import constants, hf_hub_download
 
 from .candidates import Candidate
 from .distributed import in_turns, is_first_on_machine, place
+from .errors import HubError
 from .hub import Hub, as_list
 from .hub_cache import cached, discard, has_digest, path_in_repository
-from .hub_errors import TROUBLE, HubError, describe
+from .hub_errors import TROUBLE, describe
 
 
 logger = logging.getLogger(__name__)

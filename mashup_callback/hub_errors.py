@@ -11,15 +11,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from .errors import HubError
 from .untrusted import quote
 
 
 RETRY_STATUS = (408, 429, 500, 502, 503, 504)
 _SIGN_IN = "sign in with `hf auth login` or set HF_TOKEN"
-
-
-class HubError(Exception):
-    """Why the Hub, or something on it, cannot be used, in one sentence."""
 
 
 # What can go wrong with one repository or file, and must not stop the others.

@@ -10,10 +10,10 @@ from .adapters import Adapter, check_adapter, parse_adapter, read_adapter
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from .candidates import Candidate
 from .checkpoints import Checkpoint, describe_checkpoint, read_checkpoint
+from .errors import AdapterError
 from .hub import Hub
 from .hub_cache import path_in_repository
 from .safetensors_header import FileStamp, TensorInfo, header_length, parse_header
-from .untrusted import AdapterError
 
 
 # Enough for the headers of nearly all adapters, so that one request reads them.

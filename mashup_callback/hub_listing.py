@@ -10,8 +10,8 @@ from urllib.parse import quote as quote_path
 from huggingface_hub.utils import validate_repo_id
 
 from .candidate_spec import Spec
+from .errors import HubError
 from .hub import Hub, as_list
-from .hub_errors import HubError
 from .hub_names import base_model_names
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from huggingface_hub import metadata_load
 
 from .card import hub_name
+from .errors import AdapterError
 from .hub import Hub
 from .hub_errors import TROUBLE, describe
-from .untrusted import AdapterError, read_limited
+from .untrusted import read_limited
 
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .config import UsageError
 from .distributed import exchange
+from .errors import UsageError
 
 
 # Logits built at a time: 2²⁵ numbers are 128 MiB in float32.

@@ -9,8 +9,9 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import save_file
 from torch import nn
 
-from .checkpoints import INDEX_NAME, WEIGHTS_NAME, CheckpointError, check_checkpoint, read_checkpoint, read_tensor
+from .checkpoints import INDEX_NAME, WEIGHTS_NAME, check_checkpoint, read_checkpoint, read_tensor
 from .distributed import is_main_process
+from .errors import CheckpointError
 from .model_tensors import ModelTensors, describe_model
 from .parameters import read_parameters
 

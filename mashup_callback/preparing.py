@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .adapters import Adapter, AdapterError, check_adapter, read_adapter
+from .adapters import Adapter, check_adapter, read_adapter
 from .cache import ScoreCache, base_fingerprint, score_key
 from .candidates import Candidate
 from .checkpoints import Checkpoint, is_checkpoint
 from .distributed import exchange
+from .errors import AdapterError
 from .factors import Factors, LoraFactors
 from .hooks import StackedFactors, empty_stack
 from .losses import RowLosses

@@ -12,8 +12,9 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .adapters import Adapter, AdapterError, load_factors
+from .adapters import Adapter, load_factors
 from .distributed import deal
+from .errors import AdapterError
 from .evaluation import evaluate
 from .factors import Factors, LoraFactors
 from .hooks import applied

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from .errors import AdapterError
 from .scoring import Score
-from .untrusted import AdapterError, read_limited
+from .untrusted import read_limited
 
 
 CARD_NAME = "README.md"

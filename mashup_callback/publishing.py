@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .adapter_writer import save_adapter
 from .card import CARD_NAME, mashup_card
-from .config import UsageError
+from .errors import UsageError
 from .guard import Start
 from .layers import Trainee
 from .mergekit_config import MERGEKIT_NAME, mergekit_config

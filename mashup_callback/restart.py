@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import AdapterError, load_factors, read_adapter
+from .adapters import load_factors, read_adapter
 from .cache import base_fingerprint
 from .candidates import Candidate
 from .config import MashupConfig
 from .distributed import decided, exchange, joint
+from .errors import AdapterError
 from .factors import LoraFactors
 from .full_training import FittedModel, ModelMerger
 from .layers import Target, Trainee

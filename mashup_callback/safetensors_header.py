@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .untrusted import AdapterError, open_regular, parse_object, quote
+from .errors import AdapterError
+from .untrusted import open_regular, parse_object, quote
 
 
 # The library's own limit is 100 MB; ten thousand modules of the longest names stay below 10 MB.

@@ -12,8 +12,8 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
-from .config import UsageError
 from .distributed import decided
+from .errors import UsageError
 from .isolation import random_state
 
 

@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapters import Adapter, AdapterError
+from .adapters import Adapter
 from .candidates import Candidate
 from .checkpoints import Checkpoint
 from .distributed import agreed, deal, decided, is_first_on_machine, is_main_process, joint, place
+from .errors import AdapterError
 from .evaluation import Metric, bare, evaluate
 from .hub import Hub
 from .hub_download import arriving

@@ -6,9 +6,7 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-
-class AdapterError(ValueError):
-    """The reason why an adapter cannot be used: what was found and what was expected, in one sentence."""
+from .errors import AdapterError
 
 
 def open_regular(path: Path) -> int:

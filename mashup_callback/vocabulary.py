@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checkpoint_files import Files
-from .untrusted import AdapterError, parse_object, quote
+from .errors import AdapterError
+from .untrusted import parse_object, quote
 
 
 TOKENIZER_NAME = "tokenizer.json"

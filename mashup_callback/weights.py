@@ -9,8 +9,9 @@ from torch import nn
 
 from .adapters import Adapter, load_factors
 from .candidates import Candidate
-from .checkpoints import Checkpoint, CheckpointError, check_checkpoint, read_checkpoint, read_tensor
+from .checkpoints import Checkpoint, check_checkpoint, read_checkpoint, read_tensor
 from .distributed import joint
+from .errors import CheckpointError
 from .factors import Factors
 from .hooks import applied
 from .model_tensors import describe_model

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .adapter_config import CONFIG_NAME
-from .adapters import Adapter, AdapterError, read_adapter
+from .adapters import Adapter, read_adapter
 from .candidates import WEIGHTS_NAME, Candidate
 from .card import CARD_NAME
 from .config import MashupConfig
+from .errors import AdapterError
 from .hub_judging import HubFilter, judge_local
 from .layers import layer_shapes
 from .mergekit_config import MERGEKIT_NAME

@@ -16,15 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mashup_callback import adapter_writer
 from mashup_callback.adapter_config import AdapterConfig, parse_config
-from mashup_callback.adapters import (
-    AdapterError,
-    adapter_hash,
-    check_adapter,
-    load_factors,
-    read_adapter,
-    save_adapter,
-)
+from mashup_callback.adapters import adapter_hash, check_adapter, load_factors, read_adapter, save_adapter
 from mashup_callback.candidates import Candidate
+from mashup_callback.errors import AdapterError
 from mashup_callback.factors import LoraFactors
 from mashup_callback.safetensors_header import parse_header
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupReport, find_candidates, score_candidates
-from mashup_callback.checkpoints import CheckpointError, check_checkpoint, read_checkpoint
+from mashup_callback.checkpoints import check_checkpoint, read_checkpoint
+from mashup_callback.errors import CheckpointError
 from mashup_callback.full_merge import ModelInput, check_space, merge_models
 from mashup_callback.model_tensors import describe_model
 from mashup_callback.vocabulary import check_vocabularies

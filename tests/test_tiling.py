@@ -16,7 +16,8 @@ from transformers import DataCollatorForSeq2Seq, T5Config, T5ForConditionalGener
 
 from mashup_callback import preparing, score_candidates, scoring, tiling
 from mashup_callback.adapters import read_adapter
-from mashup_callback.hooks import NotTiledError, StackedFactors, Tile
+from mashup_callback.errors import NotTiledError
+from mashup_callback.hooks import StackedFactors, Tile
 from mashup_callback.sampling import Rows
 from tests.tiny import llama, rows, save_random_adapter, sft_trainer, tokenizer
 

@@ -15,7 +15,7 @@ import mashup_callback.preparing
 import mashup_callback.scoring
 import mashup_callback.swap
 import mashup_callback.tiling
-from mashup_callback.adapters import AdapterError
+from mashup_callback.errors import AdapterError
 
 
 def install(fault: str | None, rank: int) -> None:

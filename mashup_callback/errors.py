@@ -1,0 +1,25 @@
+"""Every exception class of the package."""
+
+
+class UsageError(ValueError):
+    """A user's own mistake, found after construction; it is raised whatever `on_error` says."""
+
+
+class AdapterError(ValueError):
+    """The reason why an adapter cannot be used: what was found and what was expected, in one sentence."""
+
+
+class CheckpointError(AdapterError):
+    """The reason why a full checkpoint cannot be used."""
+
+
+class HubError(Exception):
+    """Why the Hub, or something on it, cannot be used, in one sentence."""
+
+
+class NotTiledError(RuntimeError):
+    """A layer was given something else than the rows of one candidate after those of another."""
+
+
+class OutOfStepError(Exception):
+    """A process failed inside a forward pass that the others cannot finish without it: the run has to end."""
