@@ -152,12 +152,17 @@ class MashupCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        report = self.report
-        if report is None and state.global_step > 0 and (mashup_directory(self.config, args) / REPORT_NAME).is_file():
-            # The run was resumed: its mashup was made, and reported, by the process that began it.
-            report = MashupReport.load(mashup_directory(self.config, args))
-        if report is not None and state.is_world_process_zero:
-            describe_on_push(report, args.output_dir)
+        report, directory = self.report, mashup_directory(self.config, args)
+        if not state.is_world_process_zero:
+            return
+        try:
+            if report is None and state.global_step > 0 and (directory / REPORT_NAME).is_file():
+                # The run was resumed: its mashup was made, and reported, by the process that began it.
+                report = MashupReport.load(directory)
+            if report is not None:
+                describe_on_push(report, args.output_dir, directory)
+        except (OSError, ValueError) as error:
+            logger.warning("The files in %s are pushed as they are: %s", directory, error)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, create_pr: bool = False) -> str:
         """

@@ -145,6 +145,11 @@ def with_section(card: str, report: MashupReport) -> str:
     return str(parsed)
 
 
+def has_section(card: str) -> bool:
+    """Whether a card has the mashup's section."""
+    return 0 <= card.find(_BEGIN) < card.rfind(_END)
+
+
 def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | None]:
     """
     Returns the licence that all sources share, with a warning where they do not.

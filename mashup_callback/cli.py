@@ -232,6 +232,7 @@ def push(
     with _quiet_stdout():
         from .sharing import push_mashup
 
+        logging.getLogger("mashup_callback.sharing").setLevel(logging.INFO)
         url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
     show_result({"url": url}, url, as_json)
 

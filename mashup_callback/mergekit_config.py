@@ -17,13 +17,15 @@ _HEADER = """\
 """
 
 
-def mergekit_config(report: MashupReport) -> str | None:
+def mergekit_config(report: MashupReport, shared: bool = False) -> str | None:
     """
     Returns the merge as a configuration file of mergekit, None if nothing was merged.
 
     Args:
         report (`MashupReport`):
             The report.
+        shared (`bool`, *optional*, defaults to `False`):
+            Name local adapters as the report does, not by their absolute paths.
     """
     sources = merged_rows(report)
     if report.merge is None or not sources:
@@ -33,7 +35,7 @@ def mergekit_config(report: MashupReport) -> str | None:
 
     rule = MergeRule.create(report.merge.method, report.merge.parameters)
     base = {"path": base_name(report) or report.base_model or BASE_PLACEHOLDER}
-    models = [{"model": base, "lora": _model_path(row)} for row in sources]
+    models = [{"model": base, "lora": _model_path(row, shared)} for row in sources]
     shared = {name: value for name, value in rule.parameters if not isinstance(value, tuple)}
     entries = []
     for index, (row, model) in enumerate(zip(sources, models, strict=True)):
@@ -47,10 +49,10 @@ def mergekit_config(report: MashupReport) -> str | None:
     return _HEADER + yaml.dump(config, Dumper=_PlainDumper, sort_keys=False)
 
 
-def _model_path(row: CandidateRow) -> dict[str, str]:
+def _model_path(row: CandidateRow, shared: bool) -> dict[str, str]:
     spec = hub_source(row)
     if spec is None:
-        return {"path": os.path.abspath(os.path.expanduser(row.name))}
+        return {"path": row.name if shared else os.path.abspath(os.path.expanduser(row.name))}
     # mergekit knows no folders of a repository: such an input has to be downloaded first.
     return {"path": "/".join(filter(None, (spec.repo_id, spec.subfolder))), "revision": spec.revision}
 

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +45,7 @@ class CandidateRow:
         bytes (`int`, *optional*): Size of its weights.
         seconds (`float`): Time spent on scoring it.
         warnings (`tuple[str, ...]`): What is odd about it.
+        repo_id (`str`, *optional*): Repository of a Hub candidate.
     """
 
     name: str
@@ -60,6 +63,12 @@ class CandidateRow:
     bytes: int | None = None
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    repo_id: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the name is a path on the machine that made the report."""
+        return self.repo_id is None and self.revision is None
 
 
 @dataclass(frozen=True)
@@ -204,11 +213,17 @@ class MashupReport:
         return {f"mashup/{name}": value for name, value in values.items() if value is not None}
 
     def short_names(self) -> list[str]:
-        """Returns the candidates' names for people: without the directory that all absolute paths among them share."""
-        names = [row.name for row in self.candidates]
-        parents = [os.path.dirname(name) for name in names if os.path.isabs(name)]
-        shared = os.path.commonpath(parents) if parents else ""
-        return [os.path.relpath(name, shared) if os.path.isabs(name) else name for name in names]
+        """Returns the candidates' names for people: of a local path, the last directories that tell it apart."""
+        parts = [_parts(row.name) if row.is_local else [row.name] for row in self.candidates]
+        lengths = [1 + own[-1].startswith("checkpoint-") for own in parts]
+        while True:
+            names = ["/".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
+            counts = Counter(names)
+            longer = [i for i, name in enumerate(names) if counts[name] > 1 and lengths[i] < len(parts[i])]
+            if not longer:
+                return _numbered(names)
+            for index in longer:
+                lengths[index] += 1
 
     def show(self, console: Console | None = None) -> None:
         """Shows the report as one table."""
@@ -269,6 +284,7 @@ def candidate_rows(scores: "Sequence[Score]", weights: Mapping[int, float]) -> t
             bytes=score.candidate.bytes,
             seconds=round(score.seconds, 4),
             warnings=() if score.adapter is None else score.adapter.warnings,
+            repo_id=score.candidate.repo_id,
         )
         for score in scores
     )
@@ -314,6 +330,25 @@ def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     # A report written by a later version may have more fields.
     known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def _parts(path: str) -> list[str]:
+    """Returns the directories of a path below the user's home, in printable characters."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    if path.startswith(home):
+        path = path.removeprefix(home)
+    elif os.path.isabs(path):
+        path = re.sub(r"^/(home|Users)/[^/]+/", "", path)
+    text = "".join(character if character.isprintable() else "?" for character in path)
+    return [part for part in re.split(r"[/\\]+", text) if part not in ("", ".", "..", "~")] or ["adapter"]
+
+
+def _numbered(names: list[str]) -> list[str]:
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        seen[name] += 1
+        names[index] = f"{name} ({seen[name]})" if seen[name] > 1 else name
+    return names
 
 
 def _number(value: float | None) -> str:

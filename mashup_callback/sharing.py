@@ -1,26 +1,24 @@
 """A mashup back to the Hub: the merged adapter as a repository of its own, and its part in a trained model's card."""
 
 import inspect
-import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from .adapter_config import CONFIG_NAME
 from .candidates import WEIGHTS_NAME
-from .card import ADAPTER_PLACEHOLDER, CARD_NAME, hub_name, mashup_card, with_section
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, hub_name, with_section
 from .errors import AdapterError
 from .hub_errors import describe, is_transient, retry_after
 from .mergekit_config import MERGEKIT_NAME
 from .plot import PLOT_NAME
 from .report import REPORT_NAME, MashupReport
-from .untrusted import parse_object, read_limited
+from .shareable import refuse_paths, share, shareable, shared_texts
 
 
 logger = logging.getLogger(__name__)
@@ -44,8 +42,9 @@ def push_mashup(
     Pushes a mashup to the Hub: its adapter as a plain PEFT repository, with the model card, the report and mergekit's
     configuration.
 
-    The repository is created where it is missing. The adapter's configuration names the base model by its Hub name;
-    a local path would mean nothing to others and is left out.
+    The repository is created where it is missing. Texts are rewritten: a local path would mean nothing to others and
+    tell them about this machine, so candidates have short names and the base model its Hub name or none. What goes out,
+    and whether it is public, is logged.
 
     Args:
         directory (`str` or `Path`):
@@ -64,19 +63,22 @@ def push_mashup(
         the name of the repository.
 
     Raises:
-        ValueError: The directory holds no report or no adapter, or `base_model` is no Hub name.
+        ValueError: The directory holds no report or no adapter, a file of it holds a local path all the same, or
+            `base_model` is no Hub name.
         HfHubHTTPError: The Hub refused.
     """
     folder = Path(directory)
-    config = _check(folder, base_model)
+    _check(folder, base_model)
     # Imported here because it imports torch, which a wrong directory should not wait for.
     from .distributed import is_main_process
 
     if not is_main_process():
         return repo_id
     api = HfApi(library_name="mashup_callback")
+    files = _files(folder, base_model)
     repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    files = _files(folder, config, base_model, repo_id)
+    files[CARD_NAME] = files[CARD_NAME].replace(ADAPTER_PLACEHOLDER.encode(), repo_id.encode())
+    _announce(repo_id, _retried(lambda: api.model_info(repo_id)).private, files)
     commit = _retried(
         lambda: api.create_commit(
             repo_id,
@@ -89,9 +91,10 @@ def push_mashup(
     return commit.pr_url or commit.commit_url
 
 
-def describe_on_push(report: MashupReport, output_dir: str | Path) -> None:
+def describe_on_push(report: MashupReport, output_dir: str | Path, directory: Path) -> None:
     """
-    Puts the mashup's section into the card of a trained model that a Trainer is about to push.
+    Prepares what a Trainer is about to push: no local paths in the mashup's directory, and the mashup's section in the
+    card of the trained model.
 
     To be called in `on_push_begin`. `Trainer.push_to_hub` fires it before it writes the card, and has no event between
     writing and uploading; so the card that is there gets the section now, and the one that this Trainer writes next
@@ -102,8 +105,12 @@ def describe_on_push(report: MashupReport, output_dir: str | Path) -> None:
             The report.
         output_dir (`str` or `Path`):
             The Trainer's output directory.
+        directory (`Path`):
+            The mashup's directory.
     """
-    path = Path(output_dir) / CARD_NAME
+    if (directory / REPORT_NAME).is_file():
+        share(directory)
+    report, path = shareable(report), Path(output_dir) / CARD_NAME
     _add_section(path, report)
     trainer = _pushing_trainer()
     if trainer is None:
@@ -112,8 +119,8 @@ def describe_on_push(report: MashupReport, output_dir: str | Path) -> None:
     _after_next_card(trainer, lambda: _add_section(path, report))
 
 
-def _check(folder: Path, base_model: str | None) -> dict[str, Any]:
-    """Returns the adapter's configuration once the directory is known to be a mashup's."""
+def _check(folder: Path, base_model: str | None) -> None:
+    """Raises `ValueError` unless the directory is that of a mashup with an adapter or a model that can be read."""
     if base_model is not None and hub_name(base_model) is None:
         raise ValueError(f"`base_model` is {base_model!r}, expected its name on the Hub such as 'org/name'.")
     if not (folder / REPORT_NAME).is_file():
@@ -122,62 +129,39 @@ def _check(folder: Path, base_model: str | None) -> dict[str, Any]:
             "what `mashup merge` wrote."
         )
     report = MashupReport.load(folder)
-    if report.is_full and (folder / MODEL_CONFIG_NAME).is_file():
-        return _check_model(folder)
-    if not (folder / WEIGHTS_NAME).is_file():
+    is_model = report.is_full and (folder / MODEL_CONFIG_NAME).is_file()
+    if not is_model and not (folder / WEIGHTS_NAME).is_file():
         raise ValueError(
             f"{str(folder)!r} holds no {WEIGHTS_NAME}: the decision was {report.decision!r} ({report.reason}). There "
             "is no merged adapter to push."
         )
-    # Imported here because it imports torch.
+    # Imported here because they import torch.
     from .adapters import read_adapter
-
-    try:
-        read_adapter(folder)
-        return parse_object(read_limited(folder / CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
-    except AdapterError as error:
-        raise ValueError(f"The adapter in {str(folder)!r} cannot be pushed: {error}.") from error
-
-
-def _check_model(folder: Path) -> dict[str, Any]:
-    # Imported here because it imports torch.
     from .checkpoints import read_checkpoint
 
     try:
-        return dict(read_checkpoint(folder).config)
+        (read_checkpoint if is_model else read_adapter)(folder)
     except AdapterError as error:
-        raise ValueError(f"The model in {str(folder)!r} cannot be pushed: {error}.") from error
+        kind = "model" if is_model else "adapter"
+        raise ValueError(f"The {kind} in {str(folder)!r} cannot be pushed: {error}.") from error
 
 
-def _model_files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
-    """Returns the files of a full model: everything beside the card, the weights in their shards."""
-    card = _card(folder, config, base_model).replace(ADAPTER_PLACEHOLDER, repo_id)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {CARD_NAME: card.encode()} | {name: str(folder / name) for name in names if name != CARD_NAME}
+def _files(folder: Path, base_model: str | None) -> dict[str, bytes | Path]:
+    """Returns what is pushed of a mashup's directory: its texts rewritten, the other files as they are."""
+    names = {path.name for path in folder.iterdir() if path.is_file()} | {CARD_NAME}
+    if not (folder / MODEL_CONFIG_NAME).is_file():
+        names &= {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, MERGEKIT_NAME, PLOT_NAME}
+    texts = shared_texts(folder, base_model)
+    files = {name: texts.get(name, folder / name) for name in sorted(names)}
+    refuse_paths(files, folder)
+    return files
 
 
-def _files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
-    if (folder / MODEL_CONFIG_NAME).is_file():
-        return _model_files(folder, config, base_model, repo_id)
-    card = _card(folder, config, base_model)
-    recorded = {"base_model_name_or_path": base_model or ModelCard(card).data.base_model}
-    files: dict[str, bytes | str] = {
-        CARD_NAME: card.replace(ADAPTER_PLACEHOLDER, repo_id).encode(),
-        CONFIG_NAME: (json.dumps(config | recorded, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS_NAME: str(folder / WEIGHTS_NAME),
-    }
-    others = (REPORT_NAME, MERGEKIT_NAME, PLOT_NAME)
-    return files | {name: str(folder / name) for name in others if (folder / name).is_file()}
-
-
-def _card(folder: Path, config: dict[str, Any], base_model: str | None) -> str:
-    path = folder / CARD_NAME
-    if base_model is None and path.is_file():
-        return path.read_text(encoding="utf-8")
-    report = MashupReport.load(folder)
-    if base_model is not None:
-        report = replace(report, base_model=base_model, config={**report.config, "base_model": base_model})
-    return mashup_card(report, config.get("task_type"))
+def _announce(repo_id: str, private: bool, files: dict[str, bytes | Path]) -> None:
+    sizes = {name: len(item) if isinstance(item, bytes) else item.stat().st_size for name, item in files.items()}
+    listed = ", ".join(f"{name} ({size:,} bytes)" for name, size in sizes.items())
+    seen = "private" if private else "public: anyone can read it"
+    logger.info("Pushing %d files to %s, which is %s: %s.", len(files), repo_id, seen, listed)
 
 
 def _add_section(path: Path, report: MashupReport) -> None:

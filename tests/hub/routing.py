@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
 
-from .access import HubError, User
+from .access import User
+from .errors import HubError
 from .store import Store
 
 
