@@ -18,7 +18,7 @@ from .card import ADAPTER_PLACEHOLDER, CARD_NAME, hub_name, mashup_card, with_se
 from .hub_errors import describe, is_transient, retry_after
 from .mergekit_config import MERGEKIT_NAME
 from .plot import PLOT_NAME
-from .report import REPORT_NAME, MashupReport
+from .report import FAILED_NAME, REPORT_NAME, MashupReport
 from .untrusted import AdapterError, parse_object, read_limited
 
 
@@ -151,8 +151,8 @@ def _check_model(folder: Path) -> dict[str, Any]:
 def _model_files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
     """Returns the files of a full model: everything beside the card, the weights in their shards."""
     card = _card(folder, config, base_model).replace(ADAPTER_PLACEHOLDER, repo_id)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {CARD_NAME: card.encode()} | {name: str(folder / name) for name in names if name != CARD_NAME}
+    names = sorted({path.name for path in folder.iterdir() if path.is_file()} - {CARD_NAME, FAILED_NAME})
+    return {CARD_NAME: card.encode()} | {name: str(folder / name) for name in names}
 
 
 def _files(folder: Path, config: dict[str, Any], base_model: str | None, repo_id: str) -> dict[str, bytes | str]:
