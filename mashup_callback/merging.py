@@ -153,8 +153,8 @@ def merge_adapters(
         rank (`int`, *optional*):
             Rank of the result; None takes the largest rank of the adapters, per module.
         output_dir (`str` or `Path`, *optional*):
-            Where to save the merge as a peft adapter of one rank; an earlier merge there is replaced, a trained adapter
-            never. Ranks that the merge does not fill get a fresh A and a zero B, so that they can still be trained.
+            Where to save the merge as a peft adapter of one rank; an earlier merge there is replaced, nothing else.
+            Ranks that the merge does not fill get a fresh A and a zero B, so that they can still be trained.
 
     Returns:
         `MergedAdapter`: The merge, with `path` set if it was saved.
