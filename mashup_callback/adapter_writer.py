@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from .factors import LoraFactors
-
-
-_OWN_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+from .report import MARK
+from .storage import replacing
 
 
 def save_adapter(
@@ -30,11 +27,11 @@ def save_adapter(
     """
     Writes factors as a plain LoRA adapter that `PeftModel.from_pretrained` loads.
 
-    The directory appears under its name only when it is complete; one that held an adapter before is replaced.
+    The directory appears under its name only when it is complete; one that this package wrote before is replaced.
 
     Args:
         directory (`str` or `os.PathLike`):
-            Where to write. An existing directory may hold nothing but an adapter.
+            Where to write. An existing directory must be empty or written by this package.
         factors (`Mapping[str, LoraFactors]`):
             The updates by module name in the base model.
         base_model (`str`, *optional*):
@@ -50,25 +47,17 @@ def save_adapter(
         `Path`: the directory.
 
     Raises:
-        ValueError: If there are no factors, or the directory holds files that are not an adapter's.
+        ValueError: If there are no factors, or the directory holds anything else, such as a trained adapter.
     """
     if not factors:
         raise ValueError("there are no factors to save, expected at least one module")
-    target = Path(os.path.realpath(directory))
-    _refuse_other_files(target)
     config = adapter_config(factors) | {
         "base_model_name_or_path": base_model,
         "revision": revision,
         "task_type": task_type,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        draft.mkdir()
+    with replacing(directory) as draft:
         _write(draft, config, _state_dict(factors, dtype))
-        _swap_in(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return Path(directory)
 
 
@@ -110,45 +99,7 @@ def _state_dict(factors: Mapping[str, LoraFactors], dtype: torch.dtype | None) -
     return tensors
 
 
-def _refuse_other_files(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, expected a directory to write an adapter to. Choose another path.")
-    others = sorted(set(os.listdir(target)) - _OWN_FILES) if target.exists() else []
-    if others:
-        raise ValueError(
-            f"{target} holds {others[0]} and would be replaced, expected an empty directory or one with an "
-            "adapter only. Choose another path."
-        )
-
-
 def _write(directory: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    weights = directory / "adapter_model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    text = directory / "adapter_config.json"
-    text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in (weights, text, directory):
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap_in(draft: Path, target: Path) -> None:
-    """Renames the draft to the target; a directory already there is kept aside until that has succeeded."""
-    if not target.exists():
-        os.rename(draft, target)
-    else:
-        aside = draft.with_name(draft.name + ".old")
-        os.rename(target, aside)
-        try:
-            os.rename(draft, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    _flush(target.parent)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt", **MARK})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,10 +20,10 @@ from .distributed import agreed, joint
 from .errors import OutOfStepError, UsageError
 from .layers import find_trainee
 from .model_tensors import FullTrainee
-from .publishing import refuse_foreign
-from .report import REPORT_NAME, MashupReport
+from .report import FAILED_NAME, REPORT_NAME, MashupReport
 from .run import MashupRun, mashup_directory
 from .sharing import describe_on_push, push_mashup
+from .storage import StorageError, refuse_foreign
 from .trainer_loss import ScoreMetric, TrainerLoss
 
 
@@ -122,7 +123,7 @@ class MashupCallback(TrainerCallback):
             trainee = find_trainee(model, overwrite=self.config.overwrite)
         self._directory = mashup_directory(self.config, args)
         with joint():
-            refuse_foreign(self._directory)
+            self._check_directory(self._directory)
         config = self.config
         if self._trainer is not None:
             if isinstance(trainee, FullTrainee):
@@ -156,9 +157,10 @@ class MashupCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         try:
-            if report is None and state.global_step > 0 and (directory / REPORT_NAME).is_file():
+            if report is None and state.global_step > 0:
                 # The run was resumed: its mashup was made, and reported, by the process that began it.
-                report = MashupReport.load(directory)
+                found = [directory / name for name in (FAILED_NAME, REPORT_NAME) if (directory / name).is_file()]
+                report = MashupReport.load(found[0]) if found else None
             if report is not None:
                 describe_on_push(report, args.output_dir, directory)
         except (OSError, ValueError) as error:
@@ -186,6 +188,15 @@ class MashupCallback(TrainerCallback):
         if self._directory is None:
             raise ValueError("There is no mashup to push yet: it is made when training begins.")
         return push_mashup(self._directory, repo_id, private, create_pr)
+
+    def _check_directory(self, directory: Path) -> None:
+        for spec in self.specs:
+            if os.path.realpath(os.path.expanduser(spec)) == os.path.realpath(directory):
+                raise StorageError(
+                    f"The mashup would be written to the candidate {spec} and replace it. Set `report_dir` to a "
+                    "directory of its own."
+                )
+        refuse_foreign(directory)
 
     def _is_due(self, state: TrainerState, model: nn.Module) -> bool:
         if state.global_step > 0:

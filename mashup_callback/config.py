@@ -75,7 +75,8 @@ class MashupConfig:
             Rows for the guard, in the form the Trainer's own training rows have, for when candidates may have been
             trained on the training rows. Python only.
         report_dir (`str`, *optional*):
-            Where the report and the merge are written. `None` means `<output_dir>/mashup`.
+            Where the report and the merge are written. `None` means `<output_dir>/mashup`. An earlier mashup there is
+            replaced, nothing else; a run that fails keeps an earlier merge and writes `failed.json` beside it.
         on_error (`str`, *optional*, defaults to `"scratch"`):
             What happens when no usable candidate is left or a stage fails: `"scratch"` warns and trains from the fresh
             initialisation, `"raise"` raises.

@@ -15,9 +15,9 @@ from .factors import LoraFactors
 from .layers import Trainee, layer_shape, layer_shapes, linear_layers
 from .lowrank import truncate_dense
 from .parameters import read_parameters
+from .storage import Workspace
 from .vocabulary import Vocabulary
 from .weights import fit_checkpoint
-from .workspace import Workspace
 
 
 logger = logging.getLogger(__name__)

@@ -136,6 +136,8 @@ def merge_models(
     """
     rule = MergeRule.create(method, parameters)
     rule.check_count(len(inputs))
+    if output_dir.exists():
+        raise ValueError(f"{output_dir} exists, expected a path that nothing has yet. Choose another path.")
     config = merge_config(rule, inputs, weights, base, tokenizer, out_dtype)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     cache = Path(tempfile.mkdtemp(prefix=".loras-", dir=output_dir.parent))

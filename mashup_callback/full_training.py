@@ -23,9 +23,9 @@ from .model_tensors import FullTrainee
 from .model_writer import is_model_on_disk, save_model
 from .parameters import read_parameters
 from .selection import Selection
+from .storage import Workspace
 from .vocabulary import Vocabulary
 from .weights import Replacement, admit_checkpoint, fit_checkpoint
-from .workspace import Workspace
 
 
 if TYPE_CHECKING:

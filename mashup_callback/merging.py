@@ -153,21 +153,26 @@ def merge_adapters(
         rank (`int`, *optional*):
             Rank of the result; None takes the largest rank of the adapters, per module.
         output_dir (`str` or `Path`, *optional*):
-            Where to save the merge as a peft adapter of one rank. Ranks that the merge does not fill get a fresh A and
-            a zero B, so that they can still be trained.
+            Where to save the merge as a peft adapter of one rank; an earlier merge there is replaced, nothing else.
+            Ranks that the merge does not fill get a fresh A and a zero B, so that they can still be trained.
 
     Returns:
         `MergedAdapter`: The merge, with `path` set if it was saved.
 
     Raises:
-        ValueError: If the settings do not fit together, or an adapter cannot be used.
+        ValueError: If the settings do not fit together, an adapter cannot be used, or `output_dir` holds other
+            files or an input.
     """
     from .adapters import load_factors, read_adapter, save_adapter
+    from .storage import refuse_foreign, refuse_overlap
 
     if weights == "softmax":
         raise ValueError('weights="softmax" needs the losses of the adapters. Give numbers or "equal" here.')
     check_merge(method, parameters, weights, space, len(adapters))
     read = [read_adapter(adapter) for adapter in adapters]
+    if output_dir is not None:
+        refuse_overlap(output_dir, [adapter.candidate.path for adapter in read])
+        refuse_foreign(output_dir)
     numbers = [1 / len(read)] * len(read) if weights == "equal" else weights
     inputs = [load_factors(adapter) for adapter in read]
     merged = merge_factors(

@@ -1,20 +1,20 @@
 """What a mashup leaves on disk: the report, the picture and the merge, all at once or not at all."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from pathlib import Path
 
 from .adapter_writer import save_adapter
 from .card import CARD_NAME, mashup_card
-from .errors import UsageError
 from .guard import Start
 from .layers import Trainee
 from .mergekit_config import MERGEKIT_NAME, mergekit_config
 from .model_tensors import FullTrainee
 from .plot import PLOT_NAME, plot_ranking
-from .report import REPORT_NAME, MashupReport
+from .report import FAILED_NAME, REPORT_NAME, MashupReport
+from .storage import replacing
+
+
+logger = logging.getLogger(__name__)
 
 
 def publish(directory: Path, report: MashupReport, start: Start | None, trainee: Trainee | FullTrainee) -> Path:
@@ -26,7 +26,7 @@ def publish(directory: Path, report: MashupReport, start: Start | None, trainee:
 
     Args:
         directory (`Path`):
-            Where to; replaced if it exists.
+            Where to; an earlier mashup there is replaced.
         report (`MashupReport`):
             The report.
         start (`Start`, *optional*):
@@ -42,8 +42,20 @@ def publish(directory: Path, report: MashupReport, start: Start | None, trainee:
     return directory
 
 
+def publish_failure(directory: Path, report: MashupReport, trainee: Trainee | FullTrainee) -> None:
+    """Writes the report of a mashup that failed; beside an earlier merge, which is kept, as `failed.json`."""
+    if not any(directory.glob("*.safetensors")):
+        publish(directory, report, None, trainee)
+        return
+    logger.warning("The earlier merge in %s is kept; the report of this failure is %s there.", directory, FAILED_NAME)
+    report.save(directory / FAILED_NAME)
+
+
 def _save(draft: Path, report: MashupReport, start: Start, trainee: Trainee | FullTrainee) -> None:
     if isinstance(trainee, FullTrainee):
+        if not start.merged.owned:
+            # A candidate that is not used stays where it is; one that is used was copied.
+            return
         start.merged.move_to(draft)
         if start.merged.recipe:
             (draft / MERGEKIT_NAME).write_text(start.merged.recipe, encoding="utf-8")
@@ -60,44 +72,3 @@ def describe(directory: Path, report: MashupReport, task_type: str | None = None
     recipe = mergekit_config(report)
     if recipe is not None:
         (directory / MERGEKIT_NAME).write_text(recipe, encoding="utf-8")
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """Gives an empty directory to write to, which takes the place of `directory` unless the block raises."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        _take_the_place_of(directory, draft)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def refuse_foreign(directory: Path) -> None:
-    """
-    Refuses a directory whose place a mashup would take although it holds something else.
-
-    Args:
-        directory (`Path`):
-            Where a mashup is going to be written.
-
-    Raises:
-        UsageError: The directory is not empty and no earlier mashup's.
-    """
-    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    foreign = names and REPORT_NAME not in names
-    if directory.is_file() or foreign or any(name.startswith("checkpoint-") for name in names):
-        raise UsageError(
-            f"`report_dir` {directory} holds {min(names, default='a file')} and would be replaced. Choose a directory "
-            "of its own, such as <output_dir>/mashup."
-        )
-
-
-def _take_the_place_of(directory: Path, draft: Path) -> None:
-    old = draft.with_name(draft.name + "-old")
-    if directory.exists():
-        directory.rename(old)
-    draft.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

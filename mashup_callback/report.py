@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from .guard import Start
     from .scoring import Score
 
+# In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
+MARK = {"producer": "mashup_callback"}
 REPORT_NAME = "report.json"
+# The report of a run that failed where an earlier one had left a merge.
+FAILED_NAME = "failed.json"
 _PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "trl", "mergekit", "huggingface_hub")
 
 
@@ -168,7 +172,7 @@ class MashupReport:
 
     def to_json(self) -> str:
         """Returns the report as JSON, which [`MashupReport.from_json`] reads back."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        return json.dumps(MARK | asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "MashupReport":

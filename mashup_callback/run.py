@@ -22,15 +22,15 @@ from .hub import Hub
 from .layers import Trainee, base_model_name, layer_shapes
 from .model_tensors import FullTrainee
 from .provenance import warn_of_same_data
-from .publishing import publish
+from .publishing import publish, publish_failure
 from .racing import rungs
-from .report import REPORT_NAME, MashupReport, candidate_rows, environment, merge_info
+from .report import FAILED_NAME, REPORT_NAME, MashupReport, candidate_rows, environment, merge_info
 from .restart import Earlier, find_earlier, inputs_fingerprint
 from .sampling import Rows, draw_sample
 from .scoring import Score, score_candidates
 from .selection import select
+from .storage import Workspace
 from .swap import FittedMerge, swap
-from .workspace import Workspace
 
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class MashupRun:
     def give_up(self, reason: str) -> None:
         logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
         self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
-        self._publish(lambda: publish(self.directory, self.report, None, self.trainee))
+        self._publish(lambda: publish_failure(self.directory, self.report, self.trainee))
 
     def _find(self, specs: Sequence[str]) -> list[Candidate]:
         config = self.config
@@ -133,8 +133,12 @@ class MashupRun:
     def _again(self, earlier: Earlier) -> None:
         self._swap(earlier.fitted)
         self.report = agreed(replace(earlier.report, reused=True, timings=self._seconds(), hub=self.hub.traffic()))
+        self._publish(self._record_again)
+
+    def _record_again(self) -> None:
         # The merge stays where it is.
-        self._publish(lambda: self.report.save(self.directory / REPORT_NAME))
+        self.report.save(self.directory / REPORT_NAME)
+        (self.directory / FAILED_NAME).unlink(missing_ok=True)
 
     def _finish(self, verdict: Verdict) -> None:
         shown = verdict.chosen or verdict.merge

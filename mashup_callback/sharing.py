@@ -17,7 +17,7 @@ from .errors import AdapterError
 from .hub_errors import describe, is_transient, retry_after
 from .mergekit_config import MERGEKIT_NAME
 from .plot import PLOT_NAME
-from .report import REPORT_NAME, MashupReport
+from .report import FAILED_NAME, REPORT_NAME, MashupReport
 from .shareable import refuse_paths, share, shareable, shared_texts
 
 
@@ -43,8 +43,8 @@ def push_mashup(
     configuration.
 
     The repository is created where it is missing. Texts are rewritten: a local path would mean nothing to others and
-    tell them about this machine, so candidates have short names and the base model its Hub name or none. What goes out,
-    and whether it is public, is logged.
+    tell them about this machine, so candidates have short names and the base model its Hub name or none. What goes
+    out, and whether it is public, is logged.
 
     Args:
         directory (`str` or `Path`):
@@ -148,7 +148,7 @@ def _check(folder: Path, base_model: str | None) -> None:
 
 def _files(folder: Path, base_model: str | None) -> dict[str, bytes | Path]:
     """Returns what is pushed of a mashup's directory: its texts rewritten, the other files as they are."""
-    names = {path.name for path in folder.iterdir() if path.is_file()} | {CARD_NAME}
+    names = {path.name for path in folder.iterdir() if path.is_file()} - {FAILED_NAME} | {CARD_NAME}
     if not (folder / MODEL_CONFIG_NAME).is_file():
         names &= {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, MERGEKIT_NAME, PLOT_NAME}
     texts = shared_texts(folder, base_model)

@@ -12,22 +12,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .adapter_config import CONFIG_NAME
 from .adapters import Adapter, read_adapter
-from .candidates import WEIGHTS_NAME, Candidate
-from .card import CARD_NAME
+from .candidates import Candidate
 from .config import MashupConfig
 from .errors import AdapterError
 from .hub_judging import HubFilter, judge_local
 from .layers import layer_shapes
-from .mergekit_config import MERGEKIT_NAME
 from .merging import MergedAdapter, merge_adapters
-from .plot import PLOT_NAME
-from .publishing import describe, replacing
+from .publishing import describe
 from .report import REPORT_NAME, CandidateRow, MashupReport, MergeInfo, environment
+from .storage import refuse_overlap, replacing
 
 
 logger = logging.getLogger(__name__)
-
-_OWN_FILES = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, MERGEKIT_NAME, PLOT_NAME, REPORT_NAME}
 
 
 def model_shapes(model: str) -> dict[str, tuple[int, int]]:
@@ -108,7 +104,7 @@ def publish_merge(
 
     Args:
         directory (`str` or `Path`):
-            Where to; replaced if it holds an earlier merge.
+            Where to; an earlier merge there is replaced.
         candidates (`Sequence[Candidate]`):
             Adapters on disk.
         config (`MashupConfig`):
@@ -120,12 +116,12 @@ def publish_merge(
         `MashupReport`: What was written as `report.json`.
 
     Raises:
-        ValueError: The directory holds other files, the settings do not fit together, or an adapter cannot be used.
+        ValueError: The directory holds other files or an input, the settings do not fit together, or an adapter
+            cannot be used.
     """
-    target = Path(directory).resolve()
-    _refuse_other_files(target)
-    adapters = [read_adapter(candidate) for candidate in candidates]
-    with replacing(target) as draft:
+    refuse_overlap(directory, [candidate.path for candidate in candidates])
+    with replacing(directory) as draft:
+        adapters = [read_adapter(candidate) for candidate in candidates]
         merged = merge_adapters(
             candidates,
             weights=config.weights,
@@ -150,17 +146,6 @@ def publish_merge(
 
 def _is_checkpoint(candidate: Candidate) -> bool:
     return candidate.path is not None and candidate.path.name.startswith("checkpoint-")
-
-
-def _refuse_other_files(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{str(target)!r} is a file, expected a directory to write the merge to.")
-    others = sorted({path.name for path in target.iterdir()} - _OWN_FILES) if target.exists() else []
-    if others:
-        raise ValueError(
-            f"{str(target)!r} holds {others[0]} and would be replaced, expected an empty directory or an earlier "
-            "merge. Choose another path."
-        )
 
 
 def _report(

@@ -12,8 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from . import pushing, reading  # noqa: F401  (importing them registers their endpoints)
-from .access import User
-from .errors import HubError
+from .access import HubError, User
 from .faults import Fault, Faults
 from .routing import Call, Reply, dispatch
 from .store import Store

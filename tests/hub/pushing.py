@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from . import views
-from .access import require_token, require_write
-from .errors import HubError
+from .access import HubError, require_token, require_write
 from .routing import REPO_ID, REVISION, Call, Reply, route
 from .store import Blob, Commit, Repository, Store, stores_as_lfs
 

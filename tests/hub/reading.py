@@ -5,8 +5,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from . import views
-from .access import require_token
-from .errors import HubError
+from .access import HubError, require_token
 from .routing import REPO_ID, REVISION, Call, Reply, paginate, ranged, route
 from .store import Store, may_see, require_granted
 

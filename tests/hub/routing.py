@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
 
-from .access import User
-from .errors import HubError
+from .access import HubError, User
 from .store import Store
 
 
