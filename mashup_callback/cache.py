@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import xxhash
 from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .adapters import Adapter, adapter_hash
+from .distributed import exchange
 from .losses import RowLosses
 from .parameters import clean_name, local_part
 
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _SUFFIX = ".json"
 _FIELDS = ("loss", "correct", "tokens")
-# Elements of a parameter that tell it from another one: training moves nearly all of them.
-_SAMPLED = 64
 # What a configuration says besides the architecture.
 _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache")
 
@@ -136,24 +137,34 @@ def score_key(adapter: Adapter, base: str, sample: str, metric: str) -> str:
 @torch.no_grad()
 def base_fingerprint(model: nn.Module) -> str:
     """
-    Returns a SHA-256 in hex that tells one base model, precision and kind of device from another.
+    Returns a hash in hex that tells one base model, precision and kind of device from another.
 
-    Of each parameter the name, data type, shape and a few numbers count; the trainee's adapter does not.
+    Every number of every parameter and buffer counts, and the scales of quantized weights; the trainee's adapter does
+    not. The hash is XXH3, which is as fast as memory: it guards against change, not against forgery.
 
     Args:
         model (`torch.nn.Module`):
             The model that is trained, or a bare model. Of a sharded one, what this process holds counts.
     """
     model = extract_model_from_parallel(model)
-    digest = hashlib.sha256(json.dumps(_setting(model), sort_keys=True, default=str).encode())
+    digest = xxhash.xxh3_128(json.dumps(_setting(model), sort_keys=True, default=str).encode())
     foreign = _adapter_tensors(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in foreign:
             digest.update(repr((clean_name(name), str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(_sampled(tensor))
-            # bitsandbytes keeps the scales of a quantized weight beside it.
-            digest.update(_sampled(getattr(getattr(tensor, "quant_state", None), "absmax", None)))
+            for part in (tensor, *_scales(tensor)):
+                _hash(digest, part)
+    for module in model.modules():
+        # bitsandbytes moves the scales of 8-bit weights from the weight to here in the first forward pass.
+        if getattr(module, "weight", None) is not None and hasattr(getattr(module, "state", None), "SCB"):
+            scales = getattr(module.weight, "SCB", None)
+            _hash(digest, module.state.SCB if scales is None else scales)
     return digest.hexdigest()
+
+
+def shared_fingerprint(model: nn.Module) -> str:
+    """Returns the fingerprint of a model of which each process may hold a part only; every process must call it."""
+    return xxhash.xxh3_128("".join(exchange(base_fingerprint(model)))).hexdigest()
 
 
 def _setting(model: nn.Module) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def _setting(model: nn.Module) -> dict[str, Any]:
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "device": next(model.parameters()).device.type,
         "mixed_precision": mixed,
-        "torch": torch.__version__,
+        "versions": [torch.__version__, transformers.__version__],
     }
 
 
@@ -179,13 +190,17 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _sampled(tensor: torch.Tensor | None) -> bytes:
-    if tensor is None or tensor.is_meta or not local_part(tensor).numel():
-        return b""
-    flat = local_part(tensor).reshape(-1)
-    # The last ones too: added tokens are at the end of an embedding.
-    flat = torch.cat([flat[:: max(1, len(flat) // _SAMPLED)], flat[-_SAMPLED:]])
-    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _scales(tensor: torch.Tensor) -> list[torch.Tensor | None]:
+    """Returns what bitsandbytes keeps beside a 4-bit weight, the scales of its scales too."""
+    states = [getattr(tensor, "quant_state", None)]
+    states.append(getattr(states[0], "state2", None))
+    return [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset")]
+
+
+def _hash(digest: Any, tensor: torch.Tensor | None) -> None:
+    # One tensor at a time is copied from an accelerator, none on a CPU.
+    if isinstance(tensor, torch.Tensor) and not tensor.is_meta and (part := local_part(tensor)).numel():
+        digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _default_directory() -> Path | None:

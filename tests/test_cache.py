@@ -112,6 +112,61 @@ def test_base_fingerprint_knows_the_base_and_not_the_trainee():
     assert len({plain, *map(base_fingerprint, different)}) == 4
 
 
+def test_base_fingerprint_sees_a_single_number_anywhere():
+    model, seen = llama(), set()
+    tensors = {name: value for name, value in [*model.named_parameters(), *model.named_buffers()] if value.numel()}
+    assert len(tensors) > 20
+    for value in tensors.values():
+        flat = value.detach().view(-1)
+        for place in {1 % len(flat), len(flat) // 2, len(flat) - 1}:
+            before = flat[place].item()
+            flat[place] = before + 1
+            seen.add(base_fingerprint(model))
+            flat[place] = before
+    assert base_fingerprint(model) not in seen and len(seen) >= 3 * len(tensors) - 6
+
+
+def test_a_few_trained_tokens_are_a_new_base(tmp_path, directory, data):
+    model, forwards = counted()
+    path = save_random_adapter(tmp_path / "a", 0)
+    [before] = score_candidates(model, [path], Rows(*data, 8))
+    forwards.clear()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[50:53] += 5.0
+    [after] = score_candidates(model, [path], Rows(*data, 8))
+    assert sum(forwards) == 64 and after.loss != before.loss
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_another_version_of_a_library_is_another_base(monkeypatch, package):
+    before = base_fingerprint(llama())
+    monkeypatch.setattr(f"{package}.__version__", "99.0")
+    assert base_fingerprint(llama()) != before
+
+
+@pytest.mark.parametrize("kind", ["absmax", "nested", "int8", "int8 after a forward pass"])
+def test_scales_of_quantized_weights_count(kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    if kind.startswith("int8"):
+        layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    else:
+        layer = bitsandbytes.nn.Linear4bit(64, 64, compress_statistics=kind == "nested", quant_type="nf4")
+    model = torch.nn.Sequential(layer.to("cpu"))
+    before = base_fingerprint(model)
+    if kind == "int8 after a forward pass":
+        model(torch.ones(1, 64))
+        assert layer.weight.SCB is None and base_fingerprint(model) == before
+    scales = {
+        "absmax": lambda: layer.weight.quant_state.absmax,
+        "nested": lambda: layer.weight.quant_state.state2.absmax,
+        "int8": lambda: layer.weight.SCB,
+        "int8 after a forward pass": lambda: layer.state.SCB,
+    }
+    scales[kind]()[-1] *= 2
+    assert base_fingerprint(model) != before
+
+
 def test_key_does_not_depend_on_the_name(tmp_path):
     adapter = read_adapter(save_random_adapter(tmp_path / "a", 0))
     keys = {
