@@ -144,6 +144,25 @@ def truncate_dense(update: torch.Tensor, rank: int, width: int, seed: int = 0) -
     return Truncation(factors, min(1.0, kept))
 
 
+def balanced(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
+    """
+    Rewrite an update so that it trains like a fresh adapter, whatever the balance of its factors.
+
+    Args:
+        update (`LoraFactors`): Update to rewrite.
+        fresh (`torch.Tensor` of shape `(rank, in_features)`): Freshly initialized down projection.
+
+    Returns:
+        `LoraFactors`: The same update with scaling 1.0 and no zero directions; `A` has the norm of as many rows of
+        `fresh`, or that of `B` where these are zero.
+    """
+    basis, (core,) = shared_cores([update])
+    even = truncate_core(basis, core, update.rank).factors
+    norm_a, norm_fresh = _norm(even.A), _norm(fresh[: even.rank])
+    move = norm_fresh / norm_a if norm_a and norm_fresh else 1.0
+    return LoraFactors(even.A * move, even.B / move, 1.0)
+
+
 def balance(factors: LoraFactors, ratio: float) -> LoraFactors:
     """
     Move a scalar between the factors so that `||A||_F / ||B||_F` is `ratio`; the update stays the same.

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,13 @@ class MergedAdapter:
         kept = {name: factors.norm() ** 2 for name, factors in self.factors.items()}
         total = sum(energy / self.kept_energy[name] for name, energy in kept.items() if energy > 0)
         return sum(kept.values()) / total if total > 0 else 1.0
+
+    def within(self, layers: Collection[str]) -> "MergedAdapter":
+        """Returns the part of the merge in some layers."""
+        factors = {name: update for name, update in self.factors.items() if name in layers}
+        kept = {name: self.kept_energy[name] for name in factors}
+        rank = max((update.rank for update in factors.values()), default=0)
+        return dataclasses.replace(self, factors=factors, kept_energy=kept, rank=rank)
 
 
 def merge_factors(

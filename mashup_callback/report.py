@@ -117,6 +117,8 @@ class MashupReport:
         base_loss (`float`, *optional*): Held-out loss of the fresh initialisation.
         merged_loss (`float`, *optional*): Held-out loss of the merge.
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
+        gain (`float`, *optional*): How far below `base_loss` the start is, or the best one that was refused.
+        gain_se (`float`, *optional*): Standard error of the gain over the held-out rows; None if it is unknown.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
         rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
@@ -135,6 +137,8 @@ class MashupReport:
     base_loss: float | None = None
     merged_loss: float | None = None
     single_loss: float | None = None
+    gain: float | None = None
+    gain_se: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
     rungs: tuple[Rung, ...] = ()
     merge: MergeInfo | None = None

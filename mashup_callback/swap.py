@@ -1,7 +1,6 @@
 """Writing a merge into the adapter that is being trained, in place."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from .distributed import exchange, joint
 from .factors import Factors, LoraFactors
 from .layers import Target, Trainee
+from .lowrank import balanced
 from .model_tensors import FullTrainee
 from .parameters import read_parameters, write_parameters
 from .weights import replace_weights
@@ -72,10 +72,9 @@ def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
             f"The merge has rank {update.rank} in layer {target.name}, the trainee {target.rank}. Merge with "
             "`ranks=trainee.ranks`."
         )
-    ratio = update.scaling / target.scaling
-    root = math.sqrt(abs(ratio))
-    A[: update.rank] = (root * update.A).to(A)
-    B[:, : update.rank] = (math.copysign(root, ratio) * update.B).to(B)
+    update = balanced(update, target.A)
+    A[: update.rank] = update.A.to(A)
+    B[:, : update.rank] = (update.B / target.scaling).to(B)
     return LoraFactors(A, B, target.scaling)
 
 

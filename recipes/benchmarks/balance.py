@@ -1,0 +1,118 @@
+"""
+Which balance of A and B trains best after a merge, on the quickstart world.
+
+    python recipes/benchmarks/balance.py
+
+Every start is the same merge, of the three best other adapters. `even`: each singular value's root to either side;
+`fresh`: that, scaled so that A has the norm of the fresh A; `rows`: every row of A has the norm of a fresh row;
+`average`: the mean balance of the merged adapters; `average x30`: the same with every A times 30 and B divided by it.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from peft import get_peft_model
+from transformers import get_cosine_schedule_with_warmup, set_seed
+from trl import SFTTrainer
+
+from mashup_callback import merge_adapters, score_candidates
+from mashup_callback.factors import Factors, LoraFactors
+from mashup_callback.layers import find_trainee
+from mashup_callback.lowrank import balanced, shared_cores, truncate_core
+from mashup_callback.swap import fit, swap
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+import world
+
+
+def even(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
+    return balanced(update, torch.zeros_like(fresh))
+
+
+def rows(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
+    basis, (core,) = shared_cores([update])
+    found = truncate_core(basis, core, update.rank).factors
+    move = fresh.norm() / math.sqrt(len(fresh)) / found.A.norm(dim=1)
+    return LoraFactors(found.A * move[:, None], found.B / move, 1.0)
+
+
+def average(update: LoraFactors, fresh: torch.Tensor, times: float = 1.0) -> LoraFactors:
+    # A merge has scaling 1 and the trainee has 2: the root of the quotient goes to either side.
+    root = times * math.sqrt(1 / 2)
+    return LoraFactors(update.A * root, update.B / root, 1.0)
+
+
+BALANCES: dict[str, Callable[[LoraFactors, torch.Tensor], LoraFactors]] = {
+    "even": even,
+    "fresh": balanced,
+    "rows": rows,
+    "average": average,
+    "average x30": lambda update, fresh: average(update, fresh, 30.0),
+}
+
+
+def batches(target: str, seed: int, steps: int) -> tuple[list, list]:
+    """The batches of a run on the target, and those of its test."""
+    train, test = (world.rows(target, n, s, p) for n, s, p in ((world.TRAIN_ROWS, seed, "train"), (256, 0, "test")))
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = world.training_arguments(directory, seed, per_device_eval_batch_size=128)
+        data = {"train_dataset": train, "eval_dataset": test, "processing_class": world.load_tokenizer()}
+        trainer = SFTTrainer(world.load_model(), arguments, **data)
+        return list(itertools.islice(trainer.get_train_dataloader(), steps)), list(trainer.get_eval_dataloader())
+
+
+def train(merge: Factors | None, balance: str, data: tuple[list, list], seed: int, rate: float) -> tuple[float, float]:
+    """Returns the mean training loss and the test loss at the end."""
+    set_seed(seed)
+    model = get_peft_model(world.load_model(), world.lora_config())
+    if merge is not None:
+        trainee = find_trainee(model)
+        with patch("mashup_callback.swap.balanced", BALANCES[balance]):
+            swap(model, trainee, fit(merge, trainee))
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], rate, weight_decay=0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(data[0]) // 10, len(data[0]))
+    losses = []
+    for batch in data[0]:
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return statistics.mean(losses), statistics.mean(model(**batch).loss.item() for batch in data[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=["smallest", "first", "units"])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 6e-3, 1e-2])
+    options = parser.parse_args()
+    world.quiet()
+    runs = []
+    for target, seed in itertools.product(options.targets, range(1, options.seeds + 1)):
+        data = batches(target, seed, options.steps)
+        library = [world.ADAPTERS / task for task in world.TASKS if task != target]
+        best = [score.candidate.path for score in score_candidates(world.load_model(), library, data[0][:4])[:3]]
+        runs.append((merge_adapters(best, rank=world.RANK).factors, data, seed))
+    print("| learning rate | start | mean training loss | test loss at the end |\n|---|---|---|---|")
+    for rate, balance in itertools.product(options.learning_rates, ["scratch", *BALANCES]):
+        found = [train(None if balance == "scratch" else merge, balance, *run, rate) for merge, *run in runs]
+        mean, end = (statistics.mean(values) for values in zip(*found, strict=True))
+        print(f"| {rate:g} | {balance} | {mean:.4f} | {end:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
