@@ -172,7 +172,7 @@ def test_a_huge_update_is_rejected_with_its_size(tmp_path, library):
         scores = {score.candidate.name: score for score in score_candidates(llama(), chosen, [batch])}
         huge = scores[str(tmp_path / "huge-0")]
         tensors = load_file(tmp_path / "huge-0/adapter_model.safetensors")
-        layer = "model.layers.0.self_attn.q_proj"
+        layer = "model.layers.0.mlp.down_proj"
         A, B = (tensors[f"base_model.model.{layer}.lora_{factor}.weight"].double() for factor in "AB")
         ratio = (2 * B @ A).norm() / llama().get_submodule(layer).weight.norm()
         assert huge.status == "rejected" and f"{layer} is {ratio:.1f} times as large" in huge.reason
