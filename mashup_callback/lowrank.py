@@ -6,7 +6,6 @@ k updates `delta_i = B_i A_i` of one layer live in the span of their stacked fac
 `C_i = R_b,i R_a,iᵀ`: inner products and norms of the updates are those of the cores (Core Space, arXiv 2509.17786).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,29 +162,22 @@ def balanced(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
     return LoraFactors(even.A * move, even.B / move, 1.0)
 
 
-def balance(factors: LoraFactors, ratio: float) -> LoraFactors:
+def trainable(update: LoraFactors, fresh: LoraFactors) -> LoraFactors:
     """
-    Move a scalar between the factors so that `||A||_F / ||B||_F` is `ratio`; the update stays the same.
+    Write an update into a fresh adapter: balanced, with its scaling, and ranks that are not filled stay fresh.
 
     Args:
-        factors (`LoraFactors`): Factors to rescale; returned as they are where the update is zero.
-        ratio (`float`): Wanted quotient of the Frobenius norms, positive.
+        update (`LoraFactors`): Update to write, of at most the rank of `fresh`.
+        fresh (`LoraFactors`): The fresh adapter.
 
     Returns:
-        `LoraFactors`: The same update.
+        `LoraFactors`: The same update. Where a rank is not filled, the column of `B` is zero.
     """
-    norm_a, norm_b = _norm(factors.A), _norm(factors.B)
-    if norm_a == 0 or norm_b == 0:
-        return factors
-    move = math.sqrt(ratio * norm_b / norm_a)
-    return LoraFactors(factors.A * move, factors.B / move, factors.scaling)
-
-
-def mean_norm_ratio(inputs: Sequence[LoraFactors]) -> float:
-    """Geometric mean of `||A_i||_F / ||B_i||_F` over the inputs whose factors are not zero; 1.0 without any."""
-    norms = [(_norm(f.A), _norm(f.B)) for f in inputs]
-    logs = [math.log(a / b) for a, b in norms if a > 0 and b > 0]
-    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+    update = balanced(update, fresh.A)
+    A, B = fresh.A.clone(), torch.zeros_like(fresh.B)
+    A[: update.rank] = update.A.to(A)
+    B[:, : update.rank] = (update.B / fresh.scaling).to(B)
+    return LoraFactors(A, B, fresh.scaling)
 
 
 def _principal_basis(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from .contracts import SPACES, MergeRule, check_merge, merge_methods
 from .factors import Factors, LoraFactors
+from .lowrank import trainable
 from .spaces import ModuleMerge
 
 
@@ -36,7 +37,6 @@ class MergedAdapter:
         factors (`Factors`):
             Merged update per module, float32, scaling 1.0. A module's rank is at most the wanted one and at most the
             numerical rank of the merge (0 for a zero update): ranks beyond it are the trainee's to fill.
-            `||A||_F / ||B||_F` is the geometric mean of the inputs'.
         kept_energy (`Mapping[str, float]`):
             Share of the squared Frobenius norm of the untruncated merge that the factors keep, per module.
         method (`str`): mergekit's method.
@@ -160,8 +160,8 @@ def merge_adapters(
         rank (`int`, *optional*):
             Rank of the result; None takes the largest rank of the adapters, per module.
         output_dir (`str` or `Path`, *optional*):
-            Where to save the merge as a peft adapter of one rank. Ranks that the merge does not fill get a fresh A and
-            a zero B, so that they can still be trained.
+            Where to save the merge as a peft adapter of one rank, with A as large as a fresh one. Ranks that the merge
+            does not fill get a fresh A and a zero B, so that they can still be trained.
 
     Returns:
         `MergedAdapter`: The merge, with `path` set if it was saved.
@@ -212,15 +212,11 @@ def _check_inputs(inputs: Sequence[Factors], weights: Sequence[float], space: st
 
 
 def _trainable(factors: Factors, rank: int, seed: int) -> dict[str, LoraFactors]:
-    """Fill every module to `rank`: fresh rows of A, drawn as peft initialises them, and zero columns of B."""
-    return {name: _filled(f, rank, zlib.crc32(f"{seed}:{name}".encode())) for name, f in factors.items()}
+    """Write every module into fresh factors of `rank`, drawn as peft initializes them."""
+    return {name: trainable(f, _fresh(f, rank, zlib.crc32(f"{seed}:{name}".encode()))) for name, f in factors.items()}
 
 
-def _filled(factors: LoraFactors, rank: int, seed: int) -> LoraFactors:
-    missing = rank - factors.rank
-    bound = 1 / math.sqrt(factors.in_features)
-    fresh = torch.rand(missing, factors.in_features, generator=torch.Generator().manual_seed(seed))
-    fresh = ((2 * fresh - 1) * bound).to(factors.A)
-    A = torch.cat([factors.A, fresh])
-    B = torch.cat([factors.B, factors.B.new_zeros(factors.out_features, missing)], dim=1)
-    return LoraFactors(A, B, factors.scaling)
+def _fresh(like: LoraFactors, rank: int, seed: int) -> LoraFactors:
+    drawn = torch.rand(rank, like.in_features, generator=torch.Generator().manual_seed(seed))
+    A = ((2 * drawn - 1) / math.sqrt(like.in_features)).to(like.A)
+    return LoraFactors(A, A.new_zeros(like.out_features, rank), 1.0)

@@ -23,10 +23,12 @@ from peft import get_peft_model
 from transformers import get_cosine_schedule_with_warmup, set_seed
 from trl import SFTTrainer
 
-from mashup_callback import merge_adapters, score_candidates
+from mashup_callback import score_candidates
+from mashup_callback.adapters import load_factors
 from mashup_callback.factors import Factors, LoraFactors
 from mashup_callback.layers import find_trainee
-from mashup_callback.lowrank import balanced, shared_cores, truncate_core
+from mashup_callback.lowrank import balanced
+from mashup_callback.merging import merge_factors
 from mashup_callback.swap import fit, swap
 
 
@@ -34,21 +36,28 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 import world
 
 
+def moved(update: LoraFactors, move: float | torch.Tensor) -> LoraFactors:
+    return LoraFactors(update.A * move, update.B / torch.as_tensor(move).flatten(), 1.0)
+
+
+def like_inputs(update: LoraFactors, inputs: list[LoraFactors]) -> LoraFactors:
+    """The update with the geometric mean of its inputs' quotients of norms."""
+    ratio = math.exp(statistics.mean(math.log(one.A.norm() / one.B.norm()) for one in inputs))
+    return moved(update, math.sqrt(ratio * update.B.norm() / update.A.norm()))
+
+
 def even(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
     return balanced(update, torch.zeros_like(fresh))
 
 
 def rows(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
-    basis, (core,) = shared_cores([update])
-    found = truncate_core(basis, core, update.rank).factors
-    move = fresh.norm() / math.sqrt(len(fresh)) / found.A.norm(dim=1)
-    return LoraFactors(found.A * move[:, None], found.B / move, 1.0)
+    found = even(update, fresh)
+    return moved(found, fresh.norm() / math.sqrt(len(fresh)) / found.A.norm(dim=1, keepdim=True))
 
 
 def average(update: LoraFactors, fresh: torch.Tensor, times: float = 1.0) -> LoraFactors:
     # A merge has scaling 1 and the trainee has 2: the root of the quotient goes to either side.
-    root = times * math.sqrt(1 / 2)
-    return LoraFactors(update.A * root, update.B / root, 1.0)
+    return moved(update, times * math.sqrt(1 / 2))
 
 
 BALANCES: dict[str, Callable[[LoraFactors, torch.Tensor], LoraFactors]] = {
@@ -76,7 +85,7 @@ def train(merge: Factors | None, balance: str, data: tuple[list, list], seed: in
     model = get_peft_model(world.load_model(), world.lora_config())
     if merge is not None:
         trainee = find_trainee(model)
-        with patch("mashup_callback.swap.balanced", BALANCES[balance]):
+        with patch("mashup_callback.lowrank.balanced", BALANCES[balance]):
             swap(model, trainee, fit(merge, trainee))
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], rate, weight_decay=0)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(data[0]) // 10, len(data[0]))
@@ -98,17 +107,19 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["smallest", "first", "units"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 6e-3, 1e-2])
     options = parser.parse_args()
     world.quiet()
     runs = []
     for target, seed in itertools.product(options.targets, range(1, options.seeds + 1)):
         data = batches(target, seed, options.steps)
         library = [world.ADAPTERS / task for task in world.TASKS if task != target]
-        best = [score.candidate.path for score in score_candidates(world.load_model(), library, data[0][:4])[:3]]
-        runs.append((merge_adapters(best, rank=world.RANK).factors, data, seed))
+        best = [score.adapter for score in score_candidates(world.load_model(), library, data[0][:4])[:3]]
+        inputs = [load_factors(adapter) for adapter in best]
+        merge = merge_factors(inputs, weights=[1 / 3] * 3, ranks=world.RANK).factors
+        merge = {name: like_inputs(update, [one[name] for one in inputs]) for name, update in merge.items()}
+        runs.append((merge, data, seed))
     print("| learning rate | start | mean training loss | test loss at the end |\n|---|---|---|---|")
-    for rate, balance in itertools.product(options.learning_rates, ["scratch", *BALANCES]):
+    for rate, balance in itertools.product([2e-4, 6e-3, 1e-2], ["scratch", *BALANCES]):
         found = [train(None if balance == "scratch" else merge, balance, *run, rate) for merge, *run in runs]
         mean, end = (statistics.mean(values) for values in zip(*found, strict=True))
         print(f"| {rate:g} | {balance} | {mean:.4f} | {end:.4f} |", flush=True)
