@@ -92,8 +92,8 @@ class Verdict:
 
     @property
     def gain(self) -> tuple[float, float]:
-        """By how much what is chosen, or else the merge, is better than the base, and the standard error of that."""
-        return paired_gain((self.chosen or self.merge).losses, self.base)
+        """How far below the base what is chosen is, or else the best that was refused, and the standard error."""
+        return paired_gain((self.chosen or min(self.merge, self.single, key=_loss)).losses, self.base)
 
 
 def choose(

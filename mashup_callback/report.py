@@ -221,12 +221,8 @@ class MashupReport:
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
         again = " (made by an earlier start of this run)" if self.reused else ""
-        table = Table(
-            title=f"mashup: {self.decision}{again}",
-            caption=escape(self.reason),
-            title_justify="left",
-            caption_justify="left",
-        )
+        left = {"title_justify": "left", "caption_justify": "left"}
+        table = Table(title=f"mashup: {self.decision}{again}", caption=escape(self.reason), **left)
         for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
             table.add_column(name, justify=justify, overflow="fold")
         table.add_column("status", overflow="fold")

@@ -8,7 +8,6 @@ Every start is the same merge, of the three best other adapters. `even`: each si
 `average`: the mean balance of the merged adapters; `average x30`: the same with every A times 30 and B divided by it.
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -60,6 +59,7 @@ def average(update: LoraFactors, fresh: torch.Tensor, times: float = 1.0) -> Lor
     return moved(update, times * math.sqrt(1 / 2))
 
 
+TARGETS, SEEDS, STEPS, RATES = ("smallest", "first", "units"), (1, 2), 24, (2e-4, 6e-3, 1e-2)
 BALANCES: dict[str, Callable[[LoraFactors, torch.Tensor], LoraFactors]] = {
     "even": even,
     "fresh": balanced,
@@ -69,14 +69,14 @@ BALANCES: dict[str, Callable[[LoraFactors, torch.Tensor], LoraFactors]] = {
 }
 
 
-def batches(target: str, seed: int, steps: int) -> tuple[list, list]:
+def batches(target: str, seed: int) -> tuple[list, list]:
     """The batches of a run on the target, and those of its test."""
     train, test = (world.rows(target, n, s, p) for n, s, p in ((world.TRAIN_ROWS, seed, "train"), (256, 0, "test")))
     with tempfile.TemporaryDirectory() as directory:
         arguments = world.training_arguments(directory, seed, per_device_eval_batch_size=128)
         data = {"train_dataset": train, "eval_dataset": test, "processing_class": world.load_tokenizer()}
         trainer = SFTTrainer(world.load_model(), arguments, **data)
-        return list(itertools.islice(trainer.get_train_dataloader(), steps)), list(trainer.get_eval_dataloader())
+        return list(itertools.islice(trainer.get_train_dataloader(), STEPS)), list(trainer.get_eval_dataloader())
 
 
 def train(merge: Factors | None, balance: str, data: tuple[list, list], seed: int, rate: float) -> tuple[float, float]:
@@ -103,15 +103,10 @@ def train(merge: Factors | None, balance: str, data: tuple[list, list], seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=["smallest", "first", "units"])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=24)
-    options = parser.parse_args()
     world.quiet()
     runs = []
-    for target, seed in itertools.product(options.targets, range(1, options.seeds + 1)):
-        data = batches(target, seed, options.steps)
+    for target, seed in itertools.product(TARGETS, SEEDS):
+        data = batches(target, seed)
         library = [world.ADAPTERS / task for task in world.TASKS if task != target]
         best = [score.adapter for score in score_candidates(world.load_model(), library, data[0][:4])[:3]]
         inputs = [load_factors(adapter) for adapter in best]
@@ -119,7 +114,7 @@ def main() -> None:
         merge = {name: like_inputs(update, [one[name] for one in inputs]) for name, update in merge.items()}
         runs.append((merge, data, seed))
     print("| learning rate | start | mean training loss | test loss at the end |\n|---|---|---|---|")
-    for rate, balance in itertools.product([2e-4, 6e-3, 1e-2], ["scratch", *BALANCES]):
+    for rate, balance in itertools.product(RATES, ["scratch", *BALANCES]):
         found = [train(None if balance == "scratch" else merge, balance, *run, rate) for merge, *run in runs]
         mean, end = (statistics.mean(values) for values in zip(*found, strict=True))
         print(f"| {rate:g} | {balance} | {mean:.4f} | {end:.4f} |", flush=True)
