@@ -36,6 +36,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "Checkpoint",
     "check_checkpoint",
+    "check_unchanged",
     "describe_checkpoint",
     "is_checkpoint",
     "read_checkpoint",
@@ -209,8 +210,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """
     stored = checkpoint.tensors[name]
     path = checkpoint.path / stored.file
-    if _stamp(path) != checkpoint.stamps[stored.file]:
-        raise CheckpointError(f"{stored.file} changed while it was in use: another run may be writing it")
+    _check_unchanged(checkpoint, stored.file)
     try:
         with safe_open(path, "pt") as shard:
             tensor = shard.get_tensor(stored.key)
@@ -220,6 +220,17 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
         raise CheckpointError(f"{quote(stored.key)} holds values that are not finite")
     return tensor
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raises an `AdapterError` where a shard is gone or has changed since its header was read."""
+    for name in checkpoint.stamps:
+        _check_unchanged(checkpoint, name)
+
+
+def _check_unchanged(checkpoint: Checkpoint, name: str) -> None:
+    if _stamp(checkpoint.path / name) != checkpoint.stamps[name]:
+        raise CheckpointError(f"{name} changed while it was in use: another run may be writing it")
 
 
 def _read_shard(files: Files, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:

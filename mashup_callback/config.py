@@ -47,6 +47,9 @@ class MashupConfig:
             `"racing"` (successive halving on growing samples) or `"exhaustive"` (every candidate sees every row).
         guard (`bool`, *optional*, defaults to `True`):
             Never start from something whose held-out loss is worse than that of a fresh initialisation.
+        guard_margin (`float`, *optional*, defaults to `2.0`):
+            By how many standard errors, of the paired differences over the held-out rows, a start must be better than
+            a fresh initialization; 0 accepts any improvement.
         batch_size (`int`, *optional*):
             Rows in a forward pass. `None` takes the Trainer's; halved whenever memory runs out.
         max_candidates (`int`, *optional*, defaults to `64`):
@@ -96,6 +99,7 @@ class MashupConfig:
     weights: str = field(default="equal", metadata={"help": "'equal', 'softmax' or comma-separated numbers."})
     search: str = field(default="racing", metadata={"help": "'racing' or 'exhaustive'."})
     guard: bool = field(default=True, metadata={"help": "Never start from worse than a fresh initialisation."})
+    guard_margin: float = field(default=2.0, metadata={"help": "Standard errors that a start must be better by."})
     batch_size: int | None = field(default=None, metadata={"help": "Rows a forward pass; the Trainer's if unset."})
     max_candidates: int = field(default=64, metadata={"help": "Candidates looked at."})
     max_download_gb: float = field(default=10.0, metadata={"help": "Bound on downloads, in 10^9 bytes."})
@@ -136,7 +140,10 @@ class MashupConfig:
         _at_least("max_candidates", self.max_candidates, 1, int)
         _at_least("seed", self.seed, 0, int)
         _at_least("max_download_gb", self.max_download_gb, 0, float)
+        _at_least("guard_margin", self.guard_margin, 0, float)
         _at_least("min_kept_energy", self.min_kept_energy, 0, float)
+        if self.min_kept_energy > 1:
+            raise ValueError(f"`min_kept_energy` is {self.min_kept_energy!r}, expected a share of at most 1.")
         if self.batch_size is not None:
             _at_least("batch_size", self.batch_size, 1, int)
         if self.max_seconds is not None:

@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import load_factors
+from .adapters import Adapter, load_factors
+from .checkpoints import check_unchanged
 from .config import MashupConfig
-from .distributed import agreed, decided
+from .distributed import agreed, decided, exchange, joint
+from .errors import AdapterError, OutOfStepError
 from .evaluation import bare, evaluate
 from .full_training import FittedModel, ModelMerger
 from .isolation import undisturbed
 from .layers import Trainee
+from .losses import RowLosses, paired_gain
 from .model_tensors import FullTrainee
 from .sampling import Rows
+from .scoring import Score
 from .selection import Selection
 from .swap import FittedMerge, fit
 
@@ -44,13 +48,18 @@ class Start:
         selection (`Selection`): The candidates in it.
         merged (`MergedAdapter` or `MergedModel`): Their merge.
         fitted (`FittedMerge` or `FittedModel`): The merge in the trainee's parameters.
-        loss (`float`): Its held-out loss.
+        losses (`RowLosses`): Its held-out losses.
     """
 
     selection: Selection
     merged: "MergedAdapter | MergedModel"
     fitted: FittedMerge | FittedModel
-    loss: float
+    losses: RowLosses
+
+    @property
+    def loss(self) -> float:
+        """Its held-out loss."""
+        return self.losses.mean_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +70,31 @@ class Verdict:
     Args:
         decision (`str`): `"merged"`, `"single"` or `"scratch"`.
         reason (`str`): The comparison that decided.
-        base_loss (`float`): Held-out loss of the fresh initialisation.
+        base (`RowLosses`): Held-out losses of the fresh initialisation.
         merge (`Start`): The merge.
         single (`Start`): The best single candidate, at the trainee's rank.
     """
 
     decision: str
     reason: str
-    base_loss: float
+    base: RowLosses
     merge: Start
     single: Start
+
+    @property
+    def base_loss(self) -> float:
+        """Held-out loss of the fresh initialisation."""
+        return self.base.mean_loss
 
     @property
     def chosen(self) -> Start | None:
         """What is written into the trainee; None for the fresh initialisation."""
         return {"merged": self.merge, "single": self.single}.get(self.decision)
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """How far below the base what is chosen is, or else the best that was refused, and the standard error."""
+        return paired_gain((self.chosen or min(self.merge, self.single, key=_loss)).losses, self.base)
 
 
 def choose(
@@ -90,7 +109,10 @@ def choose(
     Merges the selected candidates and compares the merge with the best single one and with a fresh initialisation.
 
     All three are judged on the held-out rows by their loss (by the user's metric if that is a callable), in the form
-    and precision in which the trainee will hold them.
+    and precision in which the trainee will hold them. What is not better than the fresh initialisation by
+    `guard_margin` standard errors of the paired differences over the rows counts as no better.
+
+    Where a candidate is gone or has changed since it was scored, the next best takes its place.
 
     Args:
         model (`torch.nn.Module`):
@@ -107,20 +129,54 @@ def choose(
             What merges full models, for a `FullTrainee`.
     """
     arms = _Arms(model, trainee, held_out, config, merger)
+    lost: dict[str, str] = {}
+    while True:
+        try:
+            with joint():
+                verdict = _choose(arms, selection)
+            break
+        except OutOfStepError:
+            raise
+        except Exception:
+            found = exchange({score.candidate.name: reason for score in selection.scores if (reason := _gone(score))})
+            lost |= {name: reason for names in found for name, reason in names.items()}
+            left = selection.without(lost, None if config.top_k == "auto" else config.top_k, config.weights)
+            if not any(found) or not left.scores:
+                raise
+            selection = left
+            logger.warning("Candidates were lost after they were scored; the next best are merged: %s", lost)
+    names = "; ".join(f"{name} was left out: {reason}" for name, reason in lost.items())
+    return replace(verdict, reason=f"{verdict.reason}; {names}") if lost else verdict
+
+
+def _gone(score: Score) -> str | None:
+    """Returns why a candidate cannot be read any more as it was when it was scored."""
+    try:
+        if isinstance(score.adapter, Adapter):
+            load_factors(score.adapter)
+        else:
+            check_unchanged(score.adapter)
+    except (AdapterError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _choose(arms: "_Arms", selection: Selection) -> Verdict:
+    model, config, merger = arms.model, arms.config, arms.merger
     with undisturbed(model):
-        base_loss = evaluate(model, held_out, arms.metric, share=True).mean_loss
+        base = evaluate(model, arms.held_out, arms.metric, share=True)
         with bare(model, arms.metric):
             single = arms.start(selection.first(1), "linear", {})
             merge = arms.grow(selection) if config.top_k == "auto" else arms.best_method(selection)
     if len(merge.selection.scores) == 1:
         # A merge of one is that candidate in another form, and one form stands for both.
         single = merge = arms.better(single, merge) if config.guard else merge
-    decision = agreed(_decide(base_loss, merge, single, config.guard))
-    reason = _reason(decision, base_loss, merge, single, config.guard)
+    decision = agreed(_decide(base, merge, single, config))
+    reason = _reason(decision, base, merge, single, config)
     if merger is not None and decision == "single":
         # Before anything is written into the model: there may be no space for it.
         single = replace(single, merged=merger.kept(single.merged))
-    return Verdict(decision, reason, base_loss, merge, single)
+    return Verdict(decision, reason, base, merge, single)
 
 
 class _Arms:
@@ -144,10 +200,10 @@ class _Arms:
             update = fitted.replacement
         else:
             merged = decided(lambda: self._merged(selection, method, parameters))
-            fitted = fit(merged.factors, self.trainee)
+            fitted, merged = fit(merged.factors, self.trainee), merged.within(self.trainee.targets)
             update = fitted.factors
-        loss = evaluate(self.model, self.held_out, self.metric, update, share=True).mean_loss
-        return Start(selection, merged, fitted, loss)
+        losses = evaluate(self.model, self.held_out, self.metric, update, share=True)
+        return Start(selection, merged, fitted, losses)
 
     def _merged(self, selection: Selection, method: str, parameters: dict) -> "MergedAdapter":
         # Imported here so that importing the callback does not import mergekit.
@@ -196,22 +252,32 @@ def _loss(start: Start) -> float:
     return start.loss if start.loss == start.loss else float("inf")
 
 
-def _decide(base_loss: float, merge: Start, single: Start, guard: bool) -> str:
+def _decide(base: RowLosses, merge: Start, single: Start, config: MashupConfig) -> str:
     merged = "merged" if len(merge.selection.scores) > 1 else "single"
-    if not guard:
+    if not config.guard:
         return merged
-    best = min((_loss(merge), 0, merged), (_loss(single), 1, "single"))
-    return best[2] if best[0] < base_loss else "scratch"
+    starts = ((merge, merged), (single, "single"))
+    better = [(start.loss, name) for start, name in starts if _is_better(start, base, config.guard_margin)]
+    return min(better, default=(base.mean_loss, "scratch"))[1]
 
 
-def _reason(decision: str, base_loss: float, merge: Start, single: Start, guard: bool) -> str:
-    if not guard:
-        return f"guard=False: the merge is used whatever its held-out loss ({merge.loss:.4f}, fresh {base_loss:.4f})"
+def _is_better(start: Start, base: RowLosses, margin: float) -> bool:
+    gain, error = paired_gain(start.losses, base)
+    # Where no error is known, any gain counts.
+    return gain > 0 and not gain <= margin * error
+
+
+def _reason(decision: str, base: RowLosses, merge: Start, single: Start, config: MashupConfig) -> str:
     losses = (
         f"held-out loss {merge.loss:.4f} of the merge, {single.loss:.4f} of the best single candidate, "
-        f"{base_loss:.4f} of a fresh initialisation"
+        f"{base.mean_loss:.4f} of a fresh initialisation"
     )
-    if decision == "scratch":
-        return f"nothing is better than a fresh initialisation: {losses}"
-    chosen = merge if decision == "merged" else single
-    return f"{base_loss - chosen.loss:.4f} below a fresh initialisation: {losses}"
+    if not config.guard:
+        return f"guard=False: the merge is used whatever its loss: {losses}"
+    best = {"merged": merge, "single": single}.get(decision) or min(merge, single, key=_loss)
+    gain, error = paired_gain(best.losses, base)
+    measured = f"{gain:.4f} (standard error {error:.4f})"
+    if decision != "scratch":
+        return f"{measured} below a fresh initialisation: {losses}"
+    wanted = f"by more than {config.guard_margin:g} standard errors" if config.guard_margin else "at all"
+    return f"nothing is better than a fresh initialisation {wanted}, the best by {measured}: {losses}"

@@ -1,5 +1,6 @@
 """The layers of a live model: which ones an adapter can change, and the LoRA layers that are being trained."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .errors import AdapterError
+from .factors import Factors
 from .model_tensors import FullTrainee, find_full_trainee
 from .parameters import clean_name, read_parameters
 
@@ -17,6 +20,8 @@ from .parameters import clean_name, read_parameters
 # Initialisations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
 ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FREEZES_A_FACTOR = ("mica",)
+# Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.
+MAX_UPDATE = 100.0
 # B·A counts as zero below this share of |A|·|B|: orthogonal initialisations reach zero only approximately.
 _ZERO = 1e-5
 
@@ -97,6 +102,46 @@ def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
         return layer.nx, layer.nf
     shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return shape if all(isinstance(size, int) for size in shape) else None
+
+
+@torch.no_grad()
+def weight_norms(model: nn.Module) -> dict[str, float]:
+    """Returns the Frobenius norms of a model's linear layers, without those that are quantized, sharded or zero."""
+    weights = {name: getattr(layer, "weight", None) for name, layer in linear_layers(model).items()}
+    norms = {
+        name: torch.linalg.vector_norm(w.data, dtype=torch.float32) for name, w in weights.items() if _is_plain(w)
+    }
+    return {name: norm.item() for name, norm in norms.items() if norm > 0}
+
+
+def _is_plain(weight: torch.Tensor | None) -> bool:
+    # Quantized and sharded weights are of other types or hold integers, offloaded ones are on the meta device.
+    plain = weight is not None and type(weight.data) is torch.Tensor and not weight.is_meta
+    return plain and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
+    """
+    Refuses an update that leaves nothing of the weights it changes, as training from it fails.
+
+    Args:
+        update (`Mapping[str, LoraFactors]`):
+            The update.
+        norms (`Mapping[str, float]`):
+            From [`weight_norms`]; layers without a norm are not judged.
+
+    Raises:
+        AdapterError: It is more than a hundred times as large as the weight of a layer.
+    """
+    for name, factors in update.items():
+        limit = MAX_UPDATE * norms.get(name, math.inf)
+        # The product of the norms bounds the norm of the product at a fraction of the cost.
+        bound = abs(factors.scaling) * factors.A.norm().item() * factors.B.norm().item()
+        if not bound <= limit and (norm := factors.norm()) > limit:
+            raise AdapterError(
+                f"its update of {name} is {norm / norms[name]:.1f} times as large as the weight (Frobenius norms), "
+                f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
+            )
 
 
 def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee | FullTrainee:

@@ -1,5 +1,6 @@
 """The loss of a language model on a batch, row by row, without ever building the logits of the whole batch."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,29 @@ class RowLosses:
     def accuracy(self) -> float:
         """Share of the label tokens that were the most likely ones."""
         return (self.correct.sum() / self.tokens.sum().clamp(min=1)).item()
+
+
+def sum_error(differences: torch.Tensor) -> float:
+    """Returns the standard error of a sum of independent differences; NaN where there are fewer than two."""
+    return differences.std().item() * math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+
+
+def paired_gain(losses: RowLosses, base: RowLosses) -> tuple[float, float]:
+    """
+    Returns by how much a mean loss is below that of the base on the same rows, and the standard error of that.
+
+    Args:
+        losses (`RowLosses`):
+            The losses that are judged.
+        base (`RowLosses`):
+            What they are compared with.
+    """
+    # Where a batch counts as a whole, it is one difference in the place of its first row.
+    counted = (losses.tokens > 0) & (base.tokens > 0)
+    groups = (counted.cumsum(0) - 1).clamp(min=0)
+    differences = torch.zeros(max(1, int(counted.sum())), dtype=base.loss.dtype)
+    differences.index_add_(0, groups, base.loss - losses.loss)
+    return base.mean_loss - losses.mean_loss, sum_error(differences) / base.tokens.sum().clamp(min=1).item()
 
 
 def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: int | None = None) -> RowLosses:

@@ -6,7 +6,6 @@ k updates `delta_i = B_i A_i` of one layer live in the span of their stacked fac
 `C_i = R_b,i R_a,iᵀ`: inner products and norms of the updates are those of the cores (Core Space, arXiv 2509.17786).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,29 +143,41 @@ def truncate_dense(update: torch.Tensor, rank: int, width: int, seed: int = 0) -
     return Truncation(factors, min(1.0, kept))
 
 
-def balance(factors: LoraFactors, ratio: float) -> LoraFactors:
+def balanced(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
     """
-    Move a scalar between the factors so that `||A||_F / ||B||_F` is `ratio`; the update stays the same.
+    Rewrite an update so that it trains like a fresh adapter, whatever the balance of its factors.
 
     Args:
-        factors (`LoraFactors`): Factors to rescale; returned as they are where the update is zero.
-        ratio (`float`): Wanted quotient of the Frobenius norms, positive.
+        update (`LoraFactors`): Update to rewrite.
+        fresh (`torch.Tensor` of shape `(rank, in_features)`): Freshly initialized down projection.
 
     Returns:
-        `LoraFactors`: The same update.
+        `LoraFactors`: The same update with scaling 1.0 and no zero directions; `A` has the norm of as many rows of
+        `fresh`, or that of `B` where these are zero.
     """
-    norm_a, norm_b = _norm(factors.A), _norm(factors.B)
-    if norm_a == 0 or norm_b == 0:
-        return factors
-    move = math.sqrt(ratio * norm_b / norm_a)
-    return LoraFactors(factors.A * move, factors.B / move, factors.scaling)
+    basis, (core,) = shared_cores([update])
+    even = truncate_core(basis, core, update.rank).factors
+    norm_a, norm_fresh = _norm(even.A), _norm(fresh[: even.rank])
+    move = norm_fresh / norm_a if norm_a and norm_fresh else 1.0
+    return LoraFactors(even.A * move, even.B / move, 1.0)
 
 
-def mean_norm_ratio(inputs: Sequence[LoraFactors]) -> float:
-    """Geometric mean of `||A_i||_F / ||B_i||_F` over the inputs whose factors are not zero; 1.0 without any."""
-    norms = [(_norm(f.A), _norm(f.B)) for f in inputs]
-    logs = [math.log(a / b) for a, b in norms if a > 0 and b > 0]
-    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+def trainable(update: LoraFactors, fresh: LoraFactors) -> LoraFactors:
+    """
+    Write an update into a fresh adapter: balanced, with its scaling, and ranks that are not filled stay fresh.
+
+    Args:
+        update (`LoraFactors`): Update to write, of at most the rank of `fresh`.
+        fresh (`LoraFactors`): The fresh adapter.
+
+    Returns:
+        `LoraFactors`: The same update. Where a rank is not filled, the column of `B` is zero.
+    """
+    update = balanced(update, fresh.A)
+    A, B = fresh.A.clone(), torch.zeros_like(fresh.B)
+    A[: update.rank] = update.A.to(A)
+    B[:, : update.rank] = (update.B / fresh.scaling).to(B)
+    return LoraFactors(A, B, fresh.scaling)
 
 
 def _principal_basis(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

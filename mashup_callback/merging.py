@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 
 from .contracts import SPACES, MergeRule, check_merge, merge_methods
 from .factors import Factors, LoraFactors
+from .lowrank import trainable
 from .spaces import ModuleMerge
 
 
@@ -36,7 +37,6 @@ class MergedAdapter:
         factors (`Factors`):
             Merged update per module, float32, scaling 1.0. A module's rank is at most the wanted one and at most the
             numerical rank of the merge (0 for a zero update): ranks beyond it are the trainee's to fill.
-            `||A||_F / ||B||_F` is the geometric mean of the inputs'.
         kept_energy (`Mapping[str, float]`):
             Share of the squared Frobenius norm of the untruncated merge that the factors keep, per module.
         method (`str`): mergekit's method.
@@ -64,6 +64,13 @@ class MergedAdapter:
         kept = {name: factors.norm() ** 2 for name, factors in self.factors.items()}
         total = sum(energy / self.kept_energy[name] for name, energy in kept.items() if energy > 0)
         return sum(kept.values()) / total if total > 0 else 1.0
+
+    def within(self, layers: Collection[str]) -> "MergedAdapter":
+        """Returns the part of the merge in some layers."""
+        factors = {name: update for name, update in self.factors.items() if name in layers}
+        kept = {name: self.kept_energy[name] for name in factors}
+        rank = max((update.rank for update in factors.values()), default=0)
+        return dataclasses.replace(self, factors=factors, kept_energy=kept, rank=rank)
 
 
 def merge_factors(
@@ -153,8 +160,9 @@ def merge_adapters(
         rank (`int`, *optional*):
             Rank of the result; None takes the largest rank of the adapters, per module.
         output_dir (`str` or `Path`, *optional*):
-            Where to save the merge as a peft adapter of one rank; an earlier merge there is replaced, nothing else.
-            Ranks that the merge does not fill get a fresh A and a zero B, so that they can still be trained.
+            Where to save the merge as a peft adapter of one rank, with A as large as a fresh one; an earlier merge there
+            is replaced, nothing else. Ranks that the merge does not fill get a fresh A and a zero B, so that they can
+            still be trained.
 
     Returns:
         `MergedAdapter`: The merge, with `path` set if it was saved.
@@ -210,15 +218,11 @@ def _check_inputs(inputs: Sequence[Factors], weights: Sequence[float], space: st
 
 
 def _trainable(factors: Factors, rank: int, seed: int) -> dict[str, LoraFactors]:
-    """Fill every module to `rank`: fresh rows of A, drawn as peft initialises them, and zero columns of B."""
-    return {name: _filled(f, rank, zlib.crc32(f"{seed}:{name}".encode())) for name, f in factors.items()}
+    """Write every module into fresh factors of `rank`, drawn as peft initializes them."""
+    return {name: trainable(f, _fresh(f, rank, zlib.crc32(f"{seed}:{name}".encode()))) for name, f in factors.items()}
 
 
-def _filled(factors: LoraFactors, rank: int, seed: int) -> LoraFactors:
-    missing = rank - factors.rank
-    bound = 1 / math.sqrt(factors.in_features)
-    fresh = torch.rand(missing, factors.in_features, generator=torch.Generator().manual_seed(seed))
-    fresh = ((2 * fresh - 1) * bound).to(factors.A)
-    A = torch.cat([factors.A, fresh])
-    B = torch.cat([factors.B, factors.B.new_zeros(factors.out_features, missing)], dim=1)
-    return LoraFactors(A, B, factors.scaling)
+def _fresh(like: LoraFactors, rank: int, seed: int) -> LoraFactors:
+    drawn = torch.rand(rank, like.in_features, generator=torch.Generator().manual_seed(seed))
+    A = ((2 * drawn - 1) / math.sqrt(like.in_features)).to(like.A)
+    return LoraFactors(A, A.new_zeros(like.out_features, rank), 1.0)

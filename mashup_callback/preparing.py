@@ -18,7 +18,9 @@ from .distributed import exchange
 from .errors import AdapterError
 from .factors import Factors, LoraFactors
 from .hooks import StackedFactors, empty_stack
+from .layers import refuse_huge, weight_norms
 from .losses import RowLosses
+from .parameters import is_sharded
 from .racing import Score
 from .sampling import Rows
 from .weights import load_update
@@ -86,6 +88,8 @@ class Preparation:
         cached = not sharded and not callable(metric) and self.cache.directory is not None
         self.base = base_fingerprint(model) if cached else None
         self._fingerprints: dict[int, str] = {}
+        # No process has the whole weights of a sharded model.
+        self.norms = {} if is_sharded(model) else weight_norms(model)
 
     def sample(self, part: Rows) -> None:
         """Takes the fingerprint of rows; to be called before they are scored, while their batches are whole."""
@@ -106,7 +110,7 @@ class Preparation:
             return PreparedGroup(members)
         stacked = empty_stack([sources[index].modules for index in unknown])
         for place, index in enumerate(unknown):
-            members[index] = _put(stacked, place, sources[index], members[index])
+            members[index] = self._put(stacked, place, sources[index], members[index])
         return PreparedGroup(members, [factors.to(self.device) for factors in stacked])
 
     def alone(self, source: Any, part: Rows) -> Prepared:
@@ -122,9 +126,25 @@ class Preparation:
 
     def _read(self, source: Any, known: Prepared) -> Prepared:
         try:
-            return replace(known, update=_to(load_update(source), self.device))
+            return replace(known, update=_to(self._load(source), self.device))
         except (AdapterError, OSError, RuntimeError) as error:
             return Prepared(error=error)
+
+    def _put(self, stacked: Sequence[StackedFactors], place: int, source: Any, known: Prepared) -> Prepared:
+        try:
+            update = self._load(source)
+        except (AdapterError, OSError, RuntimeError) as error:
+            # Its place in the stack stays zero and is of no use.
+            return Prepared(error=error)
+        for factors in stacked:
+            factors.put(place, update)
+        return replace(known, place=place)
+
+    def _load(self, source: Any) -> Any:
+        update = load_update(source)
+        if isinstance(source, Adapter):
+            refuse_huge(update, self.norms)
+        return update
 
     def keep(self, prepared: Prepared, losses: RowLosses) -> None:
         """Keeps what was measured for the next run."""
@@ -173,17 +193,6 @@ def _ahead(
     while (pair := coming.result()) is not None:
         coming = pool.submit(following)
         yield pair
-
-
-def _put(stacked: Sequence[StackedFactors], place: int, source: Any, known: Prepared) -> Prepared:
-    try:
-        update = load_update(source)
-    except (AdapterError, OSError, RuntimeError) as error:
-        # Its place in the stack stays zero and is of no use.
-        return Prepared(error=error)
-    for factors in stacked:
-        factors.put(place, update)
-    return replace(known, place=place)
 
 
 def _to(update: Any, device: torch.device) -> Factors | Any:

@@ -10,7 +10,7 @@ import torch
 from .adapters import Adapter
 from .candidates import Candidate
 from .checkpoints import Checkpoint
-from .losses import RowLosses
+from .losses import RowLosses, sum_error
 from .report import Rung
 
 
@@ -141,7 +141,7 @@ def _worse(losses: RowLosses, other: RowLosses, metric: Any) -> bool:
     difference = sums[0] - sums[1]
     if len(difference) < 2:
         return bool(difference.sum() > 0)
-    return bool(difference.mean() > CERTAIN * difference.std() / math.sqrt(len(difference)))
+    return bool(difference.sum() > CERTAIN * sum_error(difference))
 
 
 def joined(parts: Sequence[RowLosses]) -> RowLosses:

@@ -130,6 +130,8 @@ class MashupReport:
         base_loss (`float`, *optional*): Held-out loss of the fresh initialisation.
         merged_loss (`float`, *optional*): Held-out loss of the merge.
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
+        gain (`float`, *optional*): How far below `base_loss` the start is, or the best one that was refused.
+        gain_se (`float`, *optional*): Standard error of the gain over the held-out rows; None if it is unknown.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
         rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
@@ -148,6 +150,8 @@ class MashupReport:
     base_loss: float | None = None
     merged_loss: float | None = None
     single_loss: float | None = None
+    gain: float | None = None
+    gain_se: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
     rungs: tuple[Rung, ...] = ()
     merge: MergeInfo | None = None
@@ -236,12 +240,8 @@ class MashupReport:
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
         again = " (made by an earlier start of this run)" if self.reused else ""
-        table = Table(
-            title=f"mashup: {self.decision}{again}",
-            caption=escape(self.reason),
-            title_justify="left",
-            caption_justify="left",
-        )
+        left = {"title_justify": "left", "caption_justify": "left"}
+        table = Table(title=f"mashup: {self.decision}{again}", caption=escape(self.reason), **left)
         for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
             table.add_column(name, justify=justify, overflow="fold")
         table.add_column("status", overflow="fold")

@@ -149,6 +149,8 @@ class MashupRun:
             base_loss=_finite(verdict.base_loss),
             merged_loss=_finite(verdict.merge.loss),
             single_loss=_finite(verdict.single.loss),
+            gain=_finite(verdict.gain[0]),
+            gain_se=_finite(verdict.gain[1]),
             candidates=candidate_rows(self.scores, weights),
             rungs=rungs(self.scores),
             inputs=self.inputs,

@@ -11,8 +11,6 @@ from .contracts import MergeRule
 from .factors import LoraFactors
 from .lowrank import (
     Truncation,
-    balance,
-    mean_norm_ratio,
     private_rng,
     shared_cores,
     truncate_core,
@@ -47,7 +45,7 @@ class ModuleMerge:
             rank (`int`, *optional*): Largest rank of the result; None takes the largest of the inputs.
 
         Returns:
-            `Truncation`: Factors with the inputs' mean norm ratio, and the share of the merge's energy they keep.
+            `Truncation`: Factors, and the share of the merge's energy they keep.
 
         Raises:
             ValueError: If the shapes differ, or mergekit refuses the inputs.
@@ -58,10 +56,9 @@ class ModuleMerge:
         present = [f for f in owned if f.norm() > 0]
         try:
             with private_rng(zlib.crc32(f"{self.seed}:{name}".encode()), owned[0].A.device):
-                merged = self._merge(inputs, present, owned[0], rank)
+                return self._merge(inputs, present, owned[0], rank)
         except ValueError as error:
             raise ValueError(f"Cannot merge module {name!r}: {error}") from error
-        return Truncation(balance(merged.factors, mean_norm_ratio(present)), merged.kept_energy)
 
     def _merge(
         self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], like: LoraFactors, rank: int

@@ -1,7 +1,6 @@
 """Writing a merge into the adapter that is being trained, in place."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from .distributed import exchange, joint
 from .factors import Factors, LoraFactors
 from .layers import Target, Trainee
+from .lowrank import trainable
 from .model_tensors import FullTrainee
 from .parameters import read_parameters, write_parameters
 from .weights import replace_weights
@@ -43,9 +43,9 @@ def fit(merged: Factors, trainee: Trainee) -> FittedMerge:
     """
     Expresses a merge in the trainee's parameters.
 
-    With the merge's delta weight s·B·A and the trainee's scaling t, the trainee gets √(s/t)·A and √(s/t)·B, which
-    keeps the ratio of their norms. Ranks that the merge does not fill keep the trainee's fresh rows of A and get zero
-    columns of B: with both zero they would never learn.
+    The trainee gets the merge's singular vectors, with the roots of the singular values on either side, and A as large
+    as the fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does
+    not fill keep the trainee's fresh rows of A and get zero columns of B: with both zero they would never learn.
 
     Args:
         merged (`Mapping[str, LoraFactors]`):
@@ -64,19 +64,14 @@ def fit(merged: Factors, trainee: Trainee) -> FittedMerge:
 
 
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
-    A, B = target.A.clone(), torch.zeros_like(target.B)
     if update is None:
-        return LoraFactors(A, B, target.scaling)
+        return LoraFactors(target.A.clone(), torch.zeros_like(target.B), target.scaling)
     if update.rank > target.rank:
         raise ValueError(
             f"The merge has rank {update.rank} in layer {target.name}, the trainee {target.rank}. Merge with "
             "`ranks=trainee.ranks`."
         )
-    ratio = update.scaling / target.scaling
-    root = math.sqrt(abs(ratio))
-    A[: update.rank] = (root * update.A).to(A)
-    B[:, : update.rank] = (math.copysign(root, ratio) * update.B).to(B)
-    return LoraFactors(A, B, target.scaling)
+    return trainable(update, LoraFactors(target.A, target.B, target.scaling))
 
 
 def swap(model: nn.Module, trainee: Trainee | FullTrainee, fitted: "FittedMerge | FittedModel") -> None:

@@ -41,6 +41,10 @@ def test_defaults_are_those_of_the_design():
         ({"max_seconds": -1}, ValueError, "at least 0"),
         ({"max_download_gb": float("inf")}, ValueError, "finite"),
         ({"batch_size": 0}, ValueError, "at least 1"),
+        ({"min_kept_energy": 1.5}, ValueError, "share of at most 1"),
+        ({"min_kept_energy": -0.1}, ValueError, "at least 0"),
+        ({"guard_margin": -1.0}, ValueError, "at least 0"),
+        ({"guard_margin": float("nan")}, ValueError, "finite"),
     ],
     ids=str,
 )

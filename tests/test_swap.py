@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
+from mashup_callback.adapters import load_factors, read_adapter
 from mashup_callback.factors import LoraFactors
 from mashup_callback.layers import find_trainee, linear_layers
-from mashup_callback.swap import fit
-from tests.tiny import llama, lora
+from mashup_callback.swap import fit, swap
+from tests.tiny import llama, lora, save_random_adapter
 
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -36,11 +37,55 @@ def test_fitted_update_is_the_merge(rank, extra, alpha, rslora, scaling):
     fitted = fit({NAME: merged}, trainee).factors
     delta = fitted[NAME].delta()
     assert (delta - merged.delta()).norm() <= 1e-5 * merged.delta().norm()
-    ratio = merged.A.norm() / merged.B.norm()
-    A, B = fitted[NAME].A[:rank], fitted[NAME].B[:, :rank]
-    assert (A.norm() / B.norm()).item() == pytest.approx(ratio.item(), rel=1e-4)
-    assert torch.equal(fitted[NAME].A[rank:], trainee.targets[NAME].A.detach()[rank:])
+    fresh = trainee.targets[NAME].A.detach()
+    assert fitted[NAME].A[:rank].norm().item() == pytest.approx(fresh[:rank].norm().item(), rel=1e-4)
+    assert torch.equal(fitted[NAME].A[rank:], fresh[rank:])
     assert not fitted[NAME].B[:, rank:].any()
+
+
+def losses_from(start, learning_rate, steps=8):
+    """Losses of training the tiny model from an update of each layer."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), lora())
+    trainee = find_trainee(model)
+    swap(model, trainee, fit(start, trainee))
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=learning_rate)
+    tokens = torch.randint(7, 87, (4, 16), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("learning_rate", [2e-4, 1e-2])
+@pytest.mark.parametrize("times", [1 / 30, 30.0, 1000.0])
+def test_an_unbalanced_start_trains_as_the_balanced_one(tmp_path, times, learning_rate):
+    balanced = load_factors(read_adapter(save_random_adapter(tmp_path / "one", 0)))
+    unbalanced = {n: LoraFactors(one.A * times, one.B / times, one.scaling) for n, one in balanced.items()}
+    expected = losses_from(balanced, learning_rate)
+    assert expected[-1] < expected[0]
+    assert losses_from(unbalanced, learning_rate) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [0.0, 2.0])
+def test_an_update_of_zero_leaves_the_trainee_fresh(scaling):
+    trainee = find_trainee(get_peft_model(llama(), lora()))
+    zero = LoraFactors(torch.ones(4, 32), torch.full((32, 4), 0.0 if scaling else 1.0), scaling)
+    found = fit({NAME: zero}, trainee).factors[NAME]
+    assert torch.equal(found.A, trainee.targets[NAME].A) and not found.B.any()
+
+
+def test_a_trainee_with_zero_rows_gets_an_even_balance():
+    trainee = find_trainee(get_peft_model(llama(), lora(r=4)))
+    trainee.targets[NAME].A.data.zero_()
+    merged = update(4)
+    found = fit({NAME: merged}, trainee).factors[NAME]
+    assert (found.delta() - merged.delta()).norm() <= 1e-5 * merged.delta().norm()
+    assert found.A.norm().item() == pytest.approx(2 * found.B.norm().item(), rel=1e-4)
 
 
 def test_layers_without_a_merge_stay_fresh():
