@@ -1,4 +1,4 @@
-"""What the tests share: no network, few threads, and a library of adapters of the tiny model."""
+"""What the tests share: no network, one thread, their spread over processes, and adapters of the tiny model."""
 
 import os
 
@@ -6,20 +6,25 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models are so small that a second thread costs more than it saves.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Every test scores for itself, and nothing is left in the user's cache.
 os.environ["MASHUP_CACHE"] = ""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    import torch
-
-    # The models are so small that a second thread costs more than it saves.
-    torch.set_num_threads(1)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a module's tests in one process, and all runs in processes of their own in one; the longest come first."""
+    groups = {item: "distributed" if "distributed" in item.path.parts else item.module.__name__ for item in items}
+    sizes = Counter(groups.values())
+    items.sort(key=lambda item: (groups[item] != "distributed", -sizes[groups[item]]))
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

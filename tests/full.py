@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from tests.tiny import llama, rows, tokenizer
+from tests.tiny import llama, rows, tokenizer, trainer_settings
 
 
 def save_full(directory: Path, seed: int, steps: int = 30, tied: bool = False, **settings: Any) -> Path:
@@ -41,26 +41,9 @@ def full_trainer(
     train_rows: Any = None,
     **settings: Any,
 ) -> SFTTrainer:
-    arguments = {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "log_level": "warning",
-        "max_length": 32,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-    }
     return SFTTrainer(
         model=llama() if model is None else model,
-        args=SFTConfig(**{**arguments, **settings}),
+        args=SFTConfig(**trainer_settings(output_dir, **{"learning_rate": 1e-4, **settings})),
         train_dataset=rows() if train_rows is None else train_rows,
         processing_class=tokenizer(),
         callbacks=callbacks or [],

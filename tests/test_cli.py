@@ -1,4 +1,4 @@
-"""The `mashup` command, each through a process of its own."""
+"""The `mashup` command, in this process but for what only a process of its own shows."""
 
 import configparser
 import json
@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mashup_callback.candidates import find_candidates
+from mashup_callback.cli import app
 from mashup_callback.config import MashupConfig
 from mashup_callback.without_trainer import finished, publish_merge
 from tests.hub.conftest import hub  # noqa: F401
@@ -20,26 +22,40 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = ("find", "rank", "merge", "push", "show")
 
 
-def mashup(*arguments, cwd, environment=None):
-    """Runs the command offline, or in the environment given, and returns what it left."""
-    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "mashup_callback.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def mashup(*arguments, cwd):
+    """Runs the command offline and returns what it left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments)], prog_name="mashup")
+
+
+def process(*command, **environment):
+    """Runs Python in a process of its own and returns what it left."""
+    environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
 
 
 def output(*arguments, **settings):
     """The JSON that a successful command prints: all of stdout, and nothing that JSON does not know."""
     done = mashup(*arguments, "--json", **settings)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+    assert done.exit_code == 0, done.stderr
+    return strict_json(done.stdout)
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
 
 
 def failure(*arguments, **settings):
     """The one line in which a command fails."""
     done = mashup(*arguments, **settings)
-    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
-    line = done.stderr.splitlines()[-1]
+    assert isinstance(done.exception, SystemExit), done.exception
+    return error_line(done.exit_code, done.stderr)
+
+
+def error_line(code, stderr):
+    assert (code, "Traceback" in stderr) == (1, False), stderr
+    line = stderr.splitlines()[-1]
     assert line.startswith("mashup: error: ")
     return line
 
@@ -86,11 +102,31 @@ def expected_losses(world, kind):
 def test_help_shows_an_example_of_every_command(tmp_path):
     for command in COMMANDS:
         done = mashup(command, "--help", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.exit_code, done.stderr) == (0, "")
         assert f"Example: mashup {command} " in done.stdout
         assert "--json" in done.stdout
     done = mashup("--help", cwd=tmp_path)
     assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['mashup', '--help']\n"
+        "try: runpy.run_module('mashup_callback.cli', run_name='__main__')\n"
+        "finally: print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    done = process("-c", code)
+    assert done.returncode == 0 and "Usage: mashup" in done.stdout
+    assert "typer" in done.stderr.split()
+    assert not {"torch", "transformers", "peft", "trl", "datasets", "mergekit"} & {*done.stderr.split()}
+
+
+def test_stdout_of_a_process_is_the_result_alone(world):
+    arguments = ("rank", world / "base", "--dataset", world / "text.jsonl", world / "runs/a1", "--sample-size=4")
+    done = process("-m", "mashup_callback.cli", *map(str, arguments), "--json")
+    assert done.returncode == 0, done.stderr
+    assert strict_json(done.stdout) == output(*arguments, cwd=world)
 
 
 def test_entry_point_leads_to_the_command():
@@ -115,7 +151,7 @@ def test_rank_scores_as_training_would(world, kind, dataset):
 
 def test_rank_for_people_and_with_nothing_to_rank(world):
     done = mashup("rank", "base", "--dataset=pairs", "--sample-size=4", "runs/a1", cwd=world)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "runs/a1" in done.stdout
     assert "the base model alone: 4." in done.stdout
     line = failure("rank", "base", "--dataset=text.jsonl", "other", cwd=world)
@@ -202,7 +238,7 @@ def test_a_failure_is_one_line_and_a_status(world, arguments, words):
 
 def test_wrong_usage_is_told_apart(tmp_path):
     done = mashup("find", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.exit_code, done.stdout) == (2, "")
     assert "Missing argument 'MODEL'" in done.stderr
 
 
@@ -211,10 +247,33 @@ def test_find_merge_and_push_on_the_hub(world, hub, tmp_path):  # noqa: F811
     for seed in (1, 2):
         files = {path.name: path.read_bytes() for path in (world / f"runs/a{seed}").iterdir()}
         hub.seed(f"acme/a{seed}", files | {"README.md": b"---\nbase_model: acme/base\nlibrary_name: peft\n---\n"})
+    specs, target = ("runs/a1", "acme/a2"), str(tmp_path / "merged")
+    commands = [
+        ("find", "base", "runs/a1", "other", "hub:author=acme", "--base-model=acme/base", "--json"),
+        ("merge", *specs, "-o", target, "--base-model=acme/base", "--json"),
+        ("push", target, "acme/start", "--json"),
+        ("find", "base", "hub:author=acme", "--base-model=acme/base", "--json"),
+        ("push", target, "nobody/x"),
+    ]
+    # huggingface_hub reads its settings when it is imported.
+    code = (
+        "import json, sys; from typer.testing import CliRunner; from mashup_callback.cli import app\n"
+        "done = [CliRunner().invoke(app, each) for each in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([(each.exit_code, each.stdout, each.stderr) for each in done]))"
+    )
     environment = hub.environment(tmp_path / "hf", hub.user("alice", ["acme"]))
-    at_hub = {"cwd": world, "environment": environment}
-    find = ("find", "base", "runs/a1", "other", "hub:author=acme", "--base-model=acme/base")
-    found = output(*find, **at_hub)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=world,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    *successes, refused = json.loads(done.stdout.splitlines()[-1])
+    assert [code for code, _, _ in successes] == [0] * 4, successes
+    found, merged, pushed, again = (strict_json(stdout) for _, stdout, _ in successes)
     rows = {row["name"]: row for row in found["candidates"]}
     assert list(rows) == ["runs/a1", "other", "acme/a1", "acme/a2"]
     assert rows["runs/a1"]["bytes"] == (world / "runs/a1/adapter_model.safetensors").stat().st_size
@@ -224,17 +283,16 @@ def test_find_merge_and_push_on_the_hub(world, hub, tmp_path):  # noqa: F811
         (None, None, 40)
     ] * 2
     assert found["hub"]["requests"] > 0
-    weights = [request for request in hub.requests if "adapter_model.safetensors" in request.path]
-    assert [request.range for request in weights if request.method == "GET"] == ["bytes=0-131071"] * 2
+    weights = [item for item in hub.requests if "adapter_model.safetensors" in item.path and item.method == "GET"]
+    # The search reads headers only, before anything else.
+    assert [request.range for request in weights[:2]] == ["bytes=0-131071"] * 2
+    whole = [request.path for request in weights if request.range is None]
+    assert whole and all("acme/a2" in path for path in whole)
 
-    specs = ("runs/a1", "acme/a2")
-    merged = output("merge", *specs, "-o", tmp_path / "merged", "--base-model=acme/base", **at_hub)
     revisions = [(row["name"], row["revision"]) for row in merged["candidates"]]
     assert revisions == [(name, rows[name]["revision"]) for name in specs]
-    pushed = output("push", tmp_path / "merged", "acme/start", **at_hub)
     assert pushed["url"].startswith(f"{hub.url}/acme/start/commit/")
     weights = (tmp_path / "merged/adapter_model.safetensors").read_bytes()
     assert hub.files("acme/start")["adapter_model.safetensors"] == weights
-    again = output("find", "base", "hub:author=acme", "--base-model=acme/base", **at_hub)
     assert {row["name"]: row["reason"] for row in again["candidates"]}["acme/start"] is None
-    assert "HTTP status 403" in failure("push", tmp_path / "merged", "nobody/x", **at_hub)
+    assert "HTTP status 403" in error_line(*refused[::2])

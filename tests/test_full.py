@@ -25,20 +25,21 @@ from tests.full import full_trainer, same, save_models, weights
 from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """Three trained checkpoints, each in several shards."""
+    return save_models(tmp_path_factory.mktemp("untied"), 3)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def tied(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, tied):
-    """Three trained checkpoints, each in several shards."""
-    return save_models(tmp_path_factory.mktemp("full"), 3, tied=tied)
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("untied"), 3)
+def models(tmp_path_factory, tied, untied):
+    """The checkpoints, or some whose head is their embeddings."""
+    return save_models(tmp_path_factory.mktemp("tied"), 3, tied=True) if tied else untied
 
 
 def batch(seed=0):
@@ -62,14 +63,16 @@ def run_mergekit(recipes):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("tied", "settings"),
     [
-        {},
-        {"merge_method": "ties", "merge_parameters": {"density": 0.5}},
-        {"merge_method": "slerp", "top_k": 2},
-        {"merge_method": "karcher", "top_k": "auto"},
-        {"dry_run": True},
+        (False, {}),
+        (True, {}),
+        (False, {"merge_method": "ties", "merge_parameters": {"density": 0.5}}),
+        (False, {"merge_method": "slerp", "top_k": 2}),
+        (False, {"merge_method": "karcher", "top_k": "auto"}),
+        (False, {"dry_run": True}),
     ],
+    indirect=["tied"],
     ids=str,
 )
 def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, models, tied, settings):
@@ -86,12 +89,12 @@ def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, models, tied, setting
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mashup"]
 
 
-def test_the_published_recipe_gives_the_published_model(tmp_path, models, tied):
-    callback = MashupCallback(str(models / "model-*"), guard=False, merge_method="ties", top_k=3)
-    full_trainer(tmp_path / "out", callbacks=[callback], model=llama(tie_word_embeddings=tied)).train()
+def test_the_published_recipe_gives_the_published_model(tmp_path, untied):
+    callback = MashupCallback(str(untied / "model-*"), guard=False, merge_method="ties", top_k=3)
+    full_trainer(tmp_path / "out", callbacks=[callback]).train()
     recipe = yaml.safe_load((tmp_path / "out/mashup/mergekit.yaml").read_text())
     base = tmp_path / "base"
-    llama(tie_word_embeddings=tied).save_pretrained(base)
+    llama().save_pretrained(base)
     recipe["base_model"] = {"model": {"path": str(base)}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run_mergekit([tmp_path / "recipe.yaml"])
@@ -128,21 +131,18 @@ def test_merges_are_mergekits_own_byte_for_byte(tmp_path, models, tied):
     assert len(contents) == len(methods)
 
 
-def test_scratch_is_bit_identical_to_no_callback(tmp_path, models, tied, library):
+def test_scratch_is_bit_identical_to_no_callback(tmp_path, untied, library):
     for seed in range(3):
         # What unlearns: the logits with the other sign.
-        model = LlamaForCausalLM.from_pretrained(models / f"model-{seed}")
+        model = LlamaForCausalLM.from_pretrained(untied / f"model-{seed}")
         with torch.no_grad():
             model.model.norm.weight.mul_(-3)
         model.save_pretrained(tmp_path / f"runs/{seed}", max_shard_size="20KB")
-    if not tied:
-        # The library's adapters are of the untied model.
-        for seed in range(3):
-            save_scaled_adapter(tmp_path / f"runs/adapter-{seed}", library / f"trained-{seed}", -1.0)
+        save_scaled_adapter(tmp_path / f"runs/adapter-{seed}", library / f"trained-{seed}", -1.0)
     callback = MashupCallback(str(tmp_path / "runs/*"), on_error="raise")
-    trainer = full_trainer(tmp_path / "with", callbacks=[callback], model=llama(tie_word_embeddings=tied))
+    trainer = full_trainer(tmp_path / "with", callbacks=[callback])
     trainer.train()
-    alone = full_trainer(tmp_path / "without", model=llama(tie_word_embeddings=tied))
+    alone = full_trainer(tmp_path / "without")
     alone.train()
     assert callback.report.decision == "scratch"
     assert {row.status for row in callback.report.candidates} <= {"scored", "eliminated"}
@@ -160,11 +160,11 @@ def test_scoring_leaves_every_bit(models, tied, dtype):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
 
-def test_scores_are_those_of_the_loaded_models(models, tied):
-    [score] = score_candidates(llama(tie_word_embeddings=tied), [models / "model-1"], [batch()])
-    expected = loss_of(LlamaForCausalLM.from_pretrained(models / "model-1"))
+def test_scores_are_those_of_the_loaded_models(untied):
+    [score] = score_candidates(llama(), [untied / "model-1"], [batch()])
+    expected = loss_of(LlamaForCausalLM.from_pretrained(untied / "model-1"))
     assert score.loss == pytest.approx(expected, abs=1e-6)
-    assert abs(loss_of(llama(tie_word_embeddings=tied)) - expected) > 0.01
+    assert abs(loss_of(llama()) - expected) > 0.01
 
 
 def test_a_failure_within_gives_the_weights_back(untied):

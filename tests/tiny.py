@@ -139,16 +139,9 @@ def save_scaled_adapter(directory: Path, source: Path, factor: float) -> Path:
     return Path(directory)
 
 
-def sft_trainer(
-    output_dir: Path,
-    *,
-    callbacks: list[TrainerCallback] | None = None,
-    model: Any = None,
-    train_rows: Any = None,
-    peft_config: LoraConfig | None = None,
-    **settings: Any,
-) -> SFTTrainer:
-    arguments = {
+def trainer_settings(output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Arguments of a short run on a CPU that logs the loss of every step, with some of them changed."""
+    settings = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 4,
         "max_steps": 3,
@@ -165,11 +158,23 @@ def sft_trainer(
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
+    return {**settings, **changes}
+
+
+def sft_trainer(
+    output_dir: Path,
+    *,
+    callbacks: list[TrainerCallback] | None = None,
+    model: Any = None,
+    train_rows: Any = None,
+    peft_config: LoraConfig | None = None,
+    **settings: Any,
+) -> SFTTrainer:
     model = llama() if model is None else model
     has_adapter = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**{**arguments, **settings}),
+        args=SFTConfig(**trainer_settings(output_dir, **settings)),
         train_dataset=rows() if train_rows is None else train_rows,
         processing_class=tokenizer(),
         peft_config=None if has_adapter else (peft_config or lora()),

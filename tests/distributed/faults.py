@@ -1,8 +1,9 @@
 """What the tests break in one process of a run: the code under test, or the world around it."""
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +19,17 @@ import mashup_callback.tiling
 from mashup_callback.errors import AdapterError
 
 
-def install(fault: str | None, rank: int) -> None:
+_REPLACED: list[tuple[Any, str, Any]] = []
+
+
+@contextlib.contextmanager
+def installed(fault: str | None, rank: int) -> Iterator[None]:
+    """Breaks something, and mends it afterwards for the next case."""
     if fault is not None:
         FAULTS[fault](rank)
+    yield
+    while _REPLACED:
+        setattr(*_REPLACED.pop())
 
 
 def unreadable(rank: int) -> None:
@@ -54,7 +63,7 @@ def scoring_raises(rank: int) -> None:
         return original(*args, **kwargs)
 
     # Each candidate is scored alone.
-    mashup_callback.tiling.CPU_TOKENS = 0
+    _replace(mashup_callback.tiling, "CPU_TOKENS", 0)
     original = _replace(mashup_callback.scoring, "evaluate", evaluate)
 
 
@@ -125,8 +134,9 @@ def no_master(rank: int) -> None:
     _replace(mashup_callback.parameters, "_has_master", lambda parameter: False)
 
 
-def _replace(module: Any, name: str, value: Callable) -> Callable:
+def _replace(module: Any, name: str, value: Any) -> Any:
     original = getattr(module, name)
+    _REPLACED.append((module, name, original))
     setattr(module, name, value)
     return original
 

@@ -1,6 +1,5 @@
 """The ways to spread a training run over processes: what the Trainer's arguments and the model are in each."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from tests.tiny import llama
 SHIMMED = ("fsdp1", "fsdp2", "fsdp2-whole", "zero1", "zero2", "zero3")
 
 
-def trainer_settings(mode: str, world: int) -> dict[str, Any]:
+def mode_settings(mode: str, world: int) -> dict[str, Any]:
     if world == 1:
         return {"use_cpu": True}
     if mode.startswith("fsdp"):
@@ -53,12 +52,12 @@ def prepare(mode: str, world: int) -> None:
         deepspeed.init_distributed(dist_backend="gloo")
 
 
-def build_model(mode: str, world: int, base: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+def build_model(mode: str, world: int, base: str, dtype: torch.dtype, full: bool = False) -> LlamaForCausalLM:
     if mode == "native" and world > 1:
         from transformers.distributed import DistributedConfig
 
         config = DistributedConfig(fsdp_size=world)
         return LlamaForCausalLM.from_pretrained(base, dtype=dtype, distributed_config=config)
-    if mode == "zero3" and world > 1:
+    if full or (mode == "zero3" and world > 1):
         return LlamaForCausalLM.from_pretrained(base, dtype=dtype)
     return llama().to(dtype)

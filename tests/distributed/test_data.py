@@ -2,8 +2,17 @@
 
 import pytest
 
+from tests.distributed.launching import case
+
 
 CALLBACK = {"batch_size": 4}
+STREAM = {"data": "stream", "callback": {**CALLBACK, "sample_size": 10}}
+DISPATCHED = {"accelerator_config": {"dispatch_batches": True}, "pad_to_multiple_of": 32}
+DRAWING = {"lora_config": {"lora_dropout": 0.3}, "trainer": {"train_sampling_strategy": "group_by_length"}}
+
+
+def one(**settings):
+    return pytest.mark.parametrize("run", [case(**settings)], indirect=True, ids=str)
 
 
 def rows_scored(run):
@@ -16,33 +25,39 @@ def check_agreement(run):
     assert run.ranks[0]["report"]["decision"] in ("merged", "single")
 
 
-def test_stream_is_sampled_as_in_one_process(start):
-    settings = {"data": "stream", "callback": {**CALLBACK, "sample_size": 10}}
-    together, alone = start(**settings), start(world=1, **settings)
-    check_agreement(together)
-    for one, other in zip(sorted(rows_scored(together)), sorted(rows_scored(alone)), strict=True):
-        assert one[0] == other[0] and one[1] == pytest.approx(other[1], abs=1e-5)
-    assert together.losses[0] == pytest.approx(alone.losses[0], abs=1e-5)
+@one(**STREAM)
+def test_stream_is_sampled_as_in_one_process(run, train_here):
+    alone = train_here(**STREAM)
+    check_agreement(run)
+    for (name, loss), (alone_name, alone_loss) in zip(
+        sorted(rows_scored(run)), sorted(rows_scored(alone)), strict=True
+    ):
+        assert name == alone_name and loss == pytest.approx(alone_loss, abs=1e-5)
+    assert run.losses[0] == pytest.approx(alone.losses[0], abs=1e-5)
 
 
-def test_shards_of_a_stream_give_every_process_the_same_sample(start):
-    run = start(data="shards", callback={**CALLBACK, "sample_size": 9})
+@one(data="shards", callback={**CALLBACK, "sample_size": 9})
+def test_shards_of_a_stream_give_every_process_the_same_sample(run):
     check_agreement(run)
     # Rows that do not come out even, neither in halves nor over the processes.
     assert {row["rows"] for row in run.ranks[0]["report"]["candidates"]} == {5}
 
 
-def test_batches_dispatched_by_the_main_process(start):
-    settings = {"accelerator_config": {"dispatch_batches": True}, "pad_to_multiple_of": 32}
-    check_agreement(start(trainer=settings, callback={**CALLBACK, "sample_size": 15}))
+@one(trainer=DISPATCHED, callback={**CALLBACK, "sample_size": 15})
+def test_batches_dispatched_by_the_main_process(run):
+    check_agreement(run)
 
 
-def test_scratch_is_bit_identical_to_no_callback(start):
-    settings = {"lora": {"lora_dropout": 0.3}, "trainer": {"train_sampling_strategy": "group_by_length"}}
-    scratch = start(fault="guard_refuses", callback=CALLBACK, **settings)
-    without = start(callback=None, **settings)
-    assert scratch.ranks[0]["report"]["decision"] == "scratch"
-    assert scratch.ranks[0]["report"]["merged_loss"] is not None
-    for one, other in zip(scratch.ranks, without.ranks, strict=True):
-        assert one["losses"] == other["losses"]
-        assert one["trained"] == other["trained"]
+@pytest.mark.parametrize(
+    ("run", "other"),
+    [(case(fault="guard_refuses", callback=CALLBACK, **DRAWING), case(**DRAWING))],
+    indirect=True,
+    ids=str,
+)
+def test_scratch_is_bit_identical_to_no_callback(run, other):
+    assert run.ranks[0]["report"]["decision"] == "scratch"
+    assert run.ranks[0]["report"]["merged_loss"] is not None
+    assert other.ranks[0]["report"] is None
+    for scratch, without in zip(run.ranks, other.ranks, strict=True):
+        assert scratch["losses"] == without["losses"]
+        assert scratch["trained"] == without["trained"]

@@ -2,10 +2,22 @@
 
 import pytest
 
+from tests.distributed.launching import case
+
 
 CALLBACK = {"batch_size": 4}
-# Starting takes half of it on a busy machine.
-LIMIT = 60
+RAISES = {**CALLBACK, "on_error": "raise"}
+# Seconds for a case on a busy machine; starting takes as many.
+LIMIT = 30
+
+
+def broken(mode, fault, slow=False, callback=CALLBACK, **settings):
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(case(mode, fault=fault, callback=callback, **settings), marks=marks, id=f"{mode}-{fault}")
+
+
+def by_case(*cases):
+    return pytest.mark.parametrize("run", cases, indirect=True)
 
 
 def statuses(run):
@@ -19,24 +31,27 @@ def check_agreement(run):
     assert run.ranks[0]["losses"] == run.ranks[1]["losses"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "fault"),
-    [("ddp", "missing"), ("native", "unreadable"), pytest.param("ddp", "unreadable", marks=pytest.mark.slow)],
-)
-def test_candidate_that_one_process_cannot_read(start, mode, fault):
-    run = start(mode=mode, callback={**CALLBACK, "on_error": "raise"}, fault=fault)
+def check_read(run):
     check_agreement(run)
     found = statuses(run)
     assert found["trained-1"] == ("scored", None)
-    # In DDP, process 1 may not be the one that reads this candidate's tensors.
-    if (mode, fault) != ("ddp", "unreadable"):
-        status, reason = found["trained-0"]
-        assert status == "rejected" and reason.startswith("process 1: ")
+    return found["trained-0"]
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("native", marks=pytest.mark.slow)])
-def test_process_that_raises_in_scoring(start, mode):
-    run = start(mode=mode, callback=CALLBACK, fault="scoring_raises")
+@by_case(broken("ddp", "missing", callback=RAISES), broken("native", "unreadable", callback=RAISES))
+def test_candidate_that_one_process_cannot_read(run):
+    status, reason = check_read(run)
+    assert status == "rejected" and reason.startswith("process 1: ")
+
+
+@by_case(broken("ddp", "unreadable", callback=RAISES, slow=True))
+def test_candidate_that_one_process_of_ddp_cannot_read(run):
+    # Process 1 may not be the one that reads this candidate's tensors.
+    check_read(run)
+
+
+@by_case(broken("ddp", "scoring_raises"), broken("native", "scoring_raises", slow=True))
+def test_process_that_raises_in_scoring(run):
     assert run.seconds < LIMIT
     check_agreement(run)
     assert run.ranks[0]["report"]["decision"] == "scratch"
@@ -44,22 +59,23 @@ def test_process_that_raises_in_scoring(start, mode):
     assert "a defect on process 1" in run.ranks[0]["report"]["reason"]
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("native", marks=pytest.mark.slow)])
-def test_process_that_raises_ends_all_where_the_user_wants_that(start, mode):
-    run = start(mode=mode, callback={**CALLBACK, "on_error": "raise"}, fault="scoring_raises", ok=False)
-    assert run.code != 0 and not run.ranks and run.seconds < LIMIT
+@by_case(
+    broken("ddp", "scoring_raises", callback=RAISES, ends=True),
+    broken("native", "scoring_raises", callback=RAISES, ends=True, slow=True),
+)
+def test_process_that_raises_ends_all_where_the_user_wants_that(run):
+    assert run.code != 0 and not run.ranks and run.seconds < 2 * LIMIT
     assert "a defect on process 1" in run.output
 
 
-def test_sharded_model_goes_on_when_one_process_fails_on_its_rows(start):
-    run = start(mode="fsdp2", callback=CALLBACK, fault="batch_raises")
+@by_case(broken("fsdp2", "batch_raises"))
+def test_sharded_model_goes_on_when_one_process_fails_on_its_rows(run):
     assert run.seconds < LIMIT
     assert {status for status, _ in statuses(run).values()} == {"failed"}
     assert all("process 1 chokes on its rows" in reason for _, reason in statuses(run).values())
     assert run.ranks[0]["report"]["decision"] == "scratch" and len(run.losses) == 3
 
 
-@pytest.mark.parametrize("fault", ["killed", "forward_raises"])
-def test_process_that_cannot_go_on_takes_the_others_along(start, fault):
-    run = start(mode="fsdp2", callback=CALLBACK, fault=fault, ok=False)
-    assert run.code != 0 and not run.ranks and run.seconds < LIMIT
+@by_case(broken("fsdp2", "killed", ends=True), broken("fsdp2", "forward_raises", ends=True))
+def test_process_that_cannot_go_on_takes_the_others_along(run):
+    assert run.code != 0 and not run.ranks and run.seconds < 2 * LIMIT

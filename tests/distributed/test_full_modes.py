@@ -1,71 +1,60 @@
 """Full fine-tuning on several processes: what training starts from is what the merge on disk holds."""
 
 import importlib.util
-import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import ROOT, _environment, torchrun
-from tests.distributed.modes import SHIMMED
-from tests.full import save_models
-from tests.tiny import llama
+from tests.distributed.launching import case
 
 
+FULL = {"trains": "full", "trainer": {"learning_rate": 1e-4}}
+ALWAYS, SLOW = ("ddp", "native", "fsdp2"), ("fsdp1", "zero3")
 has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-MODES = ["ddp", "native", "fsdp2", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fsdp1", "zero3"))]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def world(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    save_models(directory, 2, tied=request.param)
-    llama(tie_word_embeddings=request.param).save_pretrained(directory / "base")
-    return directory
+def merged(mode, library, method):
+    callback = {"on_error": "raise", "guard": False, "merge_method": method, "top_k": 2}
+    return case(mode, library=library, callback=callback, **FULL)
 
 
-def run(directory: Path, mode: str, count: int, base: Path, candidates: str | None, **callback) -> list[dict]:
-    directory.mkdir()
-    values = {
-        "mode": mode,
-        "world": count,
-        "shim": count > 1 and mode in SHIMMED,
-        "directory": str(directory),
-        "base": str(base),
-        "candidates": candidates,
-        "callback": callback,
-    }
-    command = torchrun(values, count, "full_worker")
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **_environment()}, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
+def looked_and_plain(mode, library):
+    callback = {"on_error": "raise", "guard": False, "dry_run": True}
+    return case(mode, library=library, callback=callback, **FULL), case(mode, library=library, **FULL)
 
 
-def skip_without_deepspeed(mode):
-    if mode == "zero3" and not has_deepspeed:
-        pytest.skip("deepspeed is not installed")
+def marks(mode):
+    without = pytest.mark.skipif(mode == "zero3" and not has_deepspeed, reason="deepspeed is not installed")
+    return [without, *([] if mode in ALWAYS else [pytest.mark.slow])]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
-def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, world, mode, method):
-    skip_without_deepspeed(mode)
-    candidates = str(world / "model-*")
-    ranks = run(tmp_path / "run", mode, 2, world / "base", candidates, guard=False, merge_method=method, top_k=2)
-    assert {rank["decision"] for rank in ranks} == {"merged"}
-    [alone] = run(tmp_path / "alone", "ddp", 1, tmp_path / "run/out/mashup", None)
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(merged(mode, library, method), marks=marks(mode), id=f"{library}-{method}-{mode}")
+        for library in ("untied", "tied")
+        for method in ("linear", "task_arithmetic")
+        for mode in ALWAYS + SLOW
+    ],
+    indirect=True,
+)
+def test_first_loss_is_that_of_the_merge_on_disk(run, train_here):
+    assert {rank["report"]["decision"] for rank in run.ranks} == {"merged"}
+    alone = train_here(base=str(run.directory / "out/mashup"), **FULL)
     # The Trainer logs the same rows' mean; two processes each see half of them.
-    assert ranks[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-    assert ranks[0]["losses"][0] == pytest.approx(alone["losses"][0], abs=1e-6)
+    assert run.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert run.losses[0] == pytest.approx(alone.losses[0], abs=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fsdp1", "fsdp2", "zero3"])
-def test_scoring_leaves_the_sharded_weights_as_they_were(tmp_path, world, mode):
-    skip_without_deepspeed(mode)
-    looked = run(tmp_path / "looked", mode, 2, world / "base", str(world / "model-*"), guard=False, dry_run=True)
-    plain = run(tmp_path / "plain", mode, 2, world / "base", None)
-    assert looked[0]["decision"] == "merged"
-    assert [rank["losses"] for rank in looked] == [rank["losses"] for rank in plain]
+@pytest.mark.parametrize(
+    ("run", "other"),
+    [
+        pytest.param(*looked_and_plain(mode, library), marks=marks(mode), id=f"{library}-{mode}")
+        for library in ("untied", "tied")
+        for mode in ("fsdp1", "fsdp2", "zero3")
+    ],
+    indirect=True,
+)
+def test_scoring_leaves_the_sharded_weights_as_they_were(run, other):
+    assert run.ranks[0]["report"]["decision"] == "merged"
+    assert [rank["losses"] for rank in run.ranks] == [rank["losses"] for rank in other.ranks]

@@ -12,8 +12,19 @@ import math
 
 import pytest
 
+from tests.distributed.launching import case
+
 
 CALLBACK = {"batch_size": 4}
+# Its loss decides nothing here: whether these candidates help it is another question.
+DPO = {"trains": "dpo", "callback": {**CALLBACK, "guard": False, "on_error": "raise"}}
+# bfloat16 keeps 8 bits, and the two runs round in different places.
+BFLOAT16 = {"callback": CALLBACK, "dtype": "bfloat16"}
+
+
+def plain(*modes, **settings):
+    cases = [case(mode, callback=CALLBACK, **settings) for mode in modes]
+    return pytest.mark.parametrize("run", cases, indirect=True, ids=str)
 
 
 def check_same(run, alone, tolerance=1e-5):
@@ -27,8 +38,8 @@ def check_same(run, alone, tolerance=1e-5):
     assert run.ranks[0]["saved_difference"] == 0.0
 
 
-def test_ddp(start, alone):
-    run = start(mode="ddp", callback=CALLBACK)
+@plain("ddp")
+def test_ddp(run, alone):
     check_same(run, alone)
     assert run.ranks[0]["kind"] == "MULTI_CPU"
     losses = [row["loss"] for row in run.ranks[0]["report"]["candidates"]]
@@ -41,10 +52,9 @@ def test_ddp(start, alone):
     assert sum(rank["rows"] for rank in run.ranks) == rows
 
 
-def test_bound_trainer_in_ddp(start):
-    # Its loss decides nothing here: whether these candidates help it is another question.
-    settings = {"trains": "dpo", "callback": {**CALLBACK, "guard": False, "on_error": "raise"}}
-    run, alone = start(mode="ddp", **settings), start(world=1, **settings)
+@pytest.mark.parametrize("run", [case(**DPO)], indirect=True, ids=str)
+def test_bound_trainer_in_ddp(run, train_here):
+    alone = train_here(**DPO)
     check_same(run, alone)
     losses, alone_losses = (
         {row["name"]: row["loss"] for row in each.ranks[0]["report"]["candidates"]} for each in (run, alone)
@@ -55,48 +65,50 @@ def test_bound_trainer_in_ddp(start):
     assert len(set(losses.values())) > 1 and run.ranks[0]["report"]["merged_loss"] != pytest.approx(math.log(2))
 
 
-def test_fsdp2_of_transformers(start, alone):
-    check_same(start(mode="native", callback=CALLBACK), alone)
+@plain("native")
+def test_fsdp2_of_transformers(run, alone):
+    check_same(run, alone)
 
 
-@pytest.mark.parametrize("mode", ["fsdp1", "fsdp2", "fsdp2-whole"])
-def test_fsdp_of_accelerate(start, alone, mode):
-    run = start(mode=mode, callback=CALLBACK)
+@plain("fsdp1", "fsdp2", "fsdp2-whole")
+def test_fsdp_of_accelerate(run, alone):
     assert run.ranks[0]["kind"] == "FSDP"
     check_same(run, alone)
 
 
-def test_write_on_the_main_process_only_is_seen_by_these_tests(start, alone):
-    run = start(callback=CALLBACK, fault="writes_on_main_only")
+@plain("ddp", fault="writes_on_main_only")
+def test_write_on_the_main_process_only_is_seen_by_these_tests(run, alone):
     with pytest.raises(AssertionError):
         check_same(run, alone)
     assert run.ranks[0]["held"] != run.ranks[1]["held"]
 
 
-def test_different_weights_on_the_processes_raise(start):
-    run = start(callback={**CALLBACK, "on_error": "raise"}, fault="other_values", ok=False)
+@pytest.mark.parametrize(
+    "run",
+    [case(callback={**CALLBACK, "on_error": "raise"}, fault="other_values", ends=True)],
+    indirect=True,
+    ids=str,
+)
+def test_different_weights_on_the_processes_raise(run):
     assert run.code != 0
     assert "differ from those of process 0" in run.output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["zero1", "zero2", "zero3"])
-def test_zero(start, alone, mode):
-    run = start(mode=mode, callback=CALLBACK)
+@plain("zero1", "zero2", "zero3")
+def test_zero(run, alone):
     assert run.ranks[0]["kind"] == "DEEPSPEED"
     check_same(run, alone)
 
 
 @pytest.mark.slow
-def test_zero2_in_bfloat16(start):
-    # bfloat16 keeps 8 bits, and the two runs round in different places.
-    settings = {"callback": CALLBACK, "dtype": "bfloat16"}
-    check_same(start(mode="zero2", **settings), start(world=1, **settings), tolerance=2e-2)
+@pytest.mark.parametrize("run", [case("zero2", **BFLOAT16)], indirect=True, ids=str)
+def test_zero2_in_bfloat16(run, train_here):
+    check_same(run, train_here(**BFLOAT16), tolerance=2e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["zero1", "zero3"])
-def test_zero_without_its_masters_is_seen_by_these_tests(start, alone, mode):
-    run = start(mode=mode, callback=CALLBACK, fault="no_master")
+@plain("zero1", "zero3", fault="no_master")
+def test_zero_without_its_masters_is_seen_by_these_tests(run, alone):
     with pytest.raises(AssertionError):
         check_same(run, alone)

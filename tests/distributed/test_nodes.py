@@ -13,7 +13,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def repositories(hub, library, start):
+def repositories(hub, library):
     names = [f"acme/{path.parent.name}" for path in sorted(library.glob(f"*/{WEIGHTS}"))]
     for name in names:
         files = {path.name: path.read_bytes() for path in (library / name.split("/")[1]).iterdir()}
@@ -21,8 +21,9 @@ def repositories(hub, library, start):
     return names
 
 
-def test_two_nodes_with_a_file_system_each(hub, library, repositories, alone, tmp_path):
-    nodes = launch_nodes(tmp_path, library, repositories, hub.environment(tmp_path / "home"))
+def test_two_nodes_with_a_file_system_each(hub, places, repositories, alone, tmp_path):
+    settings = {**places("adapters"), "candidates": repositories}
+    nodes = launch_nodes(tmp_path, settings, hub.environment(tmp_path / "home"))
     for run in nodes:
         for rank in run.ranks:
             assert rank["losses"] == pytest.approx(alone.losses, abs=1e-5)
