@@ -161,7 +161,7 @@ def merge_adapters(
             Rank of the result; None takes the largest rank of the adapters, per module.
         output_dir (`str` or `Path`, *optional*):
             Where to save the merge as a peft adapter of one rank, with A as large as a fresh one; an earlier merge
-            there is replaced, nothing else. Ranks that it does not fill get a fresh A and a zero B, and can be trained.
+            there is replaced, nothing else. Ranks that it does not fill get a fresh A and a zero B.
 
     Returns:
         `MergedAdapter`: The merge, with `path` set if it was saved.

@@ -141,8 +141,6 @@ class MashupReport:
         hub (`dict[str, float]`): Traffic with the Hub: requests, bytes received, and seconds that it took.
         config (`dict`): The settings.
         environment (`dict`): Versions and hardware.
-        inputs (`str`, *optional*): Fingerprint of all that it depends on; None where that cannot be told.
-        reused (`bool`): Whether an earlier start of the run made it, and this one found it.
     """
 
     decision: str
@@ -161,8 +159,6 @@ class MashupReport:
     hub: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    inputs: str | None = None
-    reused: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -239,9 +235,8 @@ class MashupReport:
 
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
-        again = " (made by an earlier start of this run)" if self.reused else ""
         left = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(title=f"mashup: {self.decision}{again}", caption=escape(self.reason), **left)
+        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason), **left)
         for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
             table.add_column(name, justify=justify, overflow="fold")
         table.add_column("status", overflow="fold")

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from .model_tensors import FullTrainee
 from .provenance import warn_of_same_data
 from .publishing import publish, publish_failure
 from .racing import rungs
-from .report import FAILED_NAME, REPORT_NAME, MashupReport, candidate_rows, environment, merge_info
-from .restart import Earlier, find_earlier, inputs_fingerprint
+from .report import MashupReport, candidate_rows, environment, merge_info
 from .sampling import Rows, draw_sample
 from .scoring import Score, score_candidates
 from .selection import select
@@ -58,7 +56,6 @@ class MashupRun:
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
-        self.inputs: str | None = None
         self.report: MashupReport | None = None
 
     def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
@@ -66,18 +63,13 @@ class MashupRun:
         with self._timed("candidates"):
             candidates = in_turns(lambda: self._find(specs))
         with self._timed("sample"):
-            samples = draw_sample(
+            selection_rows, held_out = draw_sample(
                 dataloader,
                 config.sample_size,
                 batch_size=config.batch_size or self.args.train_batch_size,
                 seed=config.seed,
                 guard_rows=config.guard_dataset,
             )
-            self.inputs = inputs_fingerprint(config, self.model, self.trainee, candidates, samples)
-            earlier = find_earlier(self.directory, self.inputs, self.trainee, self.models.merger)
-        if earlier is not None:
-            return self._again(earlier)
-        selection_rows, held_out = samples
         with self._timed("scoring"):
             self.scores = warn_of_same_data(self._score(candidates, selection_rows), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
@@ -130,16 +122,6 @@ class MashupRun:
             if fitted is not None and not self.config.dry_run:
                 swap(self.model, self.trainee, fitted)
 
-    def _again(self, earlier: Earlier) -> None:
-        self._swap(earlier.fitted)
-        self.report = agreed(replace(earlier.report, reused=True, timings=self._seconds(), hub=self.hub.traffic()))
-        self._publish(self._record_again)
-
-    def _record_again(self) -> None:
-        # The merge stays where it is.
-        self.report.save(self.directory / REPORT_NAME)
-        (self.directory / FAILED_NAME).unlink(missing_ok=True)
-
     def _finish(self, verdict: Verdict) -> None:
         shown = verdict.chosen or verdict.merge
         weights = dict(zip(map(id, shown.selection.scores), shown.selection.weights, strict=True))
@@ -153,7 +135,6 @@ class MashupRun:
             gain_se=_finite(verdict.gain[1]),
             candidates=candidate_rows(self.scores, weights),
             rungs=rungs(self.scores),
-            inputs=self.inputs,
             merge=merge_info(shown),
         )
         self._publish(lambda: publish(self.directory, self.report, shown, self.trainee))

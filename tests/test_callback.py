@@ -113,7 +113,6 @@ def test_a_collator_that_draws_random_numbers_draws_none_of_the_runs(tmp_path, l
     trainer.data_collator = lambda rows: collate(rows) | {"drawn": torch.rand(len(rows), 1)}
     trainer.model.register_forward_pre_hook(_without_drawn, with_kwargs=True)
     trainer.train()
-    assert callback.report.inputs is not None
     assert before.random == after.random
 
 
