@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from .callback import MashupCallback
     from .candidates import Candidate, find_candidates
     from .config import MashupConfig
-    from .merging import MergedAdapter, merge_adapters
+    from .lora.merge import MergedAdapter, merge_adapters
     from .report import MashupReport
-    from .scoring import Score, score_candidates
-    from .sharing import push_mashup
+    from .scoring.race import Score, score_candidates
+    from .sharing.push import push_mashup
 
 __version__ = "0.1.0"
 
@@ -20,12 +20,12 @@ _HOME = {
     "MashupCallback": "callback",
     "MashupConfig": "config",
     "MashupReport": "report",
-    "MergedAdapter": "merging",
-    "Score": "scoring",
+    "MergedAdapter": "lora.merge",
+    "Score": "scoring.race",
     "find_candidates": "candidates",
-    "merge_adapters": "merging",
-    "push_mashup": "sharing",
-    "score_candidates": "scoring",
+    "merge_adapters": "lora.merge",
+    "push_mashup": "sharing.push",
+    "score_candidates": "scoring.race",
 }
 
 __all__ = [

@@ -18,13 +18,13 @@ from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import agreed, joint
 from .errors import OutOfStepError, UsageError
-from .layers import find_trainee
-from .model_tensors import FullTrainee
+from .model.layers import find_trainee
+from .model.tensors import FullTrainee
+from .pipeline import MashupRun, mashup_directory
 from .report import FAILED_NAME, REPORT_NAME, MashupReport
-from .run import MashupRun, mashup_directory
-from .sharing import describe_on_push, push_mashup
+from .scoring.metrics import ScoreMetric, TrainerLoss
+from .sharing.push import describe_on_push, push_mashup
 from .storage import StorageError, refuse_foreign
-from .trainer_loss import ScoreMetric, TrainerLoss
 
 
 if TYPE_CHECKING:

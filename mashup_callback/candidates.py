@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from .candidate_spec import FORMS, Spec, is_glob, parse_spec
 from .errors import AdapterError
-from .untrusted import open_regular, read_limited
+from .formats.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from .formats.files import open_regular, read_limited
 
 
 if TYPE_CHECKING:
-    from .checkpoints import Checkpoint
+    from .formats.checkpoint import Checkpoint
     from .hub import Hub
 
 __all__ = ["Candidate", "Spec", "find_candidates", "parse_spec"]

@@ -18,7 +18,7 @@ from .cli_output import find_table, one_line, rank_table, show_result
 if TYPE_CHECKING:
     from torch import nn
 
-    from .sampling import Rows
+    from .scoring.sample import Rows
 
 # Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
 
@@ -134,12 +134,12 @@ def rank(
         check_specs(specs)
         from transformers import AutoModelForCausalLM
 
+        from .cli_rows import sft_rows
         from .config import MashupConfig
         from .hub import Hub
-        from .layers import layer_shapes
+        from .model.layers import layer_shapes
         from .report import candidate_rows
-        from .scoring import score_candidates
-        from .sft_rows import sft_rows
+        from .scoring.race import score_candidates
 
         MashupConfig(metric=metric, search=search)
         net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
@@ -230,9 +230,9 @@ def push(
 ) -> None:
     """Push a mashup's adapter to the Hub, with model card, report and mergekit configuration."""
     with _quiet_stdout():
-        from .sharing import push_mashup
+        from .sharing.push import push_mashup
 
-        logging.getLogger("mashup_callback.sharing").setLevel(logging.INFO)
+        logging.getLogger("mashup_callback.sharing.push").setLevel(logging.INFO)
         url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
     show_result({"url": url}, url, as_json)
 
@@ -257,7 +257,7 @@ def cache(
 ) -> None:
     """Show where scores are kept between runs and how many there are, or remove them."""
     with _quiet_stdout():
-        from .cache import ScoreCache
+        from .scoring.cache import ScoreCache
 
         scores = ScoreCache()
         removed = scores.clear() if clear else 0
@@ -275,8 +275,8 @@ def _quiet_stdout() -> Iterator[None]:
 
 
 def _base_loss(model: "nn.Module", rows: "Rows", metric: str) -> float:
-    from .evaluation import evaluate
-    from .isolation import undisturbed
+    from .model.isolation import undisturbed
+    from .scoring.evaluation import evaluate
 
     with undisturbed(model):
         return evaluate(model, rows, metric).mean_loss

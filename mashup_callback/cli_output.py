@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .formats.files import quote
 from .report import CandidateRow
-from .untrusted import quote
 
 
 _LONGEST_ERROR = 600

@@ -123,7 +123,7 @@ class MashupConfig:
         self._check_ranges()
         self._check_types()
         # Imported here so that importing the package does not import mergekit.
-        from .merging import check_merge
+        from .lora.merge import check_merge
 
         top_k = None if self.top_k == "auto" else self.top_k
         check_merge(self.merge_method, self.merge_parameters, self.weights, self.merge_space, top_k)

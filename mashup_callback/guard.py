@@ -6,26 +6,26 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import Adapter, load_factors
-from .checkpoints import check_unchanged
 from .config import MashupConfig
 from .distributed import agreed, decided, exchange, joint
 from .errors import AdapterError, OutOfStepError
-from .evaluation import bare, evaluate
-from .full_training import FittedModel, ModelMerger
-from .isolation import undisturbed
-from .layers import Trainee
-from .losses import RowLosses, paired_gain
-from .model_tensors import FullTrainee
-from .sampling import Rows
-from .scoring import Score
+from .formats.adapter import Adapter, load_factors
+from .formats.checkpoint import check_unchanged
+from .full.trainee import FittedModel, ModelMerger
+from .lora.trainee import FittedMerge, fit
+from .model.isolation import undisturbed
+from .model.layers import Trainee
+from .model.tensors import FullTrainee
+from .scoring.evaluation import bare, evaluate
+from .scoring.losses import RowLosses, paired_gain
+from .scoring.race import Score
+from .scoring.sample import Rows
 from .selection import Selection
-from .swap import FittedMerge, fit
 
 
 if TYPE_CHECKING:
-    from .full_merge import MergedModel
-    from .merging import MergedAdapter
+    from .full.merge import MergedModel
+    from .lora.merge import MergedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class _Arms:
 
     def _merged(self, selection: Selection, method: str, parameters: dict) -> "MergedAdapter":
         # Imported here so that importing the callback does not import mergekit.
-        from .merging import merge_factors
+        from .lora.merge import merge_factors
 
         return merge_factors(
             [load_factors(score.adapter) for score in selection.scores],

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .errors import HubError
+from .formats.files import quote
 from .hub_errors import RETRY_STATUS, describe, is_transient, retry_after
-from .untrusted import quote
 
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import cached_assets_path
 
 from .candidates import Candidate
-from .checkpoint_files import CONFIG_NAME, INDEX_NAME, MAX_JSON_BYTES, parse_index, shard_names
 from .errors import AdapterError
-from .untrusted import read_limited
-from .vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
+from .formats.checkpoint_files import CONFIG_NAME, INDEX_NAME, MAX_JSON_BYTES, parse_index, shard_names
+from .formats.files import read_limited
+from .formats.vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 
 
 logger = logging.getLogger(__name__)

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from .candidates import Candidate
-from .checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .errors import AdapterError, HubError
+from .formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from .formats.checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from .formats.vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 from .hub import as_list
 from .hub_listing import Lead
-from .vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 
 
 COMMIT = re.compile("[0-9a-f]{40}")

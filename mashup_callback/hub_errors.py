@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from .errors import HubError
-from .untrusted import quote
+from .formats.files import quote
 
 
 RETRY_STATUS = (408, 429, 500, 502, 503, 504)

@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote as quote_path
 
-from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from .adapter_config import MAX_CONFIG_BYTES, parse_config
-from .adapters import Adapter, check_adapter, parse_adapter, read_adapter
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from .candidates import Candidate
-from .checkpoints import Checkpoint, describe_checkpoint, read_checkpoint
 from .errors import AdapterError
+from .formats.adapter import Adapter, check_adapter, parse_adapter, read_adapter
+from .formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from .formats.adapter_config import MAX_CONFIG_BYTES, parse_config
+from .formats.checkpoint import Checkpoint, describe_checkpoint, read_checkpoint
+from .formats.header import FileStamp, TensorInfo, header_length, parse_header
 from .hub import Hub
 from .hub_cache import path_in_repository
-from .safetensors_header import FileStamp, TensorInfo, header_length, parse_header
 
 
 # Enough for the headers of nearly all adapters, so that one request reads them.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from huggingface_hub import metadata_load
 
-from .card import hub_name
 from .errors import AdapterError
+from .formats.files import read_limited
 from .hub import Hub
 from .hub_errors import TROUBLE, describe
-from .untrusted import read_limited
+from .sharing.card import hub_name
 
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from urllib.parse import quote as quote_path
 from .candidate_spec import Spec
 from .candidates import Candidate
 from .errors import AdapterError
+from .formats.files import quote
 from .hub import Hub
 from .hub_cache import cached, cached_model, path_in_repository, recall, remember
 from .hub_contents import COMMIT, candidate_at, held_candidates, repository_facts
 from .hub_errors import TROUBLE, describe
 from .hub_judging import HubFilter, judge_local, judge_remotely
 from .hub_listing import PROPERTIES, Lead, leads
-from .untrusted import quote
 
 
 _THREADS = 8

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from .errors import AdapterError
-from .scoring import Score
-from .untrusted import read_limited
+from .formats.files import read_limited
+from .scoring.race import Score
 
 
 CARD_NAME = "README.md"

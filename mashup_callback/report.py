@@ -18,7 +18,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .guard import Start
-    from .scoring import Score
+    from .scoring.race import Score
 
 # In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
 MARK = {"producer": "mashup_callback"}

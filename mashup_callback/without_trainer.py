@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .adapter_config import CONFIG_NAME
-from .adapters import Adapter, read_adapter
 from .candidates import Candidate
 from .config import MashupConfig
 from .errors import AdapterError
+from .formats.adapter import Adapter, read_adapter
+from .formats.adapter_config import CONFIG_NAME
 from .hub_judging import HubFilter, judge_local
-from .layers import layer_shapes
-from .merging import MergedAdapter, merge_adapters
-from .publishing import describe
+from .lora.merge import MergedAdapter, merge_adapters
+from .model.layers import layer_shapes
 from .report import REPORT_NAME, CandidateRow, MashupReport, MergeInfo, environment
+from .sharing.save import describe
 from .storage import refuse_overlap, replacing
 
 

@@ -387,7 +387,7 @@ def test_guard_dataset(tmp_path, library):
 
 
 def test_failed_stage_obeys_on_error(tmp_path, library, monkeypatch):
-    monkeypatch.setattr("mashup_callback.run.choose", lambda *args: SimpleNamespace(nothing=1))
+    monkeypatch.setattr("mashup_callback.pipeline.choose", lambda *args: SimpleNamespace(nothing=1))
     callback = MashupCallback(str(library / "trained-*"))
     trainer = sft_trainer(tmp_path / "out", callbacks=[callback])
     trainer.train()
@@ -431,7 +431,7 @@ def test_report_that_cannot_be_saved_does_not_hide_the_swap(tmp_path, library, m
     def fail(*args):
         raise ValueError("no place")
 
-    monkeypatch.setattr("mashup_callback.run.publish", fail)
+    monkeypatch.setattr("mashup_callback.pipeline.publish", fail)
     callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert callback.report.decision in ("merged", "single")

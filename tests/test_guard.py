@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mashup_callback import MashupCallback, MashupConfig, run, score_candidates
+from mashup_callback import MashupCallback, MashupConfig, score_candidates
+from mashup_callback import pipeline as run
 from mashup_callback.guard import Start, _decide, _reason
-from mashup_callback.losses import RowLosses, paired_gain
+from mashup_callback.scoring.losses import RowLosses, paired_gain
 from mashup_callback.selection import Selection
-from tests.full import full_trainer, save_models
+from tests.full_model import full_trainer, save_models
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
 
 

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from mashup_callback import MashupCallback, MashupReport, merge_adapters
 from mashup_callback.cli import app
-from mashup_callback.full_merge import ModelInput, merge_models
+from mashup_callback.full.merge import ModelInput, merge_models
 from mashup_callback.storage import StorageError, replacing
-from tests.full import full_trainer, save_models
+from tests.full_model import full_trainer, save_models
 from tests.tiny import llama, save_random_adapter, sft_trainer
 
 
@@ -103,7 +103,7 @@ def break_merging(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("mashup_callback.run.choose", fail)
+    monkeypatch.setattr("mashup_callback.pipeline.choose", fail)
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -155,9 +155,9 @@ def kill(*args, **kwargs):
 @pytest.mark.parametrize(
     "stage",
     [
-        "mashup_callback.run.score_candidates",
+        "mashup_callback.pipeline.score_candidates",
         "mashup_callback.guard._decide",
-        "mashup_callback.publishing.plot_ranking",
+        "mashup_callback.sharing.save.plot_ranking",
         "mashup_callback.storage.refuse_foreign",
     ],
 )

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mashup_callback.plot import plot_ranking
 from mashup_callback.report import CandidateRow, MashupReport, MergeInfo
+from mashup_callback.sharing.plot import plot_ranking
 
 
 number = st.none() | st.floats(allow_nan=False, allow_infinity=False)

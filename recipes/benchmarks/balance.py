@@ -23,12 +23,12 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from trl import SFTTrainer
 
 from mashup_callback import score_candidates
-from mashup_callback.adapters import load_factors
 from mashup_callback.factors import Factors, LoraFactors
-from mashup_callback.layers import find_trainee
+from mashup_callback.formats.adapter import load_factors
+from mashup_callback.lora.merge import merge_factors
+from mashup_callback.lora.trainee import fit, swap
 from mashup_callback.lowrank import balanced
-from mashup_callback.merging import merge_factors
-from mashup_callback.swap import fit, swap
+from mashup_callback.model.layers import find_trainee
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))

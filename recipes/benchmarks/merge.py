@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mashup_callback.factors import LoraFactors
-from mashup_callback.merging import merge_factors
+from mashup_callback.lora.merge import merge_factors
 
 
 SHAPES = ((1024, 1024), (2048, 2048), (4096, 2048))

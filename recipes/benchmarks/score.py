@@ -33,13 +33,13 @@ from throughput import llama, throughput
 from torch import nn
 
 from mashup_callback import score_candidates
-from mashup_callback.adapters import load_factors, read_adapter
-from mashup_callback.evaluation import evaluate
-from mashup_callback.isolation import undisturbed
-from mashup_callback.losses import RowLosses
-from mashup_callback.merging import merge_factors
-from mashup_callback.racing import rung_sizes, survivors
-from mashup_callback.sampling import Rows, draw_sample
+from mashup_callback.formats.adapter import load_factors, read_adapter
+from mashup_callback.lora.merge import merge_factors
+from mashup_callback.model.isolation import undisturbed
+from mashup_callback.scoring.evaluation import evaluate
+from mashup_callback.scoring.halving import rung_sizes, survivors
+from mashup_callback.scoring.losses import RowLosses
+from mashup_callback.scoring.sample import Rows, draw_sample
 
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"

@@ -26,9 +26,9 @@ from transformers import PrinterCallback, set_seed
 from trl import SFTTrainer
 
 from mashup_callback import MashupCallback, score_candidates
-from mashup_callback.evaluation import evaluate
-from mashup_callback.isolation import undisturbed
-from mashup_callback.sampling import Rows, draw_sample
+from mashup_callback.model.isolation import undisturbed
+from mashup_callback.scoring.evaluation import evaluate
+from mashup_callback.scoring.sample import Rows, draw_sample
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launching import Case, Launcher, Run
-from tests.full import save_models
+from tests.full_model import save_models
 from tests.tiny import llama
 
 

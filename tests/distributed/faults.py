@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import mashup_callback.evaluation
 import mashup_callback.guard
-import mashup_callback.parameters
-import mashup_callback.preparing
-import mashup_callback.scoring
-import mashup_callback.swap
-import mashup_callback.tiling
+import mashup_callback.lora.trainee
+import mashup_callback.model.parameters
+import mashup_callback.scoring.evaluation
+import mashup_callback.scoring.preparing
+import mashup_callback.scoring.race
+import mashup_callback.scoring.tiling
 from mashup_callback.errors import AdapterError
 
 
@@ -40,7 +40,7 @@ def unreadable(rank: int) -> None:
             raise AdapterError("its file cannot be read (Input/output error)")
         return original(source)
 
-    original = _replace(mashup_callback.preparing, "load_update", load)
+    original = _replace(mashup_callback.scoring.preparing, "load_update", load)
 
 
 def missing(rank: int) -> None:
@@ -51,7 +51,7 @@ def missing(rank: int) -> None:
             raise AdapterError("adapter_config.json is missing")
         return original(candidate)
 
-    original = _replace(mashup_callback.preparing, "read_adapter", read)
+    original = _replace(mashup_callback.scoring.preparing, "read_adapter", read)
 
 
 def scoring_raises(rank: int) -> None:
@@ -63,8 +63,8 @@ def scoring_raises(rank: int) -> None:
         return original(*args, **kwargs)
 
     # Each candidate is scored alone.
-    _replace(mashup_callback.tiling, "CPU_TOKENS", 0)
-    original = _replace(mashup_callback.scoring, "evaluate", evaluate)
+    _replace(mashup_callback.scoring.tiling, "CPU_TOKENS", 0)
+    original = _replace(mashup_callback.scoring.race, "evaluate", evaluate)
 
 
 def batch_raises(rank: int) -> None:
@@ -75,7 +75,7 @@ def batch_raises(rank: int) -> None:
             raise RuntimeError("process 1 chokes on its rows")
         return original(*args)
 
-    original = _replace(mashup_callback.evaluation, "_batch_losses", losses)
+    original = _replace(mashup_callback.scoring.evaluation, "_batch_losses", losses)
 
 
 def forward_raises(rank: int) -> None:
@@ -102,7 +102,7 @@ def killed(rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    original = _replace(mashup_callback.scoring, "evaluate", evaluate)
+    original = _replace(mashup_callback.scoring.race, "evaluate", evaluate)
 
 
 def writes_on_main_only(rank: int) -> None:
@@ -112,8 +112,8 @@ def writes_on_main_only(rank: int) -> None:
         if rank == 0:
             original(*args)
 
-    original = _replace(mashup_callback.swap, "write_parameters", write)
-    _replace(mashup_callback.swap, "_check_written", lambda *args: None)
+    original = _replace(mashup_callback.lora.trainee, "write_parameters", write)
+    _replace(mashup_callback.lora.trainee, "_check_written", lambda *args: None)
 
 
 def other_values(rank: int) -> None:
@@ -125,13 +125,13 @@ def other_values(rank: int) -> None:
     def check(found: Any, values: Any) -> None:
         original_check(found, {name: value + rank for name, value in values.items()})
 
-    original = _replace(mashup_callback.swap, "write_parameters", write)
-    original_check = _replace(mashup_callback.swap, "_check_written", check)
+    original = _replace(mashup_callback.lora.trainee, "write_parameters", write)
+    original_check = _replace(mashup_callback.lora.trainee, "_check_written", check)
 
 
 def no_master(rank: int) -> None:
     """Mutation: the fp32 masters that ZeRO keeps are not written."""
-    _replace(mashup_callback.parameters, "_has_master", lambda parameter: False)
+    _replace(mashup_callback.model.parameters, "_has_master", lambda parameter: False)
 
 
 def _replace(module: Any, name: str, value: Any) -> Any:

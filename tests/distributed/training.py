@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, set_seed
 
 from mashup_callback import MashupCallback, MashupReport
-from mashup_callback.parameters import clean_name, read_parameters
+from mashup_callback.model.parameters import clean_name, read_parameters
 from tests.distributed.faults import installed
 from tests.distributed.modes import build_model, mode_settings
 from tests.tiny import lora, losses, preferences, rows, tokenizer, trainer_settings

@@ -1,0 +1,84 @@
+"""Rows of a data set on disk or on the Hub, tokenised as TRL's SFTTrainer does. For the command line only."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset, load_from_disk
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from .scoring.sample import Rows
+
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def sft_rows(
+    model: nn.Module,
+    dataset: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    sample_size: int = 256,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    assistant_only_loss: bool = False,
+    seed: int = 42,
+) -> Rows:
+    """
+    Draws rows of a data set in the form in which SFTTrainer would train on them.
+
+    Args:
+        model (`torch.nn.Module`):
+            The base model, whose tokenizer is loaded; it is moved to the accelerator if there is one.
+        dataset (`str`):
+            A json, jsonl, csv or parquet file, a directory, or a data set on the Hub. Its columns are those that
+            SFTTrainer takes: text, prompt and completion, or chats.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of the data set, in `datasets`' notation.
+        subset (`str`, *optional*):
+            Configuration of a data set on the Hub.
+        sample_size (`int`, *optional*, defaults to `256`):
+            Rows to draw; fewer if the data set has fewer.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Tokens after which a row is cut.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rows in a forward pass.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Label only the assistant's turns of chats.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the draw.
+
+    Raises:
+        ValueError: The file has another format, or SFTTrainer cannot take the columns.
+    """
+    rows = _load(dataset, split, subset)
+    # Before it is tokenised: that would take hours for a large data set.
+    rows = rows.shuffle(seed=seed).select(range(min(sample_size, len(rows))))
+    with tempfile.TemporaryDirectory() as directory:
+        args = SFTConfig(
+            output_dir=directory,
+            per_device_train_batch_size=batch_size,
+            max_length=max_length,
+            assistant_only_loss=assistant_only_loss,
+            use_cpu=not torch.accelerator.is_available(),
+            bf16=False,
+            report_to="none",
+        )
+        loader = SFTTrainer(model, args=args, train_dataset=rows).get_train_dataloader()
+    return Rows([loader.dataset[index] for index in range(len(loader.dataset))], loader.collate_fn, batch_size)
+
+
+def _load(dataset: str, split: str, subset: str | None) -> Dataset:
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        kind = _FORMATS.get(path.suffix.lower())
+        if kind is None:
+            raise ValueError(f"{dataset!r} is no {', '.join(_FORMATS)} file. Convert it, or give a directory.")
+        return load_dataset(kind, data_files=str(path), split=split)
+    if (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))[split]
+    if (path / "state.json").is_file():
+        return load_from_disk(str(path))
+    return load_dataset(str(path) if path.is_dir() else dataset, subset, split=split)

@@ -1,0 +1,245 @@
+"""LoRA adapters on disk: reading their description, checking it against the live model, loading their factors."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from ..candidates import Candidate
+from ..errors import AdapterError
+from ..factors import LoraFactors
+from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
+from .adapter_modules import ModuleShape, adapter_modules, match_modules
+from .adapter_writer import save_adapter
+from .files import open_regular, quote, read_limited
+from .header import DTYPE_NAMES, FileStamp, TensorInfo, parse_header, read_header
+
+
+__all__ = [
+    "Adapter",
+    "ModuleShape",
+    "adapter_hash",
+    "adapter_modules",
+    "check_adapter",
+    "load_factors",
+    "parse_adapter",
+    "read_adapter",
+    "save_adapter",
+]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+# Trained factors are of order one; a factor this large is broken or hostile, and its square still fits float32.
+MAX_ABSOLUTE = 1e4
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    A LoRA adapter whose description has been read and found sound.
+
+    Args:
+        candidate (`Candidate`): Where it came from.
+        config (`AdapterConfig`): Its configuration.
+        modules (`Mapping[str, ModuleShape]`): The layers it changes, by name in the base model.
+        dtype (`str`): Data type of its tensors, for example `"bfloat16"`.
+        stamp (`FileStamp`): State of the weights file when it was read.
+        warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
+    """
+
+    candidate: Candidate
+    config: AdapterConfig
+    modules: Mapping[str, ModuleShape]
+    dtype: str
+    stamp: FileStamp = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Largest rank over the modules."""
+        return max(shape.rank for shape in self.modules.values())
+
+    @property
+    def weights(self) -> Path:
+        """The weights file."""
+        return _directory(self.candidate) / WEIGHTS_NAME
+
+
+def read_adapter(candidate: Candidate | str | os.PathLike) -> Adapter:
+    """
+    Reads the description of an adapter: its configuration and the header of its weights, but no tensor.
+
+    Args:
+        candidate (`Candidate` or path):
+            A candidate with a local path, or a directory holding `adapter_config.json` and
+            `adapter_model.safetensors`. Pickled weights (`adapter_model.bin`) are never opened.
+
+    Raises:
+        AdapterError: The reason why it cannot be used.
+    """
+    if not isinstance(candidate, Candidate):
+        candidate = Candidate(name=os.fspath(candidate), path=Path(candidate), run=os.path.realpath(candidate))
+    directory = _directory(candidate)
+    config = parse_config(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES))
+    tensors, stamp = read_header(directory / WEIGHTS_NAME)
+    return _described(candidate, config, tensors, stamp)
+
+
+def parse_adapter(candidate: Candidate, config: bytes, header: bytes, file_size: int) -> Adapter:
+    """
+    Reads the description of an adapter that is somewhere else, exactly as `read_adapter` reads a local one.
+
+    Args:
+        candidate (`Candidate`):
+            Where it is.
+        config (`bytes`):
+            Content of its `adapter_config.json`.
+        header (`bytes`):
+            The first bytes of its weights file, at least through the end of the header.
+        file_size (`int`):
+            Size of the weights file in bytes.
+
+    Raises:
+        AdapterError: The reason why it cannot be used.
+    """
+    stamp = FileStamp(file_size, modified=0)
+    return _described(candidate, parse_config(config), parse_header(header, file_size), stamp)
+
+
+def _described(
+    candidate: Candidate, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
+) -> Adapter:
+    dtype = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
+    return Adapter(candidate, config, adapter_modules(config, tensors), dtype, stamp)
+
+
+def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_model: str | None = None) -> Adapter:
+    """
+    Checks that an adapter fits the live model, and names its modules as the model does.
+
+    Args:
+        adapter (`Adapter`):
+            From `read_adapter`.
+        layers (`Mapping[str, tuple[int, int]]`):
+            Linear layers of the model: name -> (in_features, out_features).
+        base_model (`str`, *optional*):
+            Name of the model, compared loosely with the recorded one.
+
+    Returns:
+        `Adapter`: with the model's names (one common prefix may be added or removed, as wrappers such as
+        sentence-transformers do) and a warning where the recorded base model has another name.
+
+    Raises:
+        AdapterError: If a module or its shape is not the model's.
+    """
+    modules = match_modules(adapter.modules, layers)
+    for name, shape in modules.items():
+        found, expected = (shape.in_features, shape.out_features), tuple(layers[name])
+        if found != expected:
+            raise AdapterError(
+                f"trained on another base model: {quote(name)} maps {found[0]} features to {found[1]}, expected "
+                f"{expected[0]} to {expected[1]}"
+            )
+    recorded = adapter.config.base_model
+    if not recorded or not base_model or _short_name(recorded) == _short_name(base_model):
+        return dataclasses.replace(adapter, modules=modules)
+    warning = f"recorded base model {quote(recorded)} differs from {base_model}; the shapes fit"
+    return dataclasses.replace(adapter, modules=modules, warnings=(*adapter.warnings, warning))
+
+
+@torch.no_grad()
+def load_factors(
+    adapter: Adapter, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, LoraFactors]:
+    """
+    Loads an adapter's tensors.
+
+    Args:
+        adapter (`Adapter`):
+            From `read_adapter` or `check_adapter`.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where to put the tensors.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Data type of the factors.
+
+    Returns:
+        `dict[str, LoraFactors]`: A (rank, in_features) and B (out_features, rank) by module name.
+
+    Raises:
+        AdapterError: If the file changed since it was read, or values are not finite or absurdly large.
+    """
+    # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
+    data = _read_unchanged(adapter)
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{WEIGHTS_NAME} cannot be loaded: {quote(error)}") from error
+    return {name: _load_module(name, shape, tensors, device, dtype) for name, shape in adapter.modules.items()}
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """
+    Returns a SHA-256 in hex that is the same for adapters that compute the same: of the weights file and the
+    configuration's effective fields.
+
+    Raises:
+        AdapterError: If the file changed since it was read.
+    """
+    digest = hashlib.sha256(json.dumps(adapter.config.effective()).encode())
+    digest.update(_read_unchanged(adapter))
+    return digest.hexdigest()
+
+
+def _directory(candidate: Candidate) -> Path:
+    if candidate.kind != "adapter" or candidate.reason:
+        raise AdapterError(candidate.reason or f"a {candidate.kind} is not a LoRA adapter")
+    if candidate.path is None:
+        raise AdapterError(f"{candidate.name} has not been downloaded yet")
+    return candidate.path
+
+
+def _short_name(base_model: str) -> str:
+    parts = base_model.rstrip("/").split("/")
+    # A path into the Hub's cache ends in .../models--org--name/snapshots/<revision>.
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].split("--")[-1] if cached else parts[-1]).lower()
+
+
+def _read_unchanged(adapter: Adapter) -> bytes:
+    with os.fdopen(open_regular(adapter.weights), "rb") as file:
+        try:
+            data, stamp = file.read(adapter.stamp.size + 1), FileStamp.of(file.fileno())
+        except OSError as error:
+            raise AdapterError(f"{WEIGHTS_NAME} cannot be read: {error}") from error
+    if stamp != adapter.stamp or len(data) != adapter.stamp.size:
+        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: another run may be writing it")
+    return data
+
+
+def _load_module(
+    name: str, shape: ModuleShape, tensors: Mapping[str, torch.Tensor], device: str | torch.device, dtype: torch.dtype
+) -> LoraFactors:
+    try:
+        A, B = (tensors[key].to(device=device, dtype=dtype, copy=True) for key in (shape.key_a, shape.key_b))
+    except KeyError:
+        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} is gone") from None
+    if A.shape != (shape.rank, shape.in_features) or B.shape != (shape.out_features, shape.rank):
+        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} has another shape")
+    for factor in (A, B):
+        # NaN fails the comparison too.
+        if not (largest := factor.abs().max().item()) <= MAX_ABSOLUTE:
+            raise AdapterError(f"{quote(name)} holds the value {largest:g}, expected at most {MAX_ABSOLUTE:g}")
+    factors = LoraFactors(A, B, shape.scaling)
+    # The product of the norms bounds the norm of the product, and is found at a fraction of the cost.
+    bound = abs(shape.scaling) * A.norm().item() * B.norm().item()
+    largest = torch.finfo(torch.float32).max
+    if not math.isfinite(shape.scaling) or not (bound <= largest or factors.norm() <= largest):
+        raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {factors.norm():g}")
+    return factors

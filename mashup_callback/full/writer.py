@@ -1,0 +1,99 @@
+"""Writing a live model as a checkpoint on disk, a shard at a time, whatever the launch mode."""
+
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import save_file
+from torch import nn
+
+from ..distributed import is_main_process
+from ..errors import CheckpointError
+from ..formats.checkpoint import INDEX_NAME, WEIGHTS_NAME, check_checkpoint, read_checkpoint, read_tensor
+from ..model.parameters import read_parameters
+from ..model.tensors import ModelTensors, describe_model
+
+
+MAX_SHARD_BYTES = 2_000_000_000
+
+
+def save_model(model: nn.Module, directory: Path) -> Path:
+    """
+    Writes a model's configuration and weights, without the adapters on it.
+
+    Every process must call it, the main one writes. A shard's parameters are gathered at a time, so that the whole
+    model is in no process.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+        directory (`Path`):
+            Where to; created.
+    """
+    tensors = describe_model(model)
+    shards = list(_shards(tensors))
+    weight_map = {}
+    for index, names in enumerate(shards):
+        values = read_parameters(model, names)
+        file = WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        if is_main_process():
+            directory.mkdir(parents=True, exist_ok=True)
+            contents = {name: value.cpu().contiguous() for name, value in values.items()}
+            save_file(contents, directory / file, metadata={"format": "pt"})
+    if is_main_process():
+        _save_config(model, tensors, directory)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": tensors.bytes}, "weight_map": weight_map}
+            (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def is_model_on_disk(model: nn.Module, directory: Path) -> bool:
+    """
+    Whether a directory holds exactly the weights that the model has, compared in the model's precision.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model; every process must call it.
+        directory (`Path`):
+            A checkpoint's directory.
+    """
+    tensors = describe_model(model)
+    try:
+        checkpoint = check_checkpoint(read_checkpoint(directory), tensors)
+    except CheckpointError:
+        return False
+    same = True
+    for names in _shards(tensors):
+        for name, value in read_parameters(model, names).items():
+            same = same and bool((read_tensor(checkpoint, name).to(value) == value).all())
+    return same
+
+
+def _shards(tensors: ModelTensors) -> Iterator[list[str]]:
+    return _packed(tensors.shapes, tensors)
+
+
+def _packed(names: Iterable[str], tensors: ModelTensors) -> Iterator[list[str]]:
+    shard, size = [], 0
+    for name in names:
+        count = tensors.bytes_of(name)
+        if shard and size + count > MAX_SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += count
+    yield shard
+
+
+def _save_config(model: nn.Module, tensors: ModelTensors, directory: Path) -> None:
+    model = extract_model_from_parallel(model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = copy.deepcopy(model.config)
+    # FSDP2 gives the model's class another name.
+    config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = tensors.dtype
+    config.save_pretrained(directory)

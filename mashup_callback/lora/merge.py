@@ -1,0 +1,227 @@
+"""Merge LoRA adapters with mergekit's methods and give the result as factors of the wanted rank."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+import math
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..factors import Factors, LoraFactors
+from ..lowrank import trainable
+from ..methods import SPACES, MergeRule, check_merge, merge_methods
+from .spaces import ModuleMerge
+
+
+if TYPE_CHECKING:
+    from ..candidates import Candidate
+
+
+__all__ = ["MergedAdapter", "check_merge", "merge_adapters", "merge_factors", "merge_methods"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class MergedAdapter:
+    """
+    A merge of LoRA adapters.
+
+    Args:
+        factors (`Factors`):
+            Merged update per module, float32, scaling 1.0. A module's rank is at most the wanted one and at most the
+            numerical rank of the merge (0 for a zero update): ranks beyond it are the trainee's to fill.
+        kept_energy (`Mapping[str, float]`):
+            Share of the squared Frobenius norm of the untruncated merge that the factors keep, per module.
+        method (`str`): mergekit's method.
+        space (`str`): `"delta"`, `"core"` or `"factors"`.
+        parameters (`Mapping[str, Any]`): Parameters given to mergekit, without the weights.
+        weights (`tuple[float, ...]`): One weight per adapter.
+        rank (`int`): Largest rank of a module.
+        mergekit_version (`str`): Version of mergekit that merged.
+        path (`Path`, *optional*): Directory the adapter was saved in.
+    """
+
+    factors: Factors
+    kept_energy: Mapping[str, float]
+    method: str
+    space: str
+    parameters: Mapping[str, Any]
+    weights: tuple[float, ...]
+    rank: int
+    mergekit_version: str = field(default_factory=functools.partial(importlib.metadata.version, "mergekit"))
+    path: Path | None = None
+
+    @property
+    def total_kept_energy(self) -> float:
+        """Share of the squared Frobenius norm kept over all modules together; 1.0 for a merge that is zero."""
+        kept = {name: factors.norm() ** 2 for name, factors in self.factors.items()}
+        total = sum(energy / self.kept_energy[name] for name, energy in kept.items() if energy > 0)
+        return sum(kept.values()) / total if total > 0 else 1.0
+
+    def within(self, layers: Collection[str]) -> "MergedAdapter":
+        """Returns the part of the merge in some layers."""
+        factors = {name: update for name, update in self.factors.items() if name in layers}
+        kept = {name: self.kept_energy[name] for name in factors}
+        rank = max((update.rank for update in factors.values()), default=0)
+        return dataclasses.replace(self, factors=factors, kept_energy=kept, rank=rank)
+
+
+def merge_factors(
+    inputs: Sequence[Factors],
+    *,
+    weights: Sequence[float],
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    space: str = "delta",
+    ranks: int | Mapping[str, int] | None = None,
+    seed: int = 42,
+) -> MergedAdapter:
+    """
+    Merge the updates of several adapters of one base model.
+
+    In `"delta"` space the merge is the best rank-r approximation of what mergekit makes of the dense updates.
+    `linear` (with normalised weights), `task_arithmetic` and `model_stock` then also equal mergekit's merge of the
+    full models base + adapter, less the base. `slerp`, `nuslerp`, `multislerp` and `karcher` act on the updates, which
+    is not what they do to full models. Methods that commute with a change of basis run on small cores; the others
+    (`ties`, `dare_ties`, ...) on dense updates, one module at a time. `"core"` runs every method on the cores (as
+    KnOTS, arXiv 2410.19735, and Core Space, arXiv 2509.17786). `"factors"` merges A and B apart, as the code of Mashup
+    Learning (arXiv 2603.10156) does, each times the square root of the adapter's scaling: with equal scalings,
+    `linear` is the plain average of A and of B.
+
+    An adapter that lacks a module, or whose update of it is zero, contributes a zero matrix there and its weight
+    still counts, as when full models are merged. `karcher` and `multislerp` then keep the direction of the others and
+    average the norms. Where mergekit copies a tensor that one model alone has (`slerp`, `nuslerp`, `arcee_fusion`), a
+    lone update is copied. In `"factors"` space an absent module has a zero B and the mean A of the others.
+
+    Args:
+        inputs (sequence of `Factors`):
+            Adapters to merge. A single one is returned unmerged if the method needs more.
+        weights (sequence of `float`):
+            One per adapter, mergekit's `weight`; methods that have none ignore them.
+        method (`str`, *optional*, defaults to `"linear"`):
+            A method registered in mergekit.
+        parameters (`Mapping[str, Any]`, *optional*):
+            mergekit's parameters; `slerp`'s `t` defaults to 0.5.
+        space (`str`, *optional*, defaults to `"delta"`):
+            `"delta"`, `"core"` or `"factors"`.
+        ranks (`int` or `Mapping[str, int]`, *optional*):
+            Largest rank of the result, for all modules or per module. Modules without one keep the largest rank of
+            their inputs.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of methods that draw random numbers. The draws depend on it and on the module's name only.
+
+    Returns:
+        `MergedAdapter`: The merge, on the inputs' device.
+
+    Raises:
+        ValueError: If settings or shapes do not fit together, or mergekit refuses a module.
+    """
+    weights = tuple(float(weight) for weight in weights)
+    _check_inputs(inputs, weights, space)
+    merge = ModuleMerge(MergeRule.create(method, parameters), weights, space, seed)
+    if len(inputs) > 1:
+        check_merge(method, parameters, weights if merge.rule.takes_weights else "equal", space, len(inputs))
+    factors, kept = {}, {}
+    for name in dict.fromkeys(name for adapter in inputs for name in adapter):
+        merged = merge(name, [adapter.get(name) for adapter in inputs], _wanted_rank(ranks, name))
+        factors[name], kept[name] = merged.factors, merged.kept_energy
+    rank = max((f.rank for f in factors.values()), default=0)
+    return MergedAdapter(factors, kept, method, space, dict(merge.rule.parameters), weights, rank)
+
+
+def merge_adapters(
+    adapters: "Sequence[str | Path | Candidate]",
+    *,
+    weights: str | Sequence[float] = "equal",
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    space: str = "delta",
+    rank: int | None = None,
+    output_dir: str | Path | None = None,
+    seed: int = 42,
+) -> MergedAdapter:
+    """
+    Merge adapters from disk, without their base model.
+
+    Args:
+        adapters (sequence of `str`, `Path` or `Candidate`):
+            Directories with `adapter_config.json` and `adapter_model.safetensors`, or candidates that are on disk.
+        weights (`str` or sequence of `float`, *optional*, defaults to `"equal"`):
+            `"equal"` or one number per adapter.
+        method, parameters, space, seed:
+            As in [`merge_factors`].
+        rank (`int`, *optional*):
+            Rank of the result; None takes the largest rank of the adapters, per module.
+        output_dir (`str` or `Path`, *optional*):
+            Where to save the merge as a peft adapter of one rank, with A as large as a fresh one; an earlier merge
+            there is replaced, nothing else. Ranks that it does not fill get a fresh A and a zero B.
+
+    Returns:
+        `MergedAdapter`: The merge, with `path` set if it was saved.
+
+    Raises:
+        ValueError: If the settings do not fit together, an adapter cannot be used, or `output_dir` holds other
+            files or an input.
+    """
+    from ..formats.adapter import load_factors, read_adapter, save_adapter
+    from ..storage import refuse_foreign, refuse_overlap
+
+    if weights == "softmax":
+        raise ValueError('weights="softmax" needs the losses of the adapters. Give numbers or "equal" here.')
+    check_merge(method, parameters, weights, space, len(adapters))
+    read = [read_adapter(adapter) for adapter in adapters]
+    if output_dir is not None:
+        refuse_overlap(output_dir, [adapter.candidate.path for adapter in read])
+        refuse_foreign(output_dir)
+    numbers = [1 / len(read)] * len(read) if weights == "equal" else weights
+    inputs = [load_factors(adapter) for adapter in read]
+    merged = merge_factors(
+        inputs, weights=numbers, method=method, parameters=parameters, space=space, ranks=rank, seed=seed
+    )
+    bases = list(dict.fromkeys(adapter.config.base_model for adapter in read))
+    if len(bases) > 1:
+        logger.warning("The merged adapters name different base models: %s. Only their shapes were compared.", bases)
+    if output_dir is None:
+        return merged
+    revisions = {adapter.config.revision for adapter in read}
+    saved = save_adapter(
+        Path(output_dir),
+        _trainable(merged.factors, rank or max(merged.rank, 1), seed),
+        base_model=bases[0],
+        revision=revisions.pop() if len(revisions) == 1 else None,
+    )
+    return dataclasses.replace(merged, path=saved)
+
+
+def _wanted_rank(ranks: int | Mapping[str, int] | None, name: str) -> int | None:
+    rank = ranks.get(name) if isinstance(ranks, Mapping) else ranks
+    if rank is not None and rank < 1:
+        raise ValueError(f"The rank of the merge must be at least 1, found {rank} for {name!r}.")
+    return rank
+
+
+def _check_inputs(inputs: Sequence[Factors], weights: Sequence[float], space: str) -> None:
+    if not inputs:
+        raise ValueError("Nothing to merge: expected at least one adapter.")
+    if len(weights) != len(inputs):
+        raise ValueError(f"Found {len(weights)} weights for {len(inputs)} adapters. Give one weight per adapter.")
+    if space not in SPACES:
+        raise ValueError(f"Unknown merge_space {space!r}. Valid: {', '.join(SPACES)}.")
+
+
+def _trainable(factors: Factors, rank: int, seed: int) -> dict[str, LoraFactors]:
+    """Write every module into fresh factors of `rank`, drawn as peft initializes them."""
+    return {name: trainable(f, _fresh(f, rank, zlib.crc32(f"{seed}:{name}".encode()))) for name, f in factors.items()}
+
+
+def _fresh(like: LoraFactors, rank: int, seed: int) -> LoraFactors:
+    drawn = torch.rand(rank, like.in_features, generator=torch.Generator().manual_seed(seed))
+    A = ((2 * drawn - 1) / math.sqrt(like.in_features)).to(like.A)
+    return LoraFactors(A, A.new_zeros(like.out_features, rank), 1.0)

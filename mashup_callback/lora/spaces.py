@@ -1,0 +1,124 @@
+"""The three spaces a module's updates can be merged in: dense or core updates, cores only, or A and B apart."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..factors import LoraFactors
+from ..lowrank import (
+    Truncation,
+    private_rng,
+    shared_cores,
+    truncate_core,
+    truncate_dense,
+)
+from ..methods import MergeRule
+
+
+@dataclass(frozen=True)
+class ModuleMerge:
+    """
+    The settings of a merge, applied to one module at a time.
+
+    Args:
+        rule (`MergeRule`): mergekit's method and its parameters.
+        weights (`tuple[float, ...]`): One weight per adapter.
+        space (`str`): `"delta"`, `"core"` or `"factors"`.
+        seed (`int`): Seed of methods that draw random numbers, mixed with the module's name.
+    """
+
+    rule: MergeRule
+    weights: tuple[float, ...]
+    space: str
+    seed: int
+
+    def __call__(self, name: str, inputs: Sequence[LoraFactors | None], rank: int | None) -> Truncation:
+        """
+        Merge one module and truncate the result.
+
+        Args:
+            name (`str`): Name of the module.
+            inputs (sequence of `LoraFactors` or `None`): The module's update in each adapter, None where it has none.
+            rank (`int`, *optional*): Largest rank of the result; None takes the largest of the inputs.
+
+        Returns:
+            `Truncation`: Factors, and the share of the merge's energy they keep.
+
+        Raises:
+            ValueError: If the shapes differ, or mergekit refuses the inputs.
+        """
+        owned = [f for f in inputs if f is not None]
+        _check_shapes(name, owned)
+        rank = max(f.rank for f in owned) if rank is None else rank
+        present = [f for f in owned if f.norm() > 0]
+        try:
+            with private_rng(zlib.crc32(f"{self.seed}:{name}".encode()), owned[0].A.device):
+                return self._merge(inputs, present, owned[0], rank)
+        except ValueError as error:
+            raise ValueError(f"Cannot merge module {name!r}: {error}") from error
+
+    def _merge(
+        self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], like: LoraFactors, rank: int
+    ) -> Truncation:
+        if not present:
+            return Truncation(LoraFactors(like.A[:0].float(), like.B[:, :0].float(), 1.0), 1.0)
+        if len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0]):
+            basis, (core,) = shared_cores(present)
+            return truncate_core(basis, core, rank)
+        if self.space == "factors":
+            return self._merge_apart(inputs, rank)
+        if self.space == "core" or self.rule.commutes(len(inputs)):
+            return self._merge_cores(inputs, present, rank)
+        return self._merge_dense(inputs, present, rank)
+
+    def _merge_cores(
+        self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], rank: int
+    ) -> Truncation:
+        basis, cores = shared_cores(present, principal=not self.rule.commutes(len(inputs)))
+        core_of = dict(zip(map(id, present), cores, strict=True))
+        zero = torch.zeros_like(cores[0])
+        merged = self.rule.merge([core_of.get(id(f), zero) for f in inputs], self.weights)
+        # Updates that cancel leave rounding errors, which are no update.
+        if merged.norm() <= 1e-12 * max(core.norm() for core in cores):
+            merged = zero
+        return truncate_core(basis, merged, rank)
+
+    def _merge_dense(
+        self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], rank: int
+    ) -> Truncation:
+        zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
+        updates = [zero if f is None else LoraFactors(f.A.float(), f.B.float(), f.scaling).delta() for f in inputs]
+        return truncate_dense(self.rule.merge(updates, self.weights), rank, sum(f.rank for f in present), self.seed)
+
+    def _merge_apart(self, inputs: Sequence[LoraFactors | None], rank: int) -> Truncation:
+        pairs = [None if f is None else _split_scaling(f) for f in inputs]
+        owned = [pair for pair in pairs if pair is not None]
+        ranks = sorted({A.shape[0] for A, _ in owned})
+        if len(ranks) > 1:
+            raise ValueError(
+                f'space="factors" merges A and B apart and needs one rank, found {ranks}. Use "delta" or "core".'
+            )
+        absent = (sum(A for A, _ in owned) / len(owned), torch.zeros_like(owned[0][1]))
+        A, B = (self.rule.merge(side, self.weights) for side in zip(*(pair or absent for pair in pairs), strict=True))
+        merged = LoraFactors(A, B, 1.0)
+        if merged.rank <= rank:
+            return Truncation(merged, 1.0)
+        basis, (core,) = shared_cores([merged])
+        return truncate_core(basis, core, rank)
+
+
+def _split_scaling(factors: LoraFactors) -> tuple[torch.Tensor, torch.Tensor]:
+    root = math.sqrt(abs(factors.scaling))
+    return factors.A.float() * root, factors.B.float() * math.copysign(root, factors.scaling)
+
+
+def _check_shapes(name: str, inputs: Sequence[LoraFactors]) -> None:
+    shapes = sorted({(f.out_features, f.in_features) for f in inputs})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Module {name!r} has updates of shapes {shapes} in different adapters; expected one (out_features, "
+            "in_features). Merge adapters of the same base model only."
+        )

@@ -1,0 +1,1 @@
+"""The live model, whatever wraps it."""

@@ -1,0 +1,192 @@
+"""One way through the stages: candidates, sample, scoring, selection, merging, guard, swap, report."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from .candidates import Candidate, find_candidates
+from .config import MashupConfig
+from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
+from .full.trainee import FittedModel, handle_models
+from .guard import Verdict, choose
+from .hub import Hub
+from .lora.trainee import FittedMerge, swap
+from .model.layers import Trainee, base_model_name, layer_shapes
+from .model.tensors import FullTrainee
+from .provenance import warn_of_same_data
+from .report import MashupReport, candidate_rows, environment, merge_info
+from .scoring.halving import rungs
+from .scoring.race import Score, score_candidates
+from .scoring.sample import Rows, draw_sample
+from .selection import select
+from .sharing.save import publish, publish_failure
+from .storage import Workspace
+
+
+logger = logging.getLogger(__name__)
+
+# Runs that a race leaves for top_k="auto" to try.
+AUTO_RUNS = 5
+
+
+class MashupRun:
+    """One way through the stages, with the time that each took."""
+
+    def __init__(
+        self,
+        config: MashupConfig,
+        args: TrainingArguments,
+        model: nn.Module,
+        trainee: Trainee | FullTrainee,
+        tokenizer: Any = None,
+    ) -> None:
+        self.config, self.args, self.model, self.trainee = config, args, model, trainee
+        self.base_model = config.base_model or base_model_name(model)
+        self.directory = mashup_directory(config, args)
+        self.workspace = Workspace(self.directory)
+        self.models = handle_models(model, trainee, self.workspace, config, tokenizer)
+        self.hub = Hub(asks=is_first_on_machine())
+        self.timings: dict[str, float] = {}
+        self.scores: list[Score] = []
+        self.report: MashupReport | None = None
+
+    def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
+        config = self.config
+        with self._timed("candidates"):
+            candidates = in_turns(lambda: self._find(specs))
+        with self._timed("sample"):
+            selection_rows, held_out = draw_sample(
+                dataloader,
+                config.sample_size,
+                batch_size=config.batch_size or self.args.train_batch_size,
+                seed=config.seed,
+                guard_rows=config.guard_dataset,
+            )
+        with self._timed("scoring"):
+            self.scores = warn_of_same_data(self._score(candidates, selection_rows), dataloader.dataset)
+        selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
+        if not selection.scores:
+            raise RuntimeError(self._why_none())
+        with self._timed("merging"):
+            verdict = choose(self.model, self.trainee, selection, held_out, config, self.models.merger)
+        self._swap(verdict.chosen and verdict.chosen.fitted)
+        self._finish(verdict)
+
+    def give_up(self, reason: str) -> None:
+        logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
+        self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
+        self._publish(lambda: publish_failure(self.directory, self.report, self.trainee))
+
+    def _find(self, specs: Sequence[str]) -> list[Candidate]:
+        config = self.config
+        return find_candidates(
+            specs,
+            self.base_model,
+            exclude=[Path(self.args.output_dir), self.directory],
+            max_candidates=config.max_candidates,
+            max_download_gb=config.max_download_gb,
+            allow_licenses=config.allow_licenses,
+            allow_authors=config.allow_authors,
+            layers=layer_shapes(self.model),
+            check_model=self.models.check,
+            search_models=self.models.merger is not None,
+            hub=self.hub,
+        )
+
+    def _score(self, candidates: Sequence[Candidate], rows: Rows) -> list[Score]:
+        config = self.config
+        return score_candidates(
+            self.model,
+            candidates,
+            rows,
+            config.metric,
+            search=config.search,
+            keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
+            base_model=self.base_model,
+            max_seconds=config.max_seconds,
+            hub=self.hub,
+            admit_model=self.models.admit,
+            learning_rate=self.args.learning_rate,
+        )
+
+    def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
+        with self._timed("swap"):
+            if fitted is not None and not self.config.dry_run:
+                swap(self.model, self.trainee, fitted)
+
+    def _finish(self, verdict: Verdict) -> None:
+        shown = verdict.chosen or verdict.merge
+        weights = dict(zip(map(id, shown.selection.scores), shown.selection.weights, strict=True))
+        self._report(
+            decision=verdict.decision,
+            reason=verdict.reason,
+            base_loss=_finite(verdict.base_loss),
+            merged_loss=_finite(verdict.merge.loss),
+            single_loss=_finite(verdict.single.loss),
+            gain=_finite(verdict.gain[0]),
+            gain_se=_finite(verdict.gain[1]),
+            candidates=candidate_rows(self.scores, weights),
+            rungs=rungs(self.scores),
+            merge=merge_info(shown),
+        )
+        self._publish(lambda: publish(self.directory, self.report, shown, self.trainee))
+
+    def _report(self, **values: Any) -> None:
+        # Agreed, as each process took its own time and found the candidates at its own paths.
+        self.report = agreed(
+            MashupReport(
+                base_model=self.base_model,
+                dry_run=self.config.dry_run,
+                timings=self._seconds(),
+                config=self.config.to_dict(),
+                hub=self.hub.traffic(),
+                environment=environment(),
+                **values,
+            )
+        )
+
+    def _publish(self, write: Callable[[], Any]) -> None:
+        if is_main_process():
+            self.report.show()
+            try:
+                write()
+            except Exception as error:
+                if self.config.on_error == "raise":
+                    raise
+                # The model is as the report says; only its record on disk is missing.
+                logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
+
+    def _seconds(self) -> dict[str, float]:
+        return {name: round(seconds, 4) for name, seconds in self.timings.items()}
+
+    def _why_none(self) -> str:
+        if not self.scores:
+            return "no candidate was found"
+        reasons = "; ".join(f"{score.candidate.name}: {score.reason}" for score in self.scores[:3])
+        return f"none of the {len(self.scores)} candidates is usable ({reasons})"
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - started
+
+
+def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
+    """Returns where a run's report and merge are written."""
+    return Path(config.report_dir or Path(args.output_dir) / "mashup")
+
+
+def _finite(loss: float) -> float | None:
+    # JSON has no numbers for these.
+    return loss if math.isfinite(loss) else None
