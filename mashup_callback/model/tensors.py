@@ -61,7 +61,8 @@ def describe_model(model: nn.Module) -> ModelTensors:
             Any model of transformers: bare, with adapters, wrapped, or sharded by FSDP2 or ZeRO-3.
 
     Raises:
-        ValueError: Parameters are quantized, so that no checkpoint's weights can take their place.
+        ValueError: It is no model of transformers, or its parameters are quantized, so that no checkpoint's weights
+            can take their place.
     """
     # FSDP1's outermost unit is a wrapper like any other, and gone after the next line.
     flattened = flattened_shapes(model)
@@ -77,6 +78,7 @@ def describe_model(model: nn.Module) -> ModelTensors:
         dtypes.append(parameter.dtype)
     _refuse_quantized(dtypes)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _refuse_other_libraries(base)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     ends = [_weight(getattr(base, name)()) for name in ("get_input_embeddings", "get_output_embeddings")]
     return ModelTensors(
@@ -97,6 +99,15 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _weight(module: nn.Module | None) -> nn.Parameter | None:
     return getattr(module, "weight", None)
+
+
+def _refuse_other_libraries(base: nn.Module) -> None:
+    # Not by class, which `torch.compile` hides.
+    if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
+        raise ValueError(
+            f"The weights of a {type(base).__name__} cannot be compared with those of a checkpoint: expected a model "
+            "of transformers. Train a LoRA adapter, or the model of transformers itself."
+        )
 
 
 def _refuse_quantized(dtypes: list[torch.dtype]) -> None:

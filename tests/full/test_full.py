@@ -20,6 +20,7 @@ from mashup_callback.formats.checkpoint import check_checkpoint, read_checkpoint
 from mashup_callback.formats.vocabulary import check_vocabularies
 from mashup_callback.full.merge import ModelInput, check_space, merge_models
 from mashup_callback.full.weights import Replacement, replaced
+from mashup_callback.model.layers import find_trainee
 from mashup_callback.model.tensors import describe_model
 from tests.full_model import full_trainer, same, save_models, weights
 from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
@@ -224,6 +225,21 @@ def test_nothing_trainable_is_refused(tmp_path, untied):
     trainer = Trainer(model, arguments, train_dataset=tokens, callbacks=[MashupCallback(str(untied / "model-*"))])
     with pytest.raises(ValueError, match="trains no LoRA layers, and none of its own weights"):
         trainer.train()
+
+
+def test_full_training_of_what_is_no_model_of_transformers_is_refused():
+    for model in (torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Sequential(llama())):
+        with pytest.raises(ValueError, match="weights of a Sequential .* expected a model of transformers"):
+            find_trainee(model)
+
+
+def test_full_training_of_a_sentence_transformer_is_refused():
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(modules=[modules.Dense(4, 4)], device="cpu")
+    with pytest.raises(ValueError, match="weights of a SentenceTransformer .* expected a model of transformers"):
+        find_trainee(model)
 
 
 def test_resuming_keeps_the_report_and_the_weights(tmp_path, untied):
