@@ -34,6 +34,15 @@ def test_candidate_that_one_process_cannot_read(start, mode, fault):
         assert status == "rejected" and reason.startswith("process 1: ")
 
 
+def test_candidate_that_is_lost_before_the_merge(start):
+    run = start(mode="ddp", callback={**CALLBACK, "on_error": "raise", "guard": False}, fault="lost")
+    check_agreement(run)
+    report = run.ranks[0]["report"]
+    weights = {row["name"].rsplit("/", 1)[-1]: row["weight"] for row in report["candidates"]}
+    assert weights["trained-0"] is None and weights["trained-1"] and weights["trained-2"]
+    assert report["decision"] == "merged" and "trained-0 was left out: it is gone" in report["reason"]
+
+
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("native", marks=pytest.mark.slow)])
 def test_process_that_raises_in_scoring(start, mode):
     run = start(mode=mode, callback=CALLBACK, fault="scoring_raises")
