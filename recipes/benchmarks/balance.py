@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -40,7 +40,6 @@ def moved(update: LoraFactors, move: float | torch.Tensor) -> LoraFactors:
 
 
 def like_inputs(update: LoraFactors, inputs: list[LoraFactors]) -> LoraFactors:
-    """The update with the geometric mean of its inputs' quotients of norms."""
     ratio = math.exp(statistics.mean(math.log(one.A.norm() / one.B.norm()) for one in inputs))
     return moved(update, math.sqrt(ratio * update.B.norm() / update.A.norm()))
 
@@ -60,22 +59,20 @@ def average(update: LoraFactors, fresh: torch.Tensor, times: float = 1.0) -> Lor
 
 
 TARGETS, SEEDS, STEPS, RATES = ("smallest", "first", "units"), (1, 2), 24, (2e-4, 6e-3, 1e-2)
-BALANCES: dict[str, Callable[[LoraFactors, torch.Tensor], LoraFactors]] = {
+BALANCES = {
     "even": even,
     "fresh": balanced,
     "rows": rows,
     "average": average,
-    "average x30": lambda update, fresh: average(update, fresh, 30.0),
+    "average x30": partial(average, times=30.0),
 }
 
 
 def batches(target: str, seed: int) -> tuple[list, list]:
-    """The batches of a run on the target, and those of its test."""
     train, test = (world.rows(target, n, s, p) for n, s, p in ((world.TRAIN_ROWS, seed, "train"), (256, 0, "test")))
     with tempfile.TemporaryDirectory() as directory:
         arguments = world.training_arguments(directory, seed, per_device_eval_batch_size=128)
-        data = {"train_dataset": train, "eval_dataset": test, "processing_class": world.load_tokenizer()}
-        trainer = SFTTrainer(world.load_model(), arguments, **data)
+        trainer = SFTTrainer(world.load_model(), arguments, None, train, test, world.load_tokenizer())
         return list(itertools.islice(trainer.get_train_dataloader(), STEPS)), list(trainer.get_eval_dataloader())
 
 
@@ -91,9 +88,8 @@ def train(merge: Factors | None, balance: str, data: tuple[list, list], seed: in
     schedule = get_cosine_schedule_with_warmup(optimizer, len(data[0]) // 10, len(data[0]))
     losses = []
     for batch in data[0]:
-        loss = model(**batch).loss
         optimizer.zero_grad()
-        loss.backward()
+        (loss := model(**batch).loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

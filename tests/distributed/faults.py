@@ -89,6 +89,17 @@ def forward_raises(rank: int) -> None:
     original = _replace(LlamaMLP, "forward", apply)
 
 
+def lost(rank: int) -> None:
+    """The main process, which merges, finds one candidate gone after scoring."""
+
+    def load(adapter: Any) -> Any:
+        if rank == 0 and adapter.candidate.name.endswith("trained-0"):
+            raise AdapterError("it is gone")
+        return original(adapter)
+
+    original = _replace(mashup_callback.guard, "load_factors", load)
+
+
 def guard_refuses(rank: int) -> None:
     """The guard finds nothing better than a fresh initialisation."""
     _replace(mashup_callback.guard, "_decide", lambda *args: "scratch")
@@ -149,6 +160,7 @@ FAULTS = {
         scoring_raises,
         batch_raises,
         forward_raises,
+        lost,
         guard_refuses,
         killed,
         writes_on_main_only,

@@ -50,6 +50,15 @@ def test_candidate_that_one_process_of_ddp_cannot_read(run):
     check_read(run)
 
 
+@by_case(broken("ddp", "lost", callback={**RAISES, "guard": False}))
+def test_candidate_that_is_lost_before_the_merge(run):
+    check_agreement(run)
+    report = run.ranks[0]["report"]
+    weights = {row["name"].rsplit("/", 1)[-1]: row["weight"] for row in report["candidates"]}
+    assert weights["trained-0"] is None and weights["trained-1"] and weights["trained-2"]
+    assert report["decision"] == "merged" and "trained-0 was left out: it is gone" in report["reason"]
+
+
 @by_case(broken("ddp", "scoring_raises"), broken("native", "scoring_raises", slow=True))
 def test_process_that_raises_in_scoring(run):
     assert run.seconds < LIMIT
