@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from .adapters import Adapter, AdapterError, load_factors
 from .distributed import deal
-from .evaluation import evaluate
+from .evaluation import evaluate, on_device
 from .factors import Factors, LoraFactors
 from .hooks import applied
 from .layers import Trainee, find_trainee
@@ -150,7 +149,7 @@ def _probed(model: nn.Module, start: Factors, rows: Rows, judge: Rows, learning_
             if done == STEPS:
                 break
             try:
-                _gradients(model, copies, tensors, send_to_device(batch, device))
+                _gradients(model, copies, tensors, on_device(batch, model))
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or not rows.halve(indices):
                     raise

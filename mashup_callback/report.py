@@ -126,6 +126,7 @@ class MashupReport:
         hub (`dict[str, float]`): Traffic with the Hub: requests, bytes received, and seconds that it took.
         config (`dict`): The settings.
         environment (`dict`): Versions and hardware.
+        sample (`dict[str, int]`): Rows that selected and were held out, duplicates among them, rows without a label.
         inputs (`str`, *optional*): Fingerprint of all that it depends on; None where that cannot be told.
         reused (`bool`): Whether an earlier start of the run made it, and this one found it.
     """
@@ -144,6 +145,7 @@ class MashupReport:
     hub: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, int] = field(default_factory=dict)
     inputs: str | None = None
     reused: bool = False
 

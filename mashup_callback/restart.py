@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from .adapters import AdapterError, load_factors, read_adapter
-from .cache import base_fingerprint
 from .candidates import Candidate
 from .config import MashupConfig
-from .distributed import decided, exchange, joint
+from .distributed import decided, joint
 from .factors import LoraFactors
 from .full_training import FittedModel, ModelMerger
 from .layers import Target, Trainee
@@ -46,7 +43,7 @@ class Earlier:
 
 def inputs_fingerprint(
     config: MashupConfig,
-    model: nn.Module,
+    base: str | None,
     trainee: Trainee | FullTrainee,
     candidates: Sequence[Candidate],
     samples: Sequence[Rows],
@@ -60,8 +57,8 @@ def inputs_fingerprint(
     Args:
         config (`MashupConfig`):
             The settings.
-        model (`torch.nn.Module`):
-            The model that is trained.
+        base (`str`, *optional*):
+            Fingerprint of the model that is trained.
         trainee (`Trainee` or `FullTrainee`):
             What is trained in it.
         candidates (`Sequence[Candidate]`):
@@ -69,14 +66,13 @@ def inputs_fingerprint(
         samples (`Sequence[Rows]`):
             The rows that select and those that guard.
     """
-    if callable(config.metric):
+    if callable(config.metric) or base is None:
         return None
     settings = {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT}
     parts = [
         environment(),
         settings,
-        # Of a sharded model, each process has a part.
-        exchange(base_fingerprint(model)),
+        base,
         _trainee_fingerprint(trainee),
         decided(lambda: [_identity(candidate) for candidate in candidates]),
         [rows.fingerprint() for rows in samples],

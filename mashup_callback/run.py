@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from .cache import shared_fingerprint
 from .candidates import Candidate, find_candidates
 from .config import MashupConfig
 from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
@@ -58,6 +59,8 @@ class MashupRun:
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
+        self.sample: dict[str, int] = {}
+        self.base: str | None = None
         self.inputs: str | None = None
         self.report: MashupReport | None = None
 
@@ -66,25 +69,29 @@ class MashupRun:
         with self._timed("candidates"):
             candidates = in_turns(lambda: self._find(specs))
         with self._timed("sample"):
-            samples = draw_sample(
+            sample = draw_sample(
                 dataloader,
                 config.sample_size,
                 batch_size=config.batch_size or self.args.train_batch_size,
                 seed=config.seed,
                 guard_rows=config.guard_dataset,
+                labeled=not callable(config.metric),
             )
-            self.inputs = inputs_fingerprint(config, self.model, self.trainee, candidates, samples)
+            self.sample = sample.counts()
+            samples = (sample.selection, sample.held_out)
+            if not callable(config.metric):
+                self.base = shared_fingerprint(self.model)
+            self.inputs = inputs_fingerprint(config, self.base, self.trainee, candidates, samples)
             earlier = find_earlier(self.directory, self.inputs, self.trainee, self.models.merger)
         if earlier is not None:
             return self._again(earlier)
-        selection_rows, held_out = samples
         with self._timed("scoring"):
-            self.scores = warn_of_same_data(self._score(candidates, selection_rows), dataloader.dataset)
+            self.scores = warn_of_same_data(self._score(candidates, sample.selection), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
         if not selection.scores:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
-            verdict = choose(self.model, self.trainee, selection, held_out, config, self.models.merger)
+            verdict = choose(self.model, self.trainee, selection, sample.held_out, config, self.models.merger)
         self._swap(verdict.chosen and verdict.chosen.fitted)
         self._finish(verdict)
 
@@ -123,6 +130,7 @@ class MashupRun:
             hub=self.hub,
             admit_model=self.models.admit,
             learning_rate=self.args.learning_rate,
+            fingerprint=self.base,
         )
 
     def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
@@ -162,6 +170,7 @@ class MashupRun:
                 config=self.config.to_dict(),
                 hub=self.hub.traffic(),
                 environment=environment(),
+                sample=self.sample,
                 **values,
             )
         )
