@@ -23,6 +23,7 @@ from .model.layers import Trainee, base_model_name, layer_shapes
 from .model.tensors import FullTrainee
 from .provenance import warn_of_same_data
 from .report import MashupReport, candidate_rows, environment, merge_info
+from .scoring.cache import shared_fingerprint
 from .scoring.halving import rungs
 from .scoring.race import Score, score_candidates
 from .scoring.sample import Rows, draw_sample
@@ -56,6 +57,8 @@ class MashupRun:
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
+        self.sample: dict[str, int] = {}
+        self.base: str | None = None
         self.report: MashupReport | None = None
 
     def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
@@ -63,20 +66,24 @@ class MashupRun:
         with self._timed("candidates"):
             candidates = in_turns(lambda: self._find(specs))
         with self._timed("sample"):
-            selection_rows, held_out = draw_sample(
+            sample = draw_sample(
                 dataloader,
                 config.sample_size,
                 batch_size=config.batch_size or self.args.train_batch_size,
                 seed=config.seed,
                 guard_rows=config.guard_dataset,
+                labeled=not callable(config.metric),
             )
+            self.sample = sample.counts()
+            if not callable(config.metric):
+                self.base = shared_fingerprint(self.model)
         with self._timed("scoring"):
-            self.scores = warn_of_same_data(self._score(candidates, selection_rows), dataloader.dataset)
+            self.scores = warn_of_same_data(self._score(candidates, sample.selection), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
         if not selection.scores:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
-            verdict = choose(self.model, self.trainee, selection, held_out, config, self.models.merger)
+            verdict = choose(self.model, self.trainee, selection, sample.held_out, config, self.models.merger)
         self._swap(verdict.chosen and verdict.chosen.fitted)
         self._finish(verdict)
 
@@ -115,6 +122,7 @@ class MashupRun:
             hub=self.hub,
             admit_model=self.models.admit,
             learning_rate=self.args.learning_rate,
+            fingerprint=self.base,
         )
 
     def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
@@ -149,6 +157,7 @@ class MashupRun:
                 config=self.config.to_dict(),
                 hub=self.hub.traffic(),
                 environment=environment(),
+                sample=self.sample,
                 **values,
             )
         )

@@ -141,6 +141,7 @@ class MashupReport:
         hub (`dict[str, float]`): Traffic with the Hub: requests, bytes received, and seconds that it took.
         config (`dict`): The settings.
         environment (`dict`): Versions and hardware.
+        sample (`dict[str, int]`): Rows that selected and were held out, duplicates among them, rows without a label.
     """
 
     decision: str
@@ -159,6 +160,7 @@ class MashupReport:
     hub: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_full(self) -> bool:

@@ -164,7 +164,9 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def shared_fingerprint(model: nn.Module) -> str:
     """Returns the fingerprint of a model of which each process may hold a part only; every process must call it."""
-    return xxhash.xxh3_128("".join(exchange(base_fingerprint(model)))).hexdigest()
+    parts = dict.fromkeys(exchange(base_fingerprint(model)))
+    # Where each process holds the whole model, it is the same as in a single process.
+    return xxhash.xxh3_128("".join(parts)).hexdigest()
 
 
 def _setting(model: nn.Module) -> dict[str, Any]:

@@ -41,13 +41,23 @@ class RowLosses:
 
     @property
     def mean_loss(self) -> float:
-        """Loss per label token."""
-        return (self.loss.sum() / self.tokens.sum().clamp(min=1)).item()
+        """Loss per label token, or per what a callable metric counts."""
+        return (self.loss.sum() / self._count()).item()
 
     @property
     def accuracy(self) -> float:
         """Share of the label tokens that were the most likely ones."""
-        return (self.correct.sum() / self.tokens.sum().clamp(min=1)).item()
+        return (self.correct.sum() / self._count()).item()
+
+    def _count(self) -> torch.Tensor:
+        count = self.tokens.sum()
+        if not count > 0:
+            raise ValueError(
+                f"The losses of {len(self.tokens)} rows count {count.item():g} in all, expected more than 0: no row "
+                f"has a label other than {IGNORE} (is the text cut off, masked, or a response template not found?), "
+                "or a callable metric returned such counts."
+            )
+        return count
 
 
 def sum_error(differences: torch.Tensor) -> float:

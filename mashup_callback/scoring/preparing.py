@@ -20,8 +20,15 @@ from ..full.weights import load_update
 from ..lora.hooks import StackedFactors, empty_stack
 from ..model.layers import refuse_huge, weight_norms
 from ..model.parameters import is_sharded
-from .cache import ScoreCache, base_fingerprint, score_key
+from .adapters import Adapter, check_adapter, read_adapter
+from .cache import ScoreCache, score_key, shared_fingerprint
+from .candidates import Candidate
+from .checkpoints import Checkpoint, is_checkpoint
+from .distributed import exchange
+from .errors import AdapterError
+from .factors import Factors, LoraFactors
 from .halving import Score
+from .hooks import StackedFactors, empty_stack
 from .losses import RowLosses
 from .sample import Rows
 
@@ -70,30 +77,31 @@ class Preparation:
     """
     Reads candidates: their scores from the cache, else their tensors from the disk to the model's device.
 
-    What a callable metric measures is not known, and of a sharded model no process sees enough, so neither is cached.
+    What a callable metric measures is not known, so it is not cached.
 
     Args:
         model (`torch.nn.Module`):
             The model that they are scored on.
         metric (`str` or `Callable`):
             What is measured.
-        sharded (`bool`):
-            Whether no process holds the whole model.
+        fingerprint (`str`, *optional*):
+            The model's, where it is known.
     """
 
-    def __init__(self, model: nn.Module, metric: Any, sharded: bool) -> None:
+    def __init__(self, model: nn.Module, metric: Any, fingerprint: str | None = None) -> None:
         self.device = next(model.parameters()).device
         # A probe begins with the loss, and is not kept itself: it depends on the trainee.
         self.metric, self.cache = "loss" if metric == "probe" else metric, ScoreCache()
-        cached = not sharded and not callable(metric) and self.cache.directory is not None
-        self.base = base_fingerprint(model) if cached else None
+        self.cached = not callable(metric) and self.cache.directory is not None
+        self.model, self.base = model, fingerprint
         self._fingerprints: dict[int, str] = {}
         # No process has the whole weights of a sharded model.
         self.norms = {} if is_sharded(model) else weight_norms(model)
 
     def sample(self, part: Rows) -> None:
         """Takes the fingerprint of rows; to be called before they are scored, while their batches are whole."""
-        if self.base is not None:
+        if self.cached:
+            self.base = self.base or shared_fingerprint(self.model)
             self._fingerprints[id(part)] = part.fingerprint()
 
     def __call__(self, sources: Sequence[Any], part: Rows) -> PreparedGroup:
@@ -161,7 +169,7 @@ class Preparation:
         return members
 
     def _key(self, source: Any, part: Rows) -> str | None:
-        if self.base is None or not isinstance(source, Adapter):
+        if not self.cached or not isinstance(source, Adapter):
             return None
         return score_key(source, self.base, self._fingerprints[id(part)], self.metric)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
@@ -19,7 +18,13 @@ from ..formats.adapter import Adapter, load_factors
 from ..lora.hooks import applied
 from ..lora.trainee import fit
 from ..model.layers import Trainee, find_trainee
-from .evaluation import evaluate
+from .adapters import Adapter, load_factors
+from .distributed import deal
+from .errors import AdapterError
+from .evaluation import evaluate, on_device
+from .factors import Factors, LoraFactors
+from .hooks import applied
+from .layers import Trainee, find_trainee
 from .losses import language_model_losses
 from .sample import Rows
 
@@ -151,7 +156,7 @@ def _probed(model: nn.Module, start: Factors, rows: Rows, judge: Rows, learning_
             if done == STEPS:
                 break
             try:
-                _gradients(model, copies, tensors, send_to_device(batch, device))
+                _gradients(model, copies, tensors, on_device(batch, model))
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or not rows.halve(indices):
                     raise

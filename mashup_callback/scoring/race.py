@@ -50,6 +50,7 @@ def score_candidates(
     hub: Hub | None = None,
     admit_model: Callable[[Candidate], Adapter | Checkpoint] | None = None,
     learning_rate: float = 1e-4,
+    fingerprint: str | None = None,
 ) -> list[Score]:
     """
     Scores candidate adapters on batches of the target's data.
@@ -95,12 +96,14 @@ def score_candidates(
             [`admit_checkpoint`].
         learning_rate (`float`, *optional*, defaults to `1e-4`):
             What `metric="probe"` trains with; the callback passes the Trainer's.
+        fingerprint (`str`, *optional*):
+            The model's, from [`shared_fingerprint`], where it is known already.
 
     Returns:
         `list[Score]`: One for each candidate, the best first; those that were not scored to the end come last.
     """
     hub = hub or Hub(asks=is_first_on_machine())
-    race = _Race(model, as_rows(batches), metric, max_seconds, hub)
+    race = _Race(model, as_rows(batches), metric, max_seconds, hub, fingerprint)
     shapes = layer_shapes(model)
     admit_model = admit_model or partial(admit_checkpoint, model)
     trainee = trained_adapter(model) if metric == "probe" else None
@@ -128,12 +131,20 @@ def _probed(
 class _Race:
     """The candidates' way through the rungs, one after the other on ever more rows."""
 
-    def __init__(self, model: nn.Module, rows: Rows, metric: Metric, max_seconds: float | None, hub: Hub) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        metric: Metric,
+        max_seconds: float | None,
+        hub: Hub,
+        fingerprint: str | None = None,
+    ) -> None:
         self.model, self.rows, self.metric, self.hub = model, rows, metric, hub
         self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
         # A trainer gathers its metrics from all processes, so all of them look at the same candidate.
         self.sharded = is_sharded(model) or isinstance(metric, TrainerLoss)
-        self.prepare = Preparation(model, metric, self.sharded)
+        self.prepare = Preparation(model, metric, fingerprint)
         self.tiling = Tiling(model, enabled=not self.sharded and not callable(metric))
 
     def run(self, scores: Iterable[Score], sizes: list[int], keep: int, count: int) -> list[Score]:
@@ -201,6 +212,9 @@ class _Race:
 
     def _result(self, score: Score, part: Rows, ready: Prepared) -> dict[str, Any]:
         started = time.monotonic()
+        if self.sharded:
+            # All processes join a forward pass, or none does.
+            ready = replace(ready, losses=agreed(ready.losses))
         over = ready.losses is None and started > self.deadline
         if agreed(over) if self.sharded else over:
             # What was scored on fewer rows stays comparable by its mean.
@@ -220,8 +234,8 @@ class _Race:
         return {"losses": losses, "seconds": seconds}
 
     def _losses(self, score: Score, part: Rows, ready: Prepared) -> RowLosses:
-        if ready.place is not None and ready.losses is None:
-            # The forward pass that it shared failed.
+        if ready.losses is None and ready.update is None and ready.error is None:
+            # The forward pass that it shared failed, or another process does not know its losses.
             ready = self.prepare.alone(score.adapter, part)
         if ready.error is not None:
             raise ready.error

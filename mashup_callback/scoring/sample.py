@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
@@ -15,6 +16,11 @@ from torch.utils.data import DataLoader
 from ..distributed import decided
 from ..errors import UsageError
 from ..model.isolation import random_state
+from .distributed import decided
+from .errors import UsageError
+from .isolation import random_state
+from .losses import IGNORE
+from .private_copy import private_copy
 
 
 logger = logging.getLogger(__name__)
@@ -105,17 +111,31 @@ class Rows:
         """Returns a sha256 of the batches, to tell whether two samples are the same."""
         digest = hashlib.sha256()
         for _, batch in self.batches():
-            if not isinstance(batch, Mapping):
-                digest.update(repr(batch).encode())
-                continue
-            for name, value in sorted(batch.items()):
-                digest.update(name.encode())
-                if isinstance(value, torch.Tensor):
-                    digest.update(repr((value.dtype, tuple(value.shape))).encode())
-                    digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-                else:
-                    digest.update(repr(value).encode())
+            _feed(digest, batch)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """
+    Rows of the training data.
+
+    Args:
+        selection (`Rows`): Those that select.
+        held_out (`Rows`): Those that are held out for the guard; no row of the selection is among them.
+        duplicates (`int`): Rows that had been drawn before with the same content.
+        unlabeled (`int`): Rows that were left out as none of their tokens has a label.
+    """
+
+    selection: Rows
+    held_out: Rows
+    duplicates: int = 0
+    unlabeled: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Returns what the report says of it."""
+        rows = {"selection": len(self.selection), "held_out": len(self.held_out)}
+        return {**rows, "duplicates": self.duplicates, "unlabeled": self.unlabeled}
 
 
 def as_rows(batches: "Rows | Sequence[Mapping[str, Any]]") -> Rows:
@@ -124,15 +144,22 @@ def as_rows(batches: "Rows | Sequence[Mapping[str, Any]]") -> Rows:
 
 
 def draw_sample(
-    dataloader: DataLoader, size: int, *, batch_size: int, seed: int = 42, guard_rows: Sequence[Any] | None = None
-) -> tuple[Rows, Rows]:
+    dataloader: DataLoader,
+    size: int,
+    *,
+    batch_size: int,
+    seed: int = 42,
+    guard_rows: Sequence[Any] | None = None,
+    labeled: bool = True,
+) -> Sample:
     """
     Draws the rows that select and the rows that are held out for the guard.
 
     The data loader is never iterated: its sampler would draw random numbers and change the order of training. Rows of
-    a map-style data set are drawn at random without replacement, those of an iterable one are its first ones. The main
-    process reads them and every process gets them, so that a data set that is split over the processes gives the
-    same sample to all. The collator starts from the same seed at every batch and everywhere.
+    a map-style data set are drawn at random without replacement, those of an iterable one are its first ones, read
+    from a private copy. The main process reads them and every process gets them, so that a data set that is split over
+    the processes gives the same sample to all. Rows with the same content are in the same half. The collator is a
+    private copy too; the global random number generators start from the same seed at every batch and everywhere.
 
     Args:
         dataloader (`DataLoader`):
@@ -145,24 +172,35 @@ def draw_sample(
             Seed of a private generator.
         guard_rows (`Sequence`, *optional*):
             Rows to hold out instead; then all `size` rows select.
-
-    Returns:
-        `tuple[Rows, Rows]`: The selection rows and the held-out rows, which are disjoint.
+        labeled (`bool`, *optional*, defaults to `True`):
+            Leave out rows whose labels are all -100, where batches have `labels`.
 
     Raises:
-        ValueError: The data set has fewer than two rows, or `guard_rows` lacks a column of the training rows.
+        ValueError: The data set has fewer than two different rows, or is a stream that can be read once, or no row has
+            a label, or `guard_rows` lacks a column of the training rows.
     """
     with random_state(seed):
         rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
-    needed = 2 if guard_rows is None else 1
-    if len(rows) < needed:
-        raise ValueError(f"The training data has {len(rows)} rows, expected at least {needed} to select and to guard.")
-    if len(rows) < size:
+    if 1 < len(rows) < size:
         logger.info("The training data has %d rows, fewer than sample_size=%d; all are used.", len(rows), size)
-    selection = rows[::2] if guard_rows is None else rows
-    held_out = rows[1::2] if guard_rows is None else _check_guard(guard_rows, rows[0])
-    collate = _seeded(dataloader.collate_fn, seed)
-    return Rows(selection, collate, batch_size), Rows(held_out, collate, batch_size)
+    contents = [_content(row) for row in rows]
+    places = {content: place for place, content in enumerate(dict.fromkeys(contents))}
+    needed = 2 if guard_rows is None else 1
+    if len(places) < needed:
+        raise ValueError(
+            f"The training data has {len(rows)} rows, {len(places)} of them different, expected at least {needed} to "
+            "select and to guard."
+        )
+    # Copies of a row go where the first one goes.
+    pairs = list(zip(rows, contents, strict=True))
+    selection, held_out = ([row for row, content in pairs if places[content] % 2 == half] for half in (0, 1))
+    if guard_rows is not None:
+        selection, held_out = rows, _check_guard(guard_rows, rows[0])
+    collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
+    parts = [Rows(part, collate, batch_size) for part in (selection, held_out)]
+    kept = [_labeled(part) for part in parts] if labeled else parts
+    unlabeled = sum(map(len, parts)) - sum(map(len, kept))
+    return Sample(*kept, duplicates=len(rows) - len(places), unlabeled=unlabeled)
 
 
 def _seeded(collate: Callable, seed: int) -> Callable:
@@ -178,9 +216,78 @@ def _read_rows(dataset: Any, size: int, seed: int) -> list[Any]:
         # Each process would skip the rows of the others.
         dataset = dataset.dataset
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        return list(itertools.islice(iter(dataset), size))
-    generator = torch.Generator().manual_seed(seed)
-    return [dataset[index] for index in torch.randperm(len(dataset), generator=generator)[:size].tolist()]
+        return list(itertools.islice(_from_the_start(dataset), size))
+    return [dataset[index] for index in _drawn(len(dataset), size, torch.Generator().manual_seed(seed))]
+
+
+def _from_the_start(dataset: Any) -> Iterator[Any]:
+    dataset, stuck = private_copy(dataset)
+    if stuck:
+        raise ValueError(
+            f"The training data is a stream that can be read once: it holds a {type(stuck[0]).__name__}, and the rows "
+            "of the sample would be lost to training. Expected a data set that starts over each time it is iterated."
+        )
+    return iter(dataset)
+
+
+def _drawn(count: int, size: int, generator: torch.Generator) -> list[int]:
+    """Returns the first numbers of a random permutation, as `torch.randperm` gives them, without the others."""
+    drawn, moved = [], {}
+    for place in range(min(size, count)):
+        other = place + int(torch.randint(count - place, (), generator=generator))
+        drawn.append(moved.get(other, other))
+        moved[other] = moved.get(place, place)
+    return drawn
+
+
+def _labeled(rows: Rows) -> Rows:
+    """Returns the rows that have a label, the same object if all have one."""
+    without, total, seen = [], 0, False
+    for indices, batch in rows.batches():
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+            return rows
+        seen, counts = True, (labels != IGNORE).sum(1).tolist()
+        total += sum(counts)
+        if len(counts) == len(indices):
+            without += [index for index, count in zip(indices, counts, strict=True) if not count]
+    if seen and not total:
+        raise ValueError(
+            f"None of the {len(rows)} rows looked at has a label: all `labels` of all batches are {IGNORE}, so there "
+            "is no loss. Look at a batch of `trainer.get_train_dataloader()`: either truncation (`max_length`) cuts "
+            "off what is to be learned, or the masks of prompts or turns cover everything, or the response template "
+            "was not found."
+        )
+    left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
+    return Rows(left, rows.collate, rows.batch_size) if without else rows
+
+
+def _content(row: Any) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, row)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Takes the content of a row or batch into a hash."""
+    if isinstance(value, Mapping):
+        for name in sorted(value, key=str):
+            digest.update(repr(name).encode())
+            _feed(digest, value[name])
+    elif isinstance(value, torch.Tensor):
+        digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
+    elif isinstance(value, list | tuple) and not (value and isinstance(value[0], str | int | float)):
+        digest.update(f"{len(value)} values".encode())
+        for item in value:
+            _feed(digest, item)
+    elif hasattr(value, "tobytes") and hasattr(value, "size"):
+        # An image of Pillow's.
+        digest.update(repr(value.size).encode() + value.tobytes())
+    else:
+        digest.update(repr(value).encode())
 
 
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:

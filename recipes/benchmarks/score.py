@@ -65,8 +65,8 @@ def quickstart(target: str, size: int) -> tuple[nn.Module, Rows, Rows]:
             train_dataset=world.rows(target, 2 * size, 0),
             processing_class=world.load_tokenizer(),
         )
-        chosen, held_out = draw_sample(trainer.get_train_dataloader(), 2 * size, batch_size=world.BATCH_SIZE)
-    return world.load_model().eval(), chosen, held_out
+        sample = draw_sample(trainer.get_train_dataloader(), 2 * size, batch_size=world.BATCH_SIZE)
+    return world.load_model().eval(), sample.selection, sample.held_out
 
 
 def write_adapter(source: Path, directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:

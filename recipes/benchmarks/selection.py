@@ -59,7 +59,8 @@ def choices(target: str, seed: int, library: list[Path]) -> dict[str, str]:
     """What each metric ranks first on the same 128 rows."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_for(target, seed, 1, directory)
-        rows, _ = draw_sample(trainer.get_train_dataloader(), 256, batch_size=world.BATCH_SIZE, seed=seed)
+        loader = trainer.get_train_dataloader()
+        rows = draw_sample(loader, 256, batch_size=world.BATCH_SIZE, seed=seed).selection
         rate = world.LEARNING_RATE
         ranked = {
             metric: score_candidates(trainer.model, library, rows, metric, learning_rate=rate) for metric in METRICS
@@ -85,7 +86,7 @@ def test_rows(target: str, directory: str) -> Rows:
         train_dataset=world.rows(target, TEST_ROWS, 0, "test"),
         processing_class=world.load_tokenizer(),
     )
-    return draw_sample(trainer.get_train_dataloader(), TEST_ROWS, batch_size=64)[1]
+    return draw_sample(trainer.get_train_dataloader(), TEST_ROWS, batch_size=64).held_out
 
 
 def regrets(target: str, seed: int, steps: int) -> dict[str, str | int | float]:

@@ -126,13 +126,13 @@ def test_base_fingerprint_sees_a_single_number_anywhere():
     assert base_fingerprint(model) not in seen and len(seen) >= 3 * len(tensors) - 6
 
 
-def test_a_few_trained_tokens_are_a_new_base(tmp_path, directory, data):
+def test_a_trained_token_is_a_new_base(tmp_path, directory, data):
     model, forwards = counted()
     path = save_random_adapter(tmp_path / "a", 0)
     [before] = score_candidates(model, [path], Rows(*data, 8))
     forwards.clear()
     with torch.no_grad():
-        model.get_input_embeddings().weight[50:53] += 5.0
+        model.get_input_embeddings().weight[50] += 5.0
     [after] = score_candidates(model, [path], Rows(*data, 8))
     assert sum(forwards) == 64 and after.loss != before.loss
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from mashup_callback.scoring import losses as module
-from mashup_callback.scoring.losses import language_model_losses
+from mashup_callback.scoring.losses import RowLosses, language_model_losses
 from tests.tiny import llama
 
 
@@ -118,7 +118,22 @@ def test_batch_without_label_tokens():
     data = batch()
     data["labels"].fill_(-100)
     losses = language_model_losses(llama().eval(), data)
-    assert losses.loss.tolist() == [0, 0, 0] and losses.mean_loss == 0
+    assert losses.loss.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="no row has a label other than -100"):
+        losses.mean_loss  # noqa: B018
+
+
+@pytest.mark.parametrize(("count", "mean"), [(0.5, 4.0), (0.25, 8.0), (3.0, 2 / 3)])
+def test_counts_of_a_metric_are_taken_as_they_are(count, mean):
+    loss, counts = (torch.tensor([value], dtype=torch.float64) for value in (2.0, count))
+    assert RowLosses(loss, loss, counts).mean_loss == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("count", [0.0, -1.0, float("nan")])
+def test_counts_that_are_no_counts_are_an_error(count):
+    loss, counts = (torch.tensor([value], dtype=torch.float64) for value in (2.0, count))
+    with pytest.raises(ValueError, match="expected more than 0"):
+        RowLosses(loss, loss, counts).mean_loss  # noqa: B018
 
 
 @torch.no_grad()
