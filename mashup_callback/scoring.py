@@ -18,6 +18,7 @@ from .candidates import Candidate
 from .checkpoints import Checkpoint
 from .distributed import agreed, deal, decided, is_first_on_machine, is_main_process, joint, place
 from .evaluation import Metric, bare, evaluate
+from .hooks import BypassedError
 from .hub import Hub
 from .hub_download import arriving
 from .isolation import undisturbed
@@ -184,6 +185,8 @@ class _Race:
         started = time.monotonic()
         try:
             losses = evaluate_together(self.model, part, ready.stacked, self.tiling)
+        except BypassedError:
+            raise
         except Exception as error:
             # Whose fault it is shows when each is scored alone.
             logger.info("Candidates share no forward pass: %s: %s", type(error).__name__, error)
