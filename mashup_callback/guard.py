@@ -4,19 +4,23 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from .adapters import load_factors
-from .config import MashupConfig
-from .distributed import agreed, decided
+from .config import MashupConfig, UsageError
+from .distributed import OutOfStepError, agreed, decided, joint, place
 from .evaluation import bare, evaluate
 from .full_training import FittedModel, ModelMerger
 from .isolation import undisturbed
 from .layers import Trainee
+from .losses import RowLosses
 from .model_tensors import FullTrainee
 from .sampling import Rows
 from .selection import Selection
 from .swap import FittedMerge, fit
+from .trainer_loss import TrainerLoss
 
 
 if TYPE_CHECKING:
@@ -44,13 +48,18 @@ class Start:
         selection (`Selection`): The candidates in it.
         merged (`MergedAdapter` or `MergedModel`): Their merge.
         fitted (`FittedMerge` or `FittedModel`): The merge in the trainee's parameters.
-        loss (`float`): Its held-out loss.
+        losses (`RowLosses`): Its losses on the held-out rows.
     """
 
     selection: Selection
     merged: "MergedAdapter | MergedModel"
     fitted: FittedMerge | FittedModel
-    loss: float
+    losses: RowLosses
+
+    @property
+    def loss(self) -> float:
+        """Its held-out loss."""
+        return self.losses.mean_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +70,73 @@ class Verdict:
     Args:
         decision (`str`): `"merged"`, `"single"` or `"scratch"`.
         reason (`str`): The comparison that decided.
-        base_loss (`float`): Held-out loss of the fresh initialisation.
+        base_losses (`RowLosses`): Losses of the fresh initialisation on the held-out rows.
         merge (`Start`): The merge.
         single (`Start`): The best single candidate, at the trainee's rank.
     """
 
     decision: str
     reason: str
-    base_loss: float
+    base_losses: RowLosses
     merge: Start
     single: Start
+
+    @property
+    def base_loss(self) -> float:
+        """Held-out loss of the fresh initialisation."""
+        return self.base_losses.mean_loss
 
     @property
     def chosen(self) -> Start | None:
         """What is written into the trainee; None for the fresh initialisation."""
         return {"merged": self.merge, "single": self.single}.get(self.decision)
+
+    def can_be_checked(self, config: MashupConfig) -> bool:
+        """Whether the metric gives the same number twice: a user's score may draw random numbers."""
+        return not callable(config.metric) or isinstance(config.metric, TrainerLoss)
+
+    def after_swap(self, model: nn.Module, held_out: Rows, config: MashupConfig) -> "AfterSwap":
+        """Evaluates the model as it is trained on one held-out batch; every process must call it."""
+        metric = config.metric if callable(config.metric) else "loss"
+        with undisturbed(model):
+            found = evaluate(model, held_out.first(*place()), metric, share=True)
+        seen = found.tokens > 0
+        return AfterSwap(*(_mean(losses, seen) for losses in (found, self.chosen.losses, self.base_losses)), model)
+
+
+@dataclass(frozen=True, eq=False)
+class AfterSwap:
+    """
+    What the swap has come to, on one held-out batch.
+
+    Args:
+        loss (`float`): Loss of the model as it is trained.
+        expected (`float`): What the guard found for what was written.
+        fresh (`float`): What it found for the fresh initialisation.
+        model (`torch.nn.Module`): The model, whose precision says what may differ.
+    """
+
+    loss: float
+    expected: float
+    fresh: float
+    model: nn.Module
+
+    @property
+    def tolerance(self) -> float:
+        """Difference that rounding explains: 1% of the loss in float32, 5% with fewer bits or autocast."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        exact = dtypes <= {torch.float32, torch.float64} and not AcceleratorState._shared_state.get("_mixed_precision")
+        return (0.01 if exact else 0.05) * max(1.0, abs(self.expected))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the model computes something else than the guard judged."""
+        return not abs(self.loss - self.expected) <= self.tolerance
+
+    @property
+    def is_worse_than_fresh(self) -> bool:
+        """Whether it is also clearly worse than the fresh initialisation, and than it should be."""
+        return not self.loss <= max(self.expected, self.fresh) + self.tolerance
 
 
 def choose(
@@ -108,19 +169,20 @@ def choose(
     """
     arms = _Arms(model, trainee, held_out, config, merger)
     with undisturbed(model):
-        base_loss = evaluate(model, held_out, arms.metric, share=True).mean_loss
+        base_losses = evaluate(model, held_out, arms.metric, share=True)
         with bare(model, arms.metric):
             single = arms.start(selection.first(1), "linear", {})
             merge = arms.grow(selection) if config.top_k == "auto" else arms.best_method(selection)
     if len(merge.selection.scores) == 1:
         # A merge of one is that candidate in another form, and one form stands for both.
         single = merge = arms.better(single, merge) if config.guard else merge
+    base_loss = base_losses.mean_loss
     decision = agreed(_decide(base_loss, merge, single, config.guard))
     reason = _reason(decision, base_loss, merge, single, config.guard)
     if merger is not None and decision == "single":
         # Before anything is written into the model: there may be no space for it.
         single = replace(single, merged=merger.kept(single.merged))
-    return Verdict(decision, reason, base_loss, merge, single)
+    return Verdict(decision, reason, base_losses, merge, single)
 
 
 class _Arms:
@@ -146,8 +208,8 @@ class _Arms:
             merged = decided(lambda: self._merged(selection, method, parameters))
             fitted = fit(merged.factors, self.trainee)
             update = fitted.factors
-        loss = evaluate(self.model, self.held_out, self.metric, update, share=True).mean_loss
-        return Start(selection, merged, fitted, loss)
+        losses = evaluate(self.model, self.held_out, self.metric, update, share=True)
+        return Start(selection, merged, fitted, losses)
 
     def _merged(self, selection: Selection, method: str, parameters: dict) -> "MergedAdapter":
         # Imported here so that importing the callback does not import mergekit.
@@ -166,11 +228,21 @@ class _Arms:
     def best_method(self, selection: Selection) -> Start:
         if self.config.merge_method != "auto":
             return self.start(selection, self.config.merge_method, self.config.merge_parameters)
-        best = None
+        best, reasons = None, []
         for method, parameters in AUTO_METHODS.items():
-            start = self.start(selection, method, parameters)
+            try:
+                with joint():
+                    start = self.start(selection, method, parameters)
+            except (UsageError, OutOfStepError):
+                raise
+            except Exception as error:
+                reasons.append(f"{method}: {type(error).__name__}: {error}")
+                logger.warning("merge_method='auto' goes on without a method that failed: %s", reasons[-1])
+                continue
             logger.info("merge_method=%s: held-out loss %.4f", start.merged.method, start.loss)
             best = start if best is None else self.better(best, start)
+        if best is None:
+            raise RuntimeError(f"Every method that merge_method='auto' tries failed ({'; '.join(reasons)}).")
         return best
 
     def grow(self, selection: Selection) -> Start:
@@ -189,6 +261,10 @@ class _Arms:
         if self.merger is not None:
             self.merger.discard(worse.merged)
         return better
+
+
+def _mean(losses: RowLosses, rows: torch.Tensor) -> float:
+    return (losses.loss[rows].sum() / losses.tokens[rows].sum().clamp(min=1)).item()
 
 
 def _loss(start: Start) -> float:

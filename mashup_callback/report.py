@@ -117,6 +117,8 @@ class MashupReport:
         base_loss (`float`, *optional*): Held-out loss of the fresh initialisation.
         merged_loss (`float`, *optional*): Held-out loss of the merge.
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
+        swapped_loss (`float`, *optional*): Loss on one held-out batch after the swap, with the model as it is trained.
+        expected_loss (`float`, *optional*): What the guard found on that batch for what was written.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
         rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
@@ -135,6 +137,8 @@ class MashupReport:
     base_loss: float | None = None
     merged_loss: float | None = None
     single_loss: float | None = None
+    swapped_loss: float | None = None
+    expected_loss: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
     rungs: tuple[Rung, ...] = ()
     merge: MergeInfo | None = None

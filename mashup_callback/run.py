@@ -60,6 +60,8 @@ class MashupRun:
         self.scores: list[Score] = []
         self.inputs: str | None = None
         self.report: MashupReport | None = None
+        # Takes the swap back; None while the model is as it was.
+        self.undo: Callable[[], None] | None = None
 
     def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
         config = self.config
@@ -85,12 +87,18 @@ class MashupRun:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
             verdict = choose(self.model, self.trainee, selection, held_out, config, self.models.merger)
+        self.report = self._outcome(verdict)
         self._swap(verdict.chosen and verdict.chosen.fitted)
-        self._finish(verdict)
+        self._check(verdict, held_out)
+        self._finish(lambda: publish(self.directory, self.report, verdict.chosen or verdict.merge, self.trainee))
 
     def give_up(self, reason: str) -> None:
+        if self.undo is not None:
+            # The report was made before the swap and is true.
+            logger.warning("Training starts from the mashup, but something failed after it was written: %s", reason)
+            return
         logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
-        self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
+        self.report = self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
         self._publish(lambda: publish(self.directory, self.report, None, self.trainee))
 
     def _find(self, specs: Sequence[str]) -> list[Candidate]:
@@ -128,18 +136,40 @@ class MashupRun:
     def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
         with self._timed("swap"):
             if fitted is not None and not self.config.dry_run:
-                swap(self.model, self.trainee, fitted)
+                self.undo = swap(self.model, self.trainee, fitted)
+
+    def _check(self, verdict: Verdict, held_out: Rows) -> None:
+        """Compares the loss on one held-out batch with what the guard found; much worse, the swap is taken back."""
+        if self.undo is None or not verdict.can_be_checked(self.config):
+            return
+        with self._timed("swap"):
+            found = verdict.after_swap(self.model, held_out, self.config)
+        self.report = replace(self.report, swapped_loss=_finite(found.loss), expected_loss=_finite(found.expected))
+        if not found.differs:
+            return
+        text = f"after the swap the loss on one held-out batch is {found.loss:.4f}, expected {found.expected:.4f}"
+        if self.config.guard and found.is_worse_than_fresh:
+            self.undo()
+            self.undo = None
+            text += f", and {found.fresh:.4f} before it: the swap was taken back"
+            self.report = replace(self.report, decision="scratch")
+        logger.warning("The model does not compute what the guard judged: %s", text)
+        self.report = replace(self.report, reason=f"{self.report.reason}; {text}")
 
     def _again(self, earlier: Earlier) -> None:
+        self.report = replace(earlier.report, reused=True)
         self._swap(earlier.fitted)
-        self.report = agreed(replace(earlier.report, reused=True, timings=self._seconds(), hub=self.hub.traffic()))
         # The merge stays where it is.
-        self._publish(lambda: self.report.save(self.directory / REPORT_NAME))
+        self._finish(lambda: self.report.save(self.directory / REPORT_NAME))
 
-    def _finish(self, verdict: Verdict) -> None:
+    def _finish(self, write: Callable[[], Any]) -> None:
+        self.report = agreed(replace(self.report, timings=self._seconds(), hub=self.hub.traffic()))
+        self._publish(write)
+
+    def _outcome(self, verdict: Verdict) -> MashupReport:
         shown = verdict.chosen or verdict.merge
         weights = dict(zip(map(id, shown.selection.scores), shown.selection.weights, strict=True))
-        self._report(
+        return self._report(
             decision=verdict.decision,
             reason=verdict.reason,
             base_loss=_finite(verdict.base_loss),
@@ -150,11 +180,10 @@ class MashupRun:
             inputs=self.inputs,
             merge=merge_info(shown),
         )
-        self._publish(lambda: publish(self.directory, self.report, shown, self.trainee))
 
-    def _report(self, **values: Any) -> None:
+    def _report(self, **values: Any) -> MashupReport:
         # Agreed, as each process took its own time and found the candidates at its own paths.
-        self.report = agreed(
+        return agreed(
             MashupReport(
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,

@@ -81,6 +81,13 @@ class Rows:
             self._shares[index, count] = Rows(self.rows, self.collate, self.batch_size, mine)
         return self._shares[index, count]
 
+    def first(self, index: int, count: int) -> "Rows":
+        """Returns the same rows with the first batch alone of each of several processes, the very same batches."""
+        mine = self.share(index, count)
+        single = Rows(self.rows, self.collate, self.batch_size, mine._groups[:1], mine._batches)
+        single._shares[index, count] = single
+        return single
+
     def batches(self) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
         """Yields each batch with the indices of its rows; follows [`Rows.halve`] while it runs."""
         position = 0
