@@ -23,3 +23,7 @@ class NotTiledError(RuntimeError):
 
 class OutOfStepError(Exception):
     """A process failed inside a forward pass that the others cannot finish without it: the run has to end."""
+
+
+class BypassedError(Exception):
+    """Layers are computed without their forward, so that hooks on them change nothing."""

@@ -4,11 +4,13 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from .config import MashupConfig
-from .distributed import agreed, decided, exchange, joint
-from .errors import AdapterError, OutOfStepError
+from .distributed import agreed, decided, exchange, joint, place
+from .errors import AdapterError, OutOfStepError, UsageError
 from .formats.adapter import Adapter, load_factors
 from .formats.checkpoint import check_unchanged
 from .full.trainee import FittedModel, ModelMerger
@@ -18,6 +20,7 @@ from .model.layers import Trainee
 from .model.tensors import FullTrainee
 from .scoring.evaluation import bare, evaluate
 from .scoring.losses import RowLosses, paired_gain
+from .scoring.metrics import TrainerLoss
 from .scoring.race import Score
 from .scoring.sample import Rows
 from .selection import Selection
@@ -95,6 +98,53 @@ class Verdict:
     def gain(self) -> tuple[float, float]:
         """How far below the base what is chosen is, or else the best that was refused, and the standard error."""
         return paired_gain((self.chosen or min(self.merge, self.single, key=_loss)).losses, self.base)
+
+    def can_be_checked(self, config: MashupConfig) -> bool:
+        """Whether the metric gives the same number twice: a user's score may draw random numbers."""
+        return not callable(config.metric) or isinstance(config.metric, TrainerLoss)
+
+    def after_swap(self, model: nn.Module, held_out: Rows, config: MashupConfig) -> "AfterSwap":
+        """Evaluates the model as it is trained on one held-out batch; every process must call it."""
+        metric = config.metric if callable(config.metric) else "loss"
+        with undisturbed(model):
+            found = evaluate(model, held_out.first(*place()), metric, share=True)
+        seen = found.tokens > 0
+        return AfterSwap(*(_mean(losses, seen) for losses in (found, self.chosen.losses, self.base)), model)
+
+
+@dataclass(frozen=True, eq=False)
+class AfterSwap:
+    """
+    What the swap has come to, on one held-out batch.
+
+    Args:
+        loss (`float`): Loss of the model as it is trained.
+        expected (`float`): What the guard found for what was written.
+        fresh (`float`): What it found for the fresh initialisation.
+        model (`torch.nn.Module`): The model, whose precision says what may differ.
+    """
+
+    loss: float
+    expected: float
+    fresh: float
+    model: nn.Module
+
+    @property
+    def tolerance(self) -> float:
+        """Difference that rounding explains: 1% of the loss in float32, 5% with fewer bits or autocast."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        exact = dtypes <= {torch.float32, torch.float64} and not AcceleratorState._shared_state.get("_mixed_precision")
+        return (0.01 if exact else 0.05) * max(1.0, abs(self.expected))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the model computes something else than the guard judged."""
+        return not abs(self.loss - self.expected) <= self.tolerance
+
+    @property
+    def is_worse_than_fresh(self) -> bool:
+        """Whether it is also clearly worse than the fresh initialisation, and than it should be."""
+        return not self.loss <= max(self.expected, self.fresh) + self.tolerance
 
 
 def choose(
@@ -222,11 +272,21 @@ class _Arms:
     def best_method(self, selection: Selection) -> Start:
         if self.config.merge_method != "auto":
             return self.start(selection, self.config.merge_method, self.config.merge_parameters)
-        best = None
+        best, reasons = None, []
         for method, parameters in AUTO_METHODS.items():
-            start = self.start(selection, method, parameters)
+            try:
+                with joint():
+                    start = self.start(selection, method, parameters)
+            except (UsageError, OutOfStepError):
+                raise
+            except Exception as error:
+                reasons.append(f"{method}: {type(error).__name__}: {error}")
+                logger.warning("merge_method='auto' goes on without a method that failed: %s", reasons[-1])
+                continue
             logger.info("merge_method=%s: held-out loss %.4f", start.merged.method, start.loss)
             best = start if best is None else self.better(best, start)
+        if best is None:
+            raise RuntimeError(f"Every method that merge_method='auto' tries failed ({'; '.join(reasons)}).")
         return best
 
     def grow(self, selection: Selection) -> Start:
@@ -245,6 +305,10 @@ class _Arms:
         if self.merger is not None:
             self.merger.discard(worse.merged)
         return better
+
+
+def _mean(losses: RowLosses, rows: torch.Tensor) -> float:
+    return (losses.loss[rows].sum() / losses.tokens[rows].sum().clamp(min=1)).item()
 
 
 def _loss(start: Start) -> float:

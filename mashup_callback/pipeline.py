@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class MashupRun:
         self.sample: dict[str, int] = {}
         self.base: str | None = None
         self.report: MashupReport | None = None
+        # Takes the swap back; None while the model is as it was.
+        self.undo: Callable[[], None] | None = None
 
     def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
         config = self.config
@@ -84,12 +87,18 @@ class MashupRun:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
             verdict = choose(self.model, self.trainee, selection, sample.held_out, config, self.models.merger)
+        self.report = self._outcome(verdict)
         self._swap(verdict.chosen and verdict.chosen.fitted)
-        self._finish(verdict)
+        self._check(verdict, sample.held_out)
+        self._finish(lambda: publish(self.directory, self.report, verdict.chosen or verdict.merge, self.trainee))
 
     def give_up(self, reason: str) -> None:
+        if self.undo is not None:
+            # The report was made before the swap and is true.
+            logger.warning("Training starts from the mashup, but something failed after it was written: %s", reason)
+            return
         logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
-        self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
+        self.report = self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
         self._publish(lambda: publish_failure(self.directory, self.report, self.trainee))
 
     def _find(self, specs: Sequence[str]) -> list[Candidate]:
@@ -128,12 +137,34 @@ class MashupRun:
     def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
         with self._timed("swap"):
             if fitted is not None and not self.config.dry_run:
-                swap(self.model, self.trainee, fitted)
+                self.undo = swap(self.model, self.trainee, fitted)
 
-    def _finish(self, verdict: Verdict) -> None:
+    def _check(self, verdict: Verdict, held_out: Rows) -> None:
+        """Compares the loss on one held-out batch with what the guard found; much worse, the swap is taken back."""
+        if self.undo is None or not verdict.can_be_checked(self.config):
+            return
+        with self._timed("swap"):
+            found = verdict.after_swap(self.model, held_out, self.config)
+        self.report = replace(self.report, swapped_loss=_finite(found.loss), expected_loss=_finite(found.expected))
+        if not found.differs:
+            return
+        text = f"after the swap the loss on one held-out batch is {found.loss:.4f}, expected {found.expected:.4f}"
+        if self.config.guard and found.is_worse_than_fresh:
+            self.undo()
+            self.undo = None
+            text += f", and {found.fresh:.4f} before it: the swap was taken back"
+            self.report = replace(self.report, decision="scratch")
+        logger.warning("The model does not compute what the guard judged: %s", text)
+        self.report = replace(self.report, reason=f"{self.report.reason}; {text}")
+
+    def _finish(self, write: Callable[[], Any]) -> None:
+        self.report = agreed(replace(self.report, timings=self._seconds(), hub=self.hub.traffic()))
+        self._publish(write)
+
+    def _outcome(self, verdict: Verdict) -> MashupReport:
         shown = verdict.chosen or verdict.merge
         weights = dict(zip(map(id, shown.selection.scores), shown.selection.weights, strict=True))
-        self._report(
+        return self._report(
             decision=verdict.decision,
             reason=verdict.reason,
             base_loss=_finite(verdict.base_loss),
@@ -145,11 +176,10 @@ class MashupRun:
             rungs=rungs(self.scores),
             merge=merge_info(shown),
         )
-        self._publish(lambda: publish(self.directory, self.report, shown, self.trainee))
 
-    def _report(self, **values: Any) -> None:
+    def _report(self, **values: Any) -> MashupReport:
         # Agreed, as each process took its own time and found the candidates at its own paths.
-        self.report = agreed(
+        return agreed(
             MashupReport(
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,

@@ -132,6 +132,8 @@ class MashupReport:
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
         gain (`float`, *optional*): How far below `base_loss` the start is, or the best one that was refused.
         gain_se (`float`, *optional*): Standard error of the gain over the held-out rows; None if it is unknown.
+        swapped_loss (`float`, *optional*): Loss on one held-out batch after the swap, with the model as it is trained.
+        expected_loss (`float`, *optional*): What the guard found on that batch for what was written.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
         rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
@@ -151,6 +153,8 @@ class MashupReport:
     single_loss: float | None = None
     gain: float | None = None
     gain_se: float | None = None
+    swapped_loss: float | None = None
+    expected_loss: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
     rungs: tuple[Rung, ...] = ()
     merge: MergeInfo | None = None

@@ -8,14 +8,21 @@ import torch
 from torch import nn
 
 from ..candidates import Candidate
-from ..distributed import joint
 from ..errors import CheckpointError
 from ..factors import Factors
 from ..formats.adapter import Adapter, load_factors
 from ..formats.checkpoint import Checkpoint, check_checkpoint, read_checkpoint, read_tensor
 from ..formats.vocabulary import Vocabulary
 from ..lora.hooks import applied
-from ..model.parameters import clean_name, local_part, read_parameters, regather, reshard, write_parameters
+from ..model.parameters import (
+    clean_name,
+    fill_master,
+    local_part,
+    read_parameters,
+    regather,
+    reshard,
+    write_parameters,
+)
 from ..model.tensors import describe_model
 
 
@@ -52,38 +59,16 @@ def replaced(model: nn.Module, replacement: Replacement) -> Iterator[None]:
         replacement (`Replacement`):
             What to put in its place.
     """
-    values = _values(model, replacement)
-    saved = _save(model, replacement.names)
+    values = replaced_tensors(model, replacement)
+    saved = save_weights(model, replacement.names)
     try:
         write_parameters(model, values, masters=False)
         yield
     finally:
-        _restore(model, saved)
+        restore_weights(model, saved)
 
 
-def replace_weights(model: nn.Module, replacement: Replacement) -> None:
-    """
-    Gives the model a checkpoint's weights for good, tensor by tensor; if that fails, what it had before.
-
-    The parameters that the optimizer holds are filled, never replaced, and the fp32 masters that ZeRO keeps with them.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, in any launch mode; every process must call it.
-        replacement (`Replacement`):
-            What to put in its place.
-    """
-    values = _values(model, replacement)
-    saved = _save(model, replacement.names)
-    try:
-        with joint():
-            write_parameters(model, values)
-    except BaseException:
-        _restore(model, saved)
-        raise
-
-
-class _Values(Mapping[str, torch.Tensor]):
+class ReplacedTensors(Mapping[str, torch.Tensor]):
     """The tensors of a replacement, each read when it is asked for and kept by nobody."""
 
     def __init__(self, replacement: Replacement, tails: Mapping[str, tuple[int, torch.Tensor]]) -> None:
@@ -106,16 +91,17 @@ class _Values(Mapping[str, torch.Tensor]):
         return len(self._replacement.names)
 
 
-def _values(model: nn.Module, replacement: Replacement) -> _Values:
+def replaced_tensors(model: nn.Module, replacement: Replacement) -> ReplacedTensors:
     """Returns the tensors in the model's shapes: rows of tokens that the checkpoint lacks stay the model's own."""
     checkpoint = replacement.checkpoint
     resized = [name for name in checkpoint.resized if name in replacement.names]
     own = read_parameters(model, resized) if resized else {}
     rows = {name: min(len(own[name]), checkpoint.tensors[name].info.shape[0]) for name in resized}
-    return _Values(replacement, {name: (rows[name], own[name][rows[name] :].cpu()) for name in resized})
+    return ReplacedTensors(replacement, {name: (rows[name], own[name][rows[name] :].cpu()) for name in resized})
 
 
-def _save(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:
+def save_weights(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:
+    """Returns copies on the CPU of what this process holds of parameters."""
     return {
         name: local_part(parameter).to("cpu", copy=True)
         for name, parameter in _named(model).items()
@@ -125,12 +111,15 @@ def _save(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+def restore_weights(model: nn.Module, saved: Mapping[str, torch.Tensor], masters: bool = False) -> None:
+    """Puts back what [`save_weights`] returned, and into the fp32 masters that ZeRO keeps if they were written too."""
     named = _named(model)
     for name, value in saved.items():
         local_part(named[name]).copy_(value)
         if hasattr(named[name], "ds_tensor"):
             regather(named[name])
+        if masters:
+            fill_master(named[name])
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:

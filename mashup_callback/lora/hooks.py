@@ -1,18 +1,22 @@
 """Low-rank updates added to the layers of a live model by forward hooks, so that the model itself is left alone."""
 
 import itertools
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..errors import NotTiledError
+from ..errors import BypassedError, NotTiledError
 from ..factors import Factors, LoraFactors
 from ..formats.adapter_modules import ModuleShape
 from ..model.layers import linear_layers
+from ..model.parameters import clean_name
+from ..scoring.losses import output_head
 
 
 # Layers of one block that most architectures give the same input. Where one does not, the result is the same.
@@ -92,6 +96,9 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
             Any model, wrapped or not.
         factors (`Mapping[str, LoraFactors]`):
             Updates by the name of the layer in the base model. Their tensors may require gradients.
+
+    Raises:
+        BypassedError: In no forward pass inside, a layer was called by the module that holds it.
     """
     with applied_together(model, [_alone(factors, names) for names in _same_input([factors])]):
         yield
@@ -110,14 +117,63 @@ def applied_together(model: nn.Module, stacked: Sequence[StackedFactors]) -> Ite
 
     Yields:
         `Tile`: Says which candidates the next forward pass is for; to be set before it.
+
+    Raises:
+        BypassedError: In no forward pass inside, a layer was called by the module that holds it.
     """
     layers, tile = linear_layers(model) if stacked else {}, Tile()
-    with ExitStack() as hooks:
+    layers = {name: layers[name] for factors in stacked for name in factors.B}
+    with ExitStack() as hooks, _none_bypassed(model, layers):
         for factors in stacked:
             shared = _SharedInput({layers[name]: part for name, part in factors.B.items()}, factors.A, tile)
             for name in factors.B:
                 hooks.enter_context(layers[name].register_forward_hook(shared.add))
         yield tile
+
+
+@contextmanager
+def _none_bypassed(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """
+    Context that raises for layers that were bypassed: the module that holds them ran, and neither they nor others of
+    their list did.
+
+    An expert without tokens, a tower without images and a dropped block do not run themselves, so they are none; nor
+    is a layer outside the repeated blocks, such as an image projector, unless it is the head.
+    """
+    groups, ran = _by_holder(model, layers), set()
+    with ExitStack() as hooks:
+        for holder in {holder for holder, _ in groups}:
+            hooks.enter_context(holder.register_forward_pre_hook(lambda module, args: ran.add(module)))
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_hook(lambda module, args, output: ran.add(module)))
+        yield
+    missed = [names for (holder, _), names in groups.items() if holder in ran]
+    bypassed = [name for names in missed if not any(layers[name] in ran for name in names) for name in names]
+    if bypassed:
+        shown = ", ".join(bypassed[:3]) + (", ..." if len(bypassed) > 3 else "")
+        raise BypassedError(
+            f"The forward of {len(bypassed)} of the {len(layers)} layers that a candidate changes was never called "
+            f"({shown}), though that of the module around them was: something multiplies by their weights itself, as "
+            "fused LoRA kernels do. A candidate cannot be tried there, expected layers that are called. Switch the "
+            "kernels off (axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel; Unsloth: load the model with "
+            "transformers), or train without the mashup."
+        )
+
+
+def _by_holder(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[nn.Module, str], list[str]]:
+    """Returns the names of layers by the module that calls them and by their name in it, without places in lists."""
+    modules = {clean_name(name): module for name, module in extract_model_from_parallel(model).named_modules()}
+    head = output_head(model)
+    heads = (head, head.get_base_layer() if hasattr(head, "get_base_layer") else head)
+    groups: dict[tuple[nn.Module, str], list[str]] = {}
+    for name, layer in layers.items():
+        holder, _, within = name.rpartition(".")
+        while holder and isinstance(modules.get(holder), nn.ModuleList | nn.ModuleDict):
+            holder, _, listed = holder.rpartition(".")
+            within = f"{listed}.*"
+        if holder in modules and (layer in heads or re.search(r"\b\d+\b", holder)):
+            groups.setdefault((modules[holder], within), []).append(name)
+    return groups
 
 
 def empty_stack(candidates: Sequence[Mapping[str, ModuleShape | LoraFactors]]) -> list[StackedFactors]:

@@ -1,9 +1,10 @@
 """Writing a merge into the adapter that is being trained, in place."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +12,10 @@ from torch import nn
 
 from ..distributed import exchange, joint
 from ..factors import Factors, LoraFactors
-from ..full.weights import replace_weights
+from ..full.weights import replaced_tensors, restore_weights, save_weights
 from ..lowrank import trainable
 from ..model.layers import Target, Trainee
-from ..model.parameters import read_parameters, write_parameters
+from ..model.parameters import stream_parameters, write_parameters
 from ..model.tensors import FullTrainee
 
 
@@ -74,7 +75,7 @@ def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
     return trainable(update, LoraFactors(target.A, target.B, target.scaling))
 
 
-def swap(model: nn.Module, trainee: Trainee | FullTrainee, fitted: "FittedMerge | FittedModel") -> None:
+def swap(model: nn.Module, trainee: Trainee | FullTrainee, fitted: "FittedMerge | FittedModel") -> Callable[[], None]:
     """
     Writes a fitted merge into the trainee's parameters, on every process, and reads it back.
 
@@ -89,24 +90,30 @@ def swap(model: nn.Module, trainee: Trainee | FullTrainee, fitted: "FittedMerge 
         fitted (`FittedMerge` or `FittedModel`):
             What was made for it.
 
+    Returns:
+        `Callable`: Gives the trainee what it held before; every process must call it, or none.
+
     Raises:
         ValueError: A value has another shape than its parameter.
         RuntimeError: The parameters do not hold what was written, or differ between processes.
     """
     if isinstance(trainee, FullTrainee):
-        replace_weights(model, fitted.replacement)
-        return
-    values = _values(trainee, fitted.factors)
-    before = _values(trainee, trainee.targets)
-    with joint():
-        _check_shapes(values, before)
+        # The weights one at a time, and of the old ones this process's share: two copies would not fit.
+        values = replaced_tensors(model, fitted.replacement)
+        undo = partial(restore_weights, model, save_weights(model, fitted.replacement.names), masters=True)
+    else:
+        values, before = _values(trainee, fitted.factors), _values(trainee, trainee.targets)
+        undo = partial(write_parameters, model, before)
+        with joint():
+            _check_shapes(values, before)
     try:
         with joint():
             write_parameters(model, values)
-            _check_written(read_parameters(model, values), values)
+            _check_written(stream_parameters(model, values), values)
     except BaseException:
-        write_parameters(model, before)
+        undo()
         raise
+    return undo
 
 
 @contextmanager
@@ -144,14 +151,18 @@ def _check_shapes(values: Mapping[str, torch.Tensor], before: Mapping[str, torch
             raise ValueError(f"The merge has shape {tuple(value.shape)} for {name}, the trainee {expected}.")
 
 
-def _check_written(found: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    lost = [name for name, value in values.items() if not torch.equal(found[name], value.to(found[name]))]
+def _check_written(found: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, torch.Tensor]) -> None:
+    lost, digest = set(values), hashlib.sha256()
+    for name, value in found:
+        if torch.equal(value, values[name].to(value)):
+            lost.discard(name)
+        _digest(digest, name, value)
     if lost:
         raise RuntimeError(
-            f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (the first: {lost[0]}). "
+            f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (such as {min(lost)}). "
             "Something else writes to the model at the same time, or keeps its parameters in a way unknown here."
         )
-    checksums = exchange(checksum(found))
+    checksums = exchange(digest.hexdigest())
     if len(set(checksums)) > 1:
         different = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
         raise RuntimeError(
@@ -164,6 +175,10 @@ def checksum(values: Mapping[str, torch.Tensor]) -> str:
     """Returns a SHA-256 in hex of named tensors, to the bit."""
     digest = hashlib.sha256()
     for name in sorted(values):
-        digest.update(name.encode())
-        digest.update(values[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _digest(digest, name, values[name])
     return digest.hexdigest()
+
+
+def _digest(digest: "hashlib._Hash", name: str, value: torch.Tensor) -> None:
+    digest.update(name.encode())
+    digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,6 +1,6 @@
 """Whole parameters of a live model, read and written however they are kept: plain, sharded, with fp32 masters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -50,10 +50,23 @@ def read_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, torch.T
         KeyError: The model has no such parameter.
     """
     names = list(names)
-    wanted, found = set(names), {}
-    for parameters in _gathered(model, writeback=False):
-        found |= {name: _whole(parameter) for name, parameter in parameters.items() if name in wanted}
+    found = dict(stream_parameters(model, set(names)))
     return {name: found[name] for name in names}
+
+
+@torch.no_grad()
+def stream_parameters(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields copies of whole parameters with their names, one at a time; every process must go through all of them."""
+    for parameters in _gathered(model, writeback=False):
+        yield from ((name, _whole(parameter)) for name, parameter in parameters.items() if name in names)
+
+
+def fill_master(parameter: nn.Parameter) -> None:
+    """Gives the fp32 master that ZeRO keeps of a parameter the parameter's own values, where there is one."""
+    if _has_master(parameter):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, _whole(parameter).float())
 
 
 @torch.no_grad()

@@ -20,15 +20,8 @@ from ..full.weights import load_update
 from ..lora.hooks import StackedFactors, empty_stack
 from ..model.layers import refuse_huge, weight_norms
 from ..model.parameters import is_sharded
-from .adapters import Adapter, check_adapter, read_adapter
 from .cache import ScoreCache, score_key, shared_fingerprint
-from .candidates import Candidate
-from .checkpoints import Checkpoint, is_checkpoint
-from .distributed import exchange
-from .errors import AdapterError
-from .factors import Factors, LoraFactors
 from .halving import Score
-from .hooks import StackedFactors, empty_stack
 from .losses import RowLosses
 from .sample import Rows
 

@@ -18,13 +18,7 @@ from ..formats.adapter import Adapter, load_factors
 from ..lora.hooks import applied
 from ..lora.trainee import fit
 from ..model.layers import Trainee, find_trainee
-from .adapters import Adapter, load_factors
-from .distributed import deal
-from .errors import AdapterError
 from .evaluation import evaluate, on_device
-from .factors import Factors, LoraFactors
-from .hooks import applied
-from .layers import Trainee, find_trainee
 from .losses import language_model_losses
 from .sample import Rows
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..candidates import Candidate
 from ..distributed import agreed, deal, decided, is_first_on_machine, is_main_process, joint, place
-from ..errors import AdapterError
+from ..errors import AdapterError, BypassedError
 from ..formats.adapter import Adapter
 from ..formats.checkpoint import Checkpoint
 from ..full.weights import admit_checkpoint
@@ -196,6 +196,8 @@ class _Race:
         started = time.monotonic()
         try:
             losses = evaluate_together(self.model, part, ready.stacked, self.tiling)
+        except BypassedError:
+            raise
         except Exception as error:
             # Whose fault it is shows when each is scored alone.
             logger.info("Candidates share no forward pass: %s: %s", type(error).__name__, error)

@@ -16,9 +16,6 @@ from torch.utils.data import DataLoader
 from ..distributed import decided
 from ..errors import UsageError
 from ..model.isolation import random_state
-from .distributed import decided
-from .errors import UsageError
-from .isolation import random_state
 from .losses import IGNORE
 from .private_copy import private_copy
 
@@ -86,6 +83,13 @@ class Rows:
             mine = [list(group) for group in groups[index::count]]
             self._shares[index, count] = Rows(self.rows, self.collate, self.batch_size, mine)
         return self._shares[index, count]
+
+    def first(self, index: int, count: int) -> "Rows":
+        """Returns the same rows with the first batch alone of each of several processes, the very same batches."""
+        mine = self.share(index, count)
+        single = Rows(self.rows, self.collate, self.batch_size, mine._groups[:1], mine._batches)
+        single._shares[index, count] = single
+        return single
 
     def batches(self) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
         """Yields each batch with the indices of its rows; follows [`Rows.halve`] while it runs."""
