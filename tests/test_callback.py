@@ -472,13 +472,15 @@ def test_loss_after_the_swap_is_what_the_guard_found(tmp_path, library):
     assert abs(callback.report.swapped_loss - callback.report.base_loss) > 0.01
 
 
-@pytest.mark.parametrize(("factor", "decision"), [(-20.0, "scratch"), (0.5, "merged")])
+@pytest.mark.parametrize(("factor", "decision"), [(-3.0, "scratch"), (0.5, "merged")])
 def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatch, caplog, factor, decision):
     def swap_other(model, trainee, fitted):
         other = {n: LoraFactors(f.A, factor * f.B, f.scaling) for n, f in fitted.factors.items()}
         return swap(model, trainee, FittedMerge(other))
 
     monkeypatch.setattr("mashup_callback.run.swap", swap_other)
+    # In float32 on a CPU there is next to no rounding.
+    monkeypatch.setattr("mashup_callback.guard.AfterSwap.tolerance", 0.005)
     monkeypatch.setattr("mashup_callback.guard._decide", lambda *args: "merged")
     callback = MashupCallback(str(library / "trained-*"))
     _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
