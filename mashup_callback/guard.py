@@ -133,7 +133,9 @@ class AfterSwap:
     def tolerance(self) -> float:
         """Difference that rounding explains: 1% of the loss in float32, 5% with fewer bits or autocast."""
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
-        exact = dtypes <= {torch.float32, torch.float64} and not AcceleratorState._shared_state.get("_mixed_precision")
+        exact = dtypes <= {torch.float32, torch.float64} and AcceleratorState._shared_state.get(
+            "_mixed_precision"
+        ) in (None, "no")
         return (0.01 if exact else 0.05) * max(1.0, abs(self.expected))
 
     @property

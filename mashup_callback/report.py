@@ -263,15 +263,7 @@ class MashupReport:
 
 
 def candidate_rows(scores: "Sequence[Score]", weights: Mapping[int, float]) -> tuple[CandidateRow, ...]:
-    """
-    Returns the report's rows.
-
-    Args:
-        scores (`Sequence[Score]`):
-            The scores, the best first.
-        weights (`Mapping[int, float]`):
-            Weight in the merge by `id` of the score.
-    """
+    """Returns the report's rows; `weights` has the weights in the merge by `id` of the score."""
     return tuple(
         CandidateRow(
             name=score.candidate.name,

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
+from mashup_callback.factors import LoraFactors
+from mashup_callback.lora.trainee import FittedMerge, swap
 from tests.tiny import (
     LINEAR,
     llama,
@@ -436,6 +438,70 @@ def test_report_that_cannot_be_saved_does_not_hide_the_swap(tmp_path, library, m
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert callback.report.decision in ("merged", "single")
     assert any(value.any() for name, value in after.values.items() if "lora_B" in name)
+
+
+def test_failure_after_the_swap_says_what_is_in_the_model(tmp_path, library, monkeypatch, caplog):
+    def fail(*args):
+        raise ValueError("the other process is gone")
+
+    monkeypatch.setattr("mashup_callback.pipeline.MashupRun._publish", fail)
+    callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
+    sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
+    assert any(value.any() for name, value in after.values.items() if "lora_B" in name)
+    assert callback.report.decision in ("merged", "single") and callback.report.merge is not None
+    assert "something failed after it was written" in caplog.text and "the other process is gone" in caplog.text
+    assert "fresh initialisation: " not in caplog.text
+
+
+def test_failed_swap_is_scratch(tmp_path, library, monkeypatch):
+    def fail(found, values):
+        raise RuntimeError("it does not hold")
+
+    monkeypatch.setattr("mashup_callback.lora.trainee._check_written", fail)
+    callback = MashupCallback(str(library / "trained-*"))
+    _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
+    assert callback.report.decision == "scratch" and "it does not hold" in callback.report.reason
+    assert all(torch.equal(value, after.values[name]) for name, value in before.values.items())
+
+
+def test_loss_after_the_swap_is_what_the_guard_found(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"), on_error="raise")
+    sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()
+    assert callback.report.swapped_loss == pytest.approx(callback.report.expected_loss, abs=1e-5)
+    assert abs(callback.report.swapped_loss - callback.report.base_loss) > 0.01
+
+
+@pytest.mark.parametrize(("factor", "decision"), [(-3.0, "scratch"), (0.5, "merged")])
+def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatch, caplog, factor, decision):
+    def swap_other(model, trainee, fitted):
+        other = {n: LoraFactors(f.A, factor * f.B, f.scaling) for n, f in fitted.factors.items()}
+        return swap(model, trainee, FittedMerge(other))
+
+    monkeypatch.setattr("mashup_callback.pipeline.swap", swap_other)
+    # In float32 on a CPU there is next to no rounding.
+    monkeypatch.setattr("mashup_callback.guard.AfterSwap.tolerance", 0.005)
+    monkeypatch.setattr("mashup_callback.guard._decide", lambda *args: "merged")
+    callback = MashupCallback(str(library / "trained-*"))
+    _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
+    report = callback.report
+    assert report.decision == decision and "after the swap the loss on one held-out batch is" in report.reason
+    assert report.swapped_loss > report.expected_loss + 0.02 and "does not compute" in caplog.text
+    same = all(torch.equal(value, after.values[name]) for name, value in before.values.items())
+    assert same == (decision == "scratch")
+    assert before.random == after.random
+
+
+def test_method_that_fails_loses(tmp_path, library, monkeypatch, caplog):
+    methods = {"linear": {}, "ties": {"density": "none"}}
+    monkeypatch.setattr("mashup_callback.guard.AUTO_METHODS", methods)
+    settings = {"merge_method": "auto", "on_error": "raise", "guard": False}
+    callback = MashupCallback(str(library / "trained-*"), **settings)
+    sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()
+    assert callback.report.merge.method == "linear" and "a method that failed: ties" in caplog.text
+    del methods["linear"]
+    failing = MashupCallback(str(library / "trained-*"), **settings)
+    with pytest.raises(RuntimeError, match=r"Every method .* failed"):
+        sft_trainer(tmp_path / "none", callbacks=[failing], max_steps=1).train()
 
 
 def test_bound_trainer_needs_lora(tmp_path, library):

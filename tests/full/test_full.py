@@ -19,9 +19,12 @@ from mashup_callback.errors import CheckpointError
 from mashup_callback.formats.checkpoint import check_checkpoint, read_checkpoint
 from mashup_callback.formats.vocabulary import check_vocabularies
 from mashup_callback.full.merge import ModelInput, check_space, merge_models
-from mashup_callback.full.weights import Replacement, replaced
+from mashup_callback.full.trainee import FittedModel
+from mashup_callback.full.weights import Replacement, fit_checkpoint, replaced
+from mashup_callback.lora.trainee import swap
 from mashup_callback.model.layers import find_trainee
-from mashup_callback.model.tensors import describe_model
+from mashup_callback.model.parameters import write_parameters
+from mashup_callback.model.tensors import describe_model, find_full_trainee
 from tests.full_model import full_trainer, same, save_models, weights
 from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
 
@@ -216,6 +219,28 @@ def test_frozen_weights_are_left_alone(tmp_path, untied):
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert callback.report.merge.lost_layers == ("model.embed_tokens.weight",)
     assert 0 < callback.report.merge.lost_energy < 1
+
+
+def test_weights_are_read_back_after_the_swap(tmp_path, untied, monkeypatch):
+    def write(model, values):
+        write_parameters(model, {name: values[name] for name in values if name != "model.norm.weight"})
+
+    monkeypatch.setattr("mashup_callback.lora.trainee.write_parameters", write)
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    before = weights(model)
+    trainee, [path, *_] = find_full_trainee(model), sorted(untied.glob("model-*"))
+    checkpoint = fit_checkpoint(model, read_checkpoint(path))
+    fitted = FittedModel(Replacement.whole(checkpoint))
+    with pytest.raises(RuntimeError, match=r"1 of .* do not hold the merge .*model\.norm\.weight"):
+        swap(model, trainee, fitted)
+    assert same(weights(model), before)
+    monkeypatch.undo()
+    undo = swap(model, trainee, fitted)
+    assert same(weights(model), weights(LlamaForCausalLM.from_pretrained(path)))
+    undo()
+    assert same(weights(model), before)
 
 
 def test_nothing_trainable_is_refused(tmp_path, untied):
