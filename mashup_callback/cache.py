@@ -166,7 +166,7 @@ def shared_fingerprint(model: nn.Module) -> str:
     """Returns the fingerprint of a model of which each process may hold a part only; every process must call it."""
     parts = dict.fromkeys(exchange(base_fingerprint(model)))
     # Where each process holds the whole model, it is the same as in a single process.
-    return xxhash.xxh3_128("".join(parts)).hexdigest()
+    return xxhash.xxh3_128("".join(parts).encode()).hexdigest()
 
 
 def _setting(model: nn.Module) -> dict[str, Any]:
