@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
-from .adapter_modules import ModuleShape, adapter_modules, match_modules
+from .adapter_modules import ModuleShape, adapter_modules, contradictions, match_modules
 from .adapter_writer import save_adapter
 from .candidates import Candidate
 from .factors import LoraFactors
@@ -117,7 +117,8 @@ def _described(
     candidate: Candidate, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
 ) -> Adapter:
     dtype = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
-    return Adapter(candidate, config, adapter_modules(config, tensors), dtype, stamp)
+    modules = adapter_modules(config, tensors)
+    return Adapter(candidate, config, modules, dtype, stamp, contradictions(config, modules))
 
 
 def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_model: str | None = None) -> Adapter:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from .candidates import SHARDED, Candidate, is_shard
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
-from .candidates import Candidate
 from .checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .hub import as_list
 from .hub_errors import HubError
@@ -121,6 +121,8 @@ def _files_of(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
 
 def _why_nothing(files: Sequence[str], below: str) -> str:
     names = [name.rpartition("/")[2] for name in files if name.startswith(below)]
+    if ADAPTER_CONFIG_NAME in names and any(map(is_shard, names)):
+        return SHARDED
     pickled = any(name.endswith(_PICKLED) for name in names)
     for config, weights in ((ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), (CONFIG_NAME, WEIGHTS_NAME)):
         if config in names and pickled:

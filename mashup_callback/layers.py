@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .factors import in_float64
 from .model_tensors import FullTrainee, find_full_trainee
 from .parameters import clean_name, read_parameters
 
@@ -204,7 +205,7 @@ def _refuse_trained(targets: Iterator[Target]) -> None:
 
 @torch.no_grad()
 def _is_zero(target: Target) -> bool:
-    A, B = target.A.detach().double(), target.B.detach().double()
+    A, B = in_float64(target.A.detach()), in_float64(target.B.detach())
     # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
     squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
     return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())

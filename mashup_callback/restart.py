@@ -119,7 +119,8 @@ def _read_report(directory: Path, inputs: str) -> MashupReport | None:
         report = MashupReport.load(directory / REPORT_NAME)
     except (OSError, ValueError):
         return None
-    return report if report.inputs == inputs else None
+    is_whole = report.decision == "scratch" or report.merge is not None
+    return report if report.inputs == inputs and is_whole else None
 
 
 def _read_fitted(

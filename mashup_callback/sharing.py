@@ -43,8 +43,8 @@ def push_mashup(
     configuration.
 
     The repository is created where it is missing. Texts are rewritten: a local path would mean nothing to others and
-    tell them about this machine, so candidates have short names and the base model its Hub name or none. What goes out,
-    and whether it is public, is logged.
+    tell them about this machine, so candidates have short names and the base model its Hub name or none. What goes
+    out, and whether it is public, is logged.
 
     Args:
         directory (`str` or `Path`):
