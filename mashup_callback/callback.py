@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class MashupCallback(TrainerCallback):
     bit-identical to one without the callback. This is the method of "Mashup Learning" (arXiv 2603.10156).
 
     Args:
-        candidates (`str` or `Sequence[str]`):
+        candidates (`str`, `Path` or a list of them):
             Where the candidates are: directories and globs (`runs/*`), Hub repositories (`org/name@revision`),
             searches (`hub:author=acme,limit=50`) and collections (`collection:org/slug`).
         config ([`MashupConfig`], *optional*):
@@ -60,7 +61,7 @@ class MashupCallback(TrainerCallback):
         report ([`MashupReport`], *optional*): What was found, done and why, once training has begun.
 
     Raises:
-        TypeError: A setting is unknown.
+        TypeError: A setting is unknown, or both `score` and `metric` are given.
         ValueError: A setting or a candidate's form is wrong, or a literal path does not exist.
 
     Example:
@@ -78,13 +79,15 @@ class MashupCallback(TrainerCallback):
 
     def __init__(
         self,
-        candidates: str | Sequence[str],
+        candidates: str | PathLike | Sequence[str | PathLike],
         *,
         config: MashupConfig | None = None,
         score: Callable[[nn.Module, Any], float] | None = None,
         **settings: Any,
     ) -> None:
         if score is not None:
+            if "metric" in settings or (config is not None and config.metric != "loss"):
+                raise TypeError("`score` and `metric` were both given, and each ranks the candidates. Give one.")
             settings["metric"] = ScoreMetric(score)
         self.config = MashupConfig.from_settings(config, settings)
         self._trainer: Trainer | None = None
@@ -103,7 +106,15 @@ class MashupCallback(TrainerCallback):
 
         Returns:
             `MashupCallback`: The callback itself.
+
+        Raises:
+            ValueError: The callback was made with a `metric` or a `score`.
         """
+        if self.config.metric != "loss":
+            raise ValueError(
+                "`bind` ranks the candidates by the trainer's own loss, and the callback has a `metric` or `score` of "
+                "its own. Leave one of them out."
+            )
         self._trainer = trainer
         return self
 
@@ -117,11 +128,11 @@ class MashupCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._directory = mashup_directory(self.config, args)
         if not self._is_due(state, model):
             return
         with joint():
             trainee = find_trainee(model, overwrite=self.config.overwrite)
-        self._directory = mashup_directory(self.config, args)
         with joint():
             self._check_directory(self._directory)
         config = self.config

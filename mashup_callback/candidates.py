@@ -27,6 +27,10 @@ __all__ = ["Candidate", "Spec", "find_candidates", "parse_spec"]
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+SHARDED = (
+    f"its weights are split over several files, expected one {WEIGHTS_NAME}: load it with peft and save it again with "
+    "a larger `max_shard_size`"
+)
 # A directory of runs holds runs, and these hold adapters and checkpoints.
 _DEPTH = 2
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
@@ -138,7 +142,7 @@ def find_candidates(
     return _limit_download(_limit(_reject_duplicates(_unique(found)), max_candidates), max_download_gb)
 
 
-def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str, ...]:
+def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str | os.PathLike, ...]:
     """
     Checks the text of candidates before anything is looked for, and returns it as a tuple.
 
@@ -156,12 +160,20 @@ def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple
     for spec in map(_resolve, entries):
         if spec.kind == "path" and not spec.is_glob:
             _require(Path(os.path.expanduser(spec.path)), spec)
-    return tuple(map(os.fspath, entries))
+    # A path stays one: as text, it might be something else.
+    return entries
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is a part of an adapter's weights, or the index of the parts."""
+    return re.fullmatch(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)", name) is not None
 
 
 def _require(path: Path, spec: Spec) -> None:
     if not os.path.lexists(path):
         raise ValueError(f"{str(spec)!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
+    if os.path.isfile(path):
+        raise _is_file(path)
 
 
 def _resolve(entry: str | os.PathLike) -> Spec:
@@ -204,9 +216,13 @@ def _expand_literal(path: Path, excluded: Sequence[str]) -> list[Candidate]:
     if _skip(path, excluded):
         return [_candidate(path, reason="it is this run's own output or that of a mashup")]
     if os.path.isfile(path):
-        raise ValueError(f"{str(path)!r} is a file, expected the directory that holds {CONFIG_NAME}: {path.parent}.")
+        raise _is_file(path)
     reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
     return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
+
+
+def _is_file(path: Path) -> ValueError:
+    return ValueError(f"{str(path)!r} is a file, expected the directory that holds {CONFIG_NAME}: {path.parent}.")
 
 
 def _glob(path: Path) -> list[Path]:
@@ -265,6 +281,8 @@ def _describe(directory: Path, entries: Iterable[str]) -> Candidate | None:
     if CONFIG_NAME in entries:
         if WEIGHTS_NAME in entries:
             return _candidate(directory, bytes=_size(directory / WEIGHTS_NAME))
+        if any(map(is_shard, entries)):
+            return _candidate(directory, reason=SHARDED)
         if any(name.endswith((".bin", ".pt", ".pth")) for name in entries):
             return _candidate(
                 directory, reason=f"it has only pickled weights, which are never opened, and no {WEIGHTS_NAME}"

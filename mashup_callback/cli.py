@@ -134,7 +134,7 @@ def rank(
         check_specs(specs)
         from transformers import AutoModelForCausalLM
 
-        from .cli_rows import sft_rows
+        from .cli_rows import load_rows, sft_rows
         from .config import MashupConfig
         from .hub import Hub
         from .model.layers import layer_shapes
@@ -142,17 +142,10 @@ def rank(
         from .scoring.race import score_candidates
 
         MashupConfig(metric=metric, search=search)
+        drawn = load_rows(dataset, split=split, subset=subset, sample_size=sample_size, seed=seed)
         net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         rows = sft_rows(
-            net,
-            dataset,
-            split=split,
-            subset=subset,
-            sample_size=sample_size,
-            max_length=max_length,
-            batch_size=batch_size,
-            assistant_only_loss=assistant_only_loss,
-            seed=seed,
+            net, drawn, max_length=max_length, batch_size=batch_size, assistant_only_loss=assistant_only_loss
         )
         base = base_model or model
         hub = Hub()
@@ -239,7 +232,7 @@ def push(
 
 @_command("mashup show runs/new/mashup/report.json")
 def show(
-    report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, or the directory that holds it.")],
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, a mashup's directory or a run's.")],
     as_json: AsJson = False,
 ) -> None:
     """Show what a mashup found, did and why."""

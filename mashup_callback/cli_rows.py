@@ -11,27 +11,17 @@ from trl import SFTConfig, SFTTrainer
 from .scoring.sample import Rows
 
 
+_FORMS = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def sft_rows(
-    model: nn.Module,
-    dataset: str,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    sample_size: int = 256,
-    max_length: int = 1024,
-    batch_size: int = 8,
-    assistant_only_loss: bool = False,
-    seed: int = 42,
-) -> Rows:
+def load_rows(
+    dataset: str, *, split: str = "train", subset: str | None = None, sample_size: int = 256, seed: int = 42
+) -> Dataset:
     """
-    Draws rows of a data set in the form in which SFTTrainer would train on them.
+    Draws rows of a data set that SFTTrainer can take.
 
     Args:
-        model (`torch.nn.Module`):
-            The base model, whose tokenizer is loaded; it is moved to the accelerator if there is one.
         dataset (`str`):
             A json, jsonl, csv or parquet file, a directory, or a data set on the Hub. Its columns are those that
             SFTTrainer takes: text, prompt and completion, or chats.
@@ -41,21 +31,51 @@ def sft_rows(
             Configuration of a data set on the Hub.
         sample_size (`int`, *optional*, defaults to `256`):
             Rows to draw; fewer if the data set has fewer.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the draw.
+
+    Raises:
+        ValueError: The file has another format, there are no rows, or SFTTrainer cannot take the columns.
+    """
+    try:
+        rows = _load(dataset, split, subset)
+    except StopIteration:
+        # What datasets raises for an empty file.
+        rows = Dataset.from_dict({})
+    if not len(rows):
+        raise ValueError(f"{dataset!r} has no rows in its split {split!r}, expected at least one. Give other data.")
+    if not any(form <= set(rows.column_names) for form in _FORMS):
+        raise ValueError(
+            f"{dataset!r} has the columns {', '.join(rows.column_names)}; expected text, messages (a chat), or prompt "
+            "and completion. Rename the columns."
+        )
+    # Before it is tokenised: that would take hours for a large data set.
+    return rows.shuffle(seed=seed).select(range(min(sample_size, len(rows))))
+
+
+def sft_rows(
+    model: nn.Module,
+    rows: Dataset,
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    assistant_only_loss: bool = False,
+) -> Rows:
+    """
+    Returns rows in the form in which SFTTrainer would train on them.
+
+    Args:
+        model (`torch.nn.Module`):
+            The base model, whose tokenizer is loaded; it is moved to the accelerator if there is one.
+        rows (`Dataset`):
+            From [`load_rows`].
         max_length (`int`, *optional*, defaults to `1024`):
             Tokens after which a row is cut.
         batch_size (`int`, *optional*, defaults to `8`):
             Rows in a forward pass.
         assistant_only_loss (`bool`, *optional*, defaults to `False`):
             Label only the assistant's turns of chats.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the draw.
-
-    Raises:
-        ValueError: The file has another format, or SFTTrainer cannot take the columns.
     """
-    rows = _load(dataset, split, subset)
-    # Before it is tokenised: that would take hours for a large data set.
-    rows = rows.shuffle(seed=seed).select(range(min(sample_size, len(rows))))
     with tempfile.TemporaryDirectory() as directory:
         args = SFTConfig(
             output_dir=directory,
@@ -78,7 +98,10 @@ def _load(dataset: str, split: str, subset: str | None) -> Dataset:
             raise ValueError(f"{dataset!r} is no {', '.join(_FORMATS)} file. Convert it, or give a directory.")
         return load_dataset(kind, data_files=str(path), split=split)
     if (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))[split]
+        splits = load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f"{dataset!r} has no split {split!r}, expected one of {', '.join(splits)}.")
+        return splits[split]
     if (path / "state.json").is_file():
         return load_from_disk(str(path))
     return load_dataset(str(path) if path.is_dir() else dataset, subset, split=split)

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 import torch
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in float64, on the CPU if it is on an Apple GPU, which has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
     """
@@ -59,7 +64,7 @@ class LoraFactors:
 
         Computed in float64, because the trace adds terms of either sign.
         """
-        A, B = self.A.double(), self.B.double()
+        A, B = in_float64(self.A), in_float64(self.B)
         squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
         return abs(self.scaling) * squared.sqrt().item()
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .candidates import SHARDED, Candidate, is_shard
 from .candidates import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
-from .candidates import Candidate
 from .errors import AdapterError, HubError
 from .formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from .formats.checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
@@ -120,6 +120,8 @@ def _files_of(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
 
 def _why_nothing(files: Sequence[str], below: str) -> str:
     names = [name.rpartition("/")[2] for name in files if name.startswith(below)]
+    if ADAPTER_CONFIG_NAME in names and any(map(is_shard, names)):
+        return SHARDED
     pickled = any(name.endswith(_PICKLED) for name in names)
     for config, weights in ((ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), (CONFIG_NAME, WEIGHTS_NAME)):
         if config in names and pickled:

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,9 +222,31 @@ def _check_parameter_names(spec: MergeMethodSpec, parameters: Mapping[str, Any])
         if name not in valid:
             known = ", ".join(valid) or "none"
             raise ValueError(f"{spec.name} has no parameter {name!r}{_nearest(name, valid)}. It takes: {known}.")
+    for name, value in parameters.items():
+        accepts, expected = _RANGES.get((spec.name, name)) or _RANGES.get(name) or (lambda number: True, "")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and math.isfinite(number) and not accepts(number):
+                raise ValueError(f"merge_parameters[{name!r}] of {spec.name} is {number!r}, expected {expected}.")
     missing = [p.name for p in spec.parameters if p.required and p.name in valid and p.name not in parameters]
     if missing:
         raise ValueError(f"{spec.name} needs {', '.join(missing)}. Set it in merge_parameters.")
+
+
+# mergekit declares the types of its parameters, and no ranges.
+_SHARE = (lambda number: 0 < number <= 1, "a number above 0 and up to 1")
+_POSITIVE = (lambda number: number > 0, "a number above 0")
+_FRACTION = (lambda number: 0 <= number <= 1, "a number from 0 to 1")
+_RANGES: Mapping[Any, tuple[Callable[[float], bool], str]] = {
+    "density": _SHARE,
+    "select_topk": _SHARE,
+    "gamma": _FRACTION,
+    "epsilon": _FRACTION,
+    "r": _FRACTION,
+    ("slerp", "t"): _FRACTION,
+    "max_iter": (lambda number: number >= 1, "a whole number of at least 1"),
+    "tol": _POSITIVE,
+    "eps": _POSITIVE,
+}
 
 
 def _plain(name: str, value: Any) -> Any:

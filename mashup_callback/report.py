@@ -3,10 +3,8 @@
 import json
 import os
 import platform
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .checked import from_values, parse_json
+from .short_names import told_apart
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ MARK = {"producer": "mashup_callback"}
 REPORT_NAME = "report.json"
 # The report of a run that failed where an earlier one had left a merge.
 FAILED_NAME = "failed.json"
+SCHEMA = 1
+"""Version of the report's JSON; a field that is added does not change it."""
 _PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "trl", "mergekit", "huggingface_hub")
 
 
@@ -144,6 +147,7 @@ class MashupReport:
         config (`dict`): The settings.
         environment (`dict`): Versions and hardware.
         sample (`dict[str, int]`): Rows that selected and were held out, duplicates among them, rows without a label.
+        schema (`int`): Version of the JSON.
     """
 
     decision: str
@@ -165,6 +169,7 @@ class MashupReport:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     sample: dict[str, int] = field(default_factory=dict)
+    schema: int = SCHEMA
 
     @property
     def is_full(self) -> bool:
@@ -190,18 +195,17 @@ class MashupReport:
                 What [`MashupReport.to_json`] returned.
 
         Raises:
-            ValueError: The text is not a report.
+            ValueError: The text is not a report, or one of another version.
         """
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            values = None
+        values = parse_json(text)
         if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
             raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
-        values["candidates"] = tuple(_from_dict(CandidateRow, row) for row in values.get("candidates", ()))
-        values["rungs"] = tuple(_from_dict(Rung, rung) for rung in values.get("rungs", ()))
-        values["merge"] = _from_dict(MergeInfo, values["merge"]) if values.get("merge") else None
-        return _from_dict(cls, values)
+        if values.get("schema") != SCHEMA:
+            raise ValueError(
+                f"This mashup report has `schema` {values.get('schema')!r}, expected {SCHEMA}: another version of "
+                "mashup_callback wrote it. Read it with that version, or make the mashup anew."
+            )
+        return from_values(cls, values, "This mashup report")
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes the report as JSON, to a temporary name first."""
@@ -213,9 +217,16 @@ class MashupReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MashupReport":
-        """Reads `report.json`, or the one in a directory."""
+        """Reads `report.json`, the one in a directory, or in the `mashup` directory of a run's output."""
         path = Path(path)
-        return cls.from_json((path / REPORT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
+        inside = [path / REPORT_NAME, path / "mashup" / REPORT_NAME] if path.is_dir() else [path]
+        found = next(filter(Path.is_file, inside), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"There is no {' and no '.join(map(str, inside))}, expected a report, the directory of a mashup, or "
+                "the output directory of a run that made one."
+            )
+        return cls.from_json(found.read_text(encoding="utf-8"))
 
     def logs(self) -> dict[str, float]:
         """Returns the scalars for the Trainer's trackers."""
@@ -223,17 +234,15 @@ class MashupReport:
         return {f"mashup/{name}": value for name, value in values.items() if value is not None}
 
     def short_names(self) -> list[str]:
-        """Returns the candidates' names for people: of a local path, the last directories that tell it apart."""
-        parts = [_parts(row.name) if row.is_local else [row.name] for row in self.candidates]
-        lengths = [1 + own[-1].startswith("checkpoint-") for own in parts]
-        while True:
-            names = ["/".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
-            counts = Counter(names)
-            longer = [i for i, name in enumerate(names) if counts[name] > 1 and lengths[i] < len(parts[i])]
-            if not longer:
-                return _numbered(names)
-            for index in longer:
-                lengths[index] += 1
+        """Returns the candidates' names for people: without the directory that all absolute paths among them share."""
+        names = [row.name for row in self.candidates]
+        parents = [os.path.dirname(name) for name in names if os.path.isabs(name)]
+        shared = os.path.commonpath(parents) if parents else ""
+        return [os.path.relpath(name, shared) if os.path.isabs(name) else name for name in names]
+
+    def shared_names(self) -> list[str]:
+        """Returns the candidates' names for others: of a local path, the last directories that tell it apart."""
+        return told_apart([row.name for row in self.candidates], [row.is_local for row in self.candidates])
 
     def show(self, console: Console | None = None) -> None:
         """Shows the report as one table."""
@@ -309,9 +318,14 @@ def environment() -> dict[str, Any]:
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        device = "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0)
+    except (AttributeError, RuntimeError):
+        # torch.mps has no such function, and a report must not fail for a name.
+        device = accelerator.type
     return {
         "python": platform.python_version(),
-        "device": "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0),
+        "device": device,
         **{name: _version(name) for name in _PACKAGES},
     }
 
@@ -321,31 +335,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    # A report written by a later version may have more fields.
-    known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
-
-
-def _parts(path: str) -> list[str]:
-    """Returns the directories of a path below the user's home, in printable characters."""
-    home = os.path.join(os.path.expanduser("~"), "")
-    if path.startswith(home):
-        path = path.removeprefix(home)
-    elif os.path.isabs(path):
-        path = re.sub(r"^/(home|Users)/[^/]+/", "", path)
-    text = "".join(character if character.isprintable() else "?" for character in path)
-    return [part for part in re.split(r"[/\\]+", text) if part not in ("", ".", "..", "~")] or ["adapter"]
-
-
-def _numbered(names: list[str]) -> list[str]:
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(names):
-        seen[name] += 1
-        names[index] = f"{name} ({seen[name]})" if seen[name] > 1 else name
-    return names
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
 from mashup_callback.factors import LoraFactors
@@ -512,3 +512,47 @@ def test_bound_trainer_needs_lora(tmp_path, library):
     callback.bind(trainer)
     with pytest.raises(ValueError, match="needs a LoRA trainee"):
         trainer.train()
+
+
+def test_a_score_and_a_metric_exclude_each_other(library):
+    def score(model, batch):
+        return 0.0
+
+    for settings in ({"metric": "loss"}, {"metric": score}, {"config": MashupConfig(metric="token_accuracy")}):
+        with pytest.raises(TypeError, match="`score` and `metric` were both given"):
+            MashupCallback(str(library), score=score, **settings)
+    for settings in ({"metric": "token_accuracy"}, {"score": score}):
+        with pytest.raises(ValueError, match="has a `metric` or `score` of its own"):
+            MashupCallback(str(library), **settings).bind(None)
+
+
+def test_push_after_a_resume(tmp_path, library, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    sft_trainer(tmp_path / "out", callbacks=[MashupCallback(str(library / "*"), guard=False)], **settings).train()
+    callback, pushed = MashupCallback(str(library / "*")), []
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    monkeypatch.setattr("mashup_callback.callback.push_mashup", lambda *args: pushed.append(args))
+    callback.push_to_hub("acme/start")
+    assert pushed == [(tmp_path / "out/mashup", "acme/start", None, False)]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"decision": "merged", "reason": "", "schema": 99}', "\x00"])
+def test_a_broken_report_does_not_stop_a_push(tmp_path, library, caplog, text):
+    (tmp_path / "out/mashup").mkdir(parents=True)
+    (tmp_path / "out/mashup/report.json").write_text(text)
+    callback, state = MashupCallback(str(library / "*")), TrainerState(global_step=3)
+    callback.on_push_begin(TrainingArguments(str(tmp_path / "out"), use_cpu=True), state, None)
+    assert "are pushed as they are" in caplog.text
+
+
+def test_a_path_is_taken_literally(tmp_path, library, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = ["hub:author=me", "two\nlines", "trailing ", "acme/name@main"]
+    for seed, name in enumerate(odd):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_scaled_adapter(tmp_path / name, library / f"trained-{seed % 3}", 1.0 + seed / 10)
+    callback = MashupCallback([Path(name) for name in odd], guard=False, on_error="raise")
+    sft_trainer(tmp_path / "out", callbacks=[callback]).train()
+    assert {row.name for row in callback.report.candidates} == set(odd)
+    assert all(row.loss is not None for row in callback.report.candidates)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import DatasetDict
 from typer.testing import CliRunner
 
 from mashup_callback.candidates import find_candidates
@@ -74,6 +75,9 @@ def world(tmp_path_factory):
     tiny.rows("text", 12).to_json(directory / "text.jsonl")
     tiny.rows("chat", 12).to_parquet(directory / "chat.parquet")
     tiny.rows("prompt_completion", 12).save_to_disk(directory / "pairs")
+    (directory / "empty.jsonl").touch()
+    (directory / "odd.jsonl").write_text('{"question": "w1"}\n')
+    DatasetDict(train=tiny.rows("text", 2)).save_to_disk(directory / "splits")
     return directory
 
 
@@ -232,6 +236,15 @@ def test_full_models_are_found_and_ranked_but_not_merged(world, tmp_path):
         (("find", "base", "hub:colour=red"), "unknown key 'colour'"),
         (("rank", "base", "--dataset=text.jsonl", "./nothing"), "does not exist"),
         (("merge", "runs/a1", "runs/a2", "-o", "x", "--weights=1"), "Found 1 weights for top_k=2"),
+        (("merge", "runs/a1", "other", "-o", "x"), "other does not fit runs/a1: its model.layers.0."),
+        (("merge", "runs/a1", "runs/a2", "-o", "x", "--method=ties", '--parameters={"density": 2}'), "is 2, expected"),
+        (("rank", "nowhere", "--dataset=empty.jsonl", "runs/*"), "has no rows in its split 'train'"),
+        (("rank", "nowhere", "--dataset=odd.jsonl", "runs/*"), "has the columns question; expected text, messages"),
+        (
+            ("rank", "nowhere", "--dataset=splits", "--split=dev", "runs/*"),
+            "has no split 'dev', expected one of",
+        ),
+        (("show", "runs"), "expected a report, the directory of a mashup"),
     ],
 )
 def test_a_failure_is_one_line_and_a_status(world, arguments, words):

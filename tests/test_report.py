@@ -4,11 +4,13 @@ import io
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mashup_callback.report import CandidateRow, MashupReport, MergeInfo
+from mashup_callback.factors import in_float64
+from mashup_callback.report import CandidateRow, MashupReport, MergeInfo, environment
 from mashup_callback.sharing.plot import plot_ranking
 
 
@@ -89,3 +91,57 @@ def test_picture_of_the_ranking(tmp_path):
     assert plot_ranking(MashupReport("merged", "why", 2.0, 1.0, candidates=rows), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not plot_ranking(MashupReport("scratch", "why"), tmp_path / "b.png")
+
+
+def json_with(**values):
+    return json.dumps({**json.loads(MashupReport("scratch", "why").to_json()), **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"schema": 2}, "has `schema` 2, expected 1"),
+        ({"schema": None}, "has `schema` None, expected 1"),
+        ({"candidates": "a"}, "`candidates` is 'a'"),
+        ({"candidates": [1]}, "`candidates` is '1'"),
+        ({"candidates": [{"name": "a"}]}, "has no `status`"),
+        ({"candidates": [{"name": "a", "status": "scored", "loss": "low"}]}, "`loss` is 'low'"),
+        ({"merge": {"method": "linear"}}, "has no `space`"),
+        ({"timings": {"all": "long"}}, "`timings` is 'long'"),
+        ({"base_loss": True}, "`base_loss` is 'True'"),
+        ({"base_loss": float("nan")}, "not a mashup report"),
+        ({"reason": 3}, "`reason` is '3'"),
+    ],
+)
+def test_a_report_of_another_shape_is_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        MashupReport.from_json(json_with(**values))
+
+
+def test_a_report_is_found_from_the_runs_directory(tmp_path):
+    (tmp_path / "run/mashup").mkdir(parents=True)
+    report = MashupReport("scratch", "why")
+    report.save(tmp_path / "run/mashup/report.json")
+    assert MashupReport.load(tmp_path / "run") == MashupReport.load(tmp_path / "run/mashup") == report
+    with pytest.raises(FileNotFoundError, match=r"no .*report\.json and no .*mashup.report\.json, expected"):
+        MashupReport.load(tmp_path)
+
+
+def test_the_environment_of_an_apple_gpu(monkeypatch):
+    """torch.mps, as it is installed, has no get_device_name."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert environment()["device"] == "mps"
+
+
+def test_float64_is_not_asked_of_an_apple_gpu():
+    class OnMps:
+        device = torch.device("mps")
+
+        def cpu(self):
+            return torch.ones(2)
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    assert in_float64(OnMps()).dtype == torch.float64

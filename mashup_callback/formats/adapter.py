@@ -17,7 +17,7 @@ from ..candidates import Candidate
 from ..errors import AdapterError
 from ..factors import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
-from .adapter_modules import ModuleShape, adapter_modules, match_modules
+from .adapter_modules import ModuleShape, adapter_modules, contradictions, match_modules
 from .adapter_writer import save_adapter
 from .files import open_regular, quote, read_limited
 from .header import DTYPE_NAMES, FileStamp, TensorInfo, parse_header, read_header
@@ -117,7 +117,8 @@ def _described(
     candidate: Candidate, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
 ) -> Adapter:
     dtype = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
-    return Adapter(candidate, config, adapter_modules(config, tensors), dtype, stamp)
+    modules = adapter_modules(config, tensors)
+    return Adapter(candidate, config, modules, dtype, stamp, contradictions(config, modules))
 
 
 def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_model: str | None = None) -> Adapter:

@@ -61,6 +61,20 @@ def adapter_modules(config: AdapterConfig, tensors: Mapping[str, TensorInfo]) ->
     return {name: _module_shape(name, config, tensors) for name in names}
 
 
+def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, ...]:
+    """Returns warnings where `target_modules` names other modules than those that have tensors."""
+    targets = config.target_modules
+    if not isinstance(targets, tuple) or not targets:
+        return ()
+    names, wanted = list(modules), set(targets)
+    ends = {name: {name[i:] for i in (0, *(i + 1 for i, c in enumerate(name) if c == "."))} for name in names}
+    extra = [name for name in names if not ends[name] & wanted]
+    missing = sorted(wanted.difference(*([] if not ends else [set().union(*ends.values())])))
+    found = [f"{len(extra)} modules have tensors, such as {quote(extra[0])}, that it does not name"] if extra else []
+    found += [f"{quote(', '.join(missing))} has no tensors"] if missing else []
+    return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
+
+
 def match_modules(modules: Mapping[str, ModuleShape], layers: Mapping[str, object]) -> dict[str, ModuleShape]:
     """
     Returns the modules under the model's names, by the one prefix change that fits them all: none, one that is added

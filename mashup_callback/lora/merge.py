@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from .spaces import ModuleMerge
 
 if TYPE_CHECKING:
     from ..candidates import Candidate
+    from ..formats.adapter import Adapter
 
 
 __all__ = ["MergedAdapter", "check_merge", "merge_adapters", "merge_factors", "merge_methods"]
@@ -170,18 +171,18 @@ def merge_adapters(
         ValueError: If the settings do not fit together, an adapter cannot be used, or `output_dir` holds other
             files or an input.
     """
-    from ..formats.adapter import load_factors, read_adapter, save_adapter
+    from ..formats.adapter import load_factors, save_adapter
     from ..storage import refuse_foreign, refuse_overlap
 
     if weights == "softmax":
         raise ValueError('weights="softmax" needs the losses of the adapters. Give numbers or "equal" here.')
     check_merge(method, parameters, weights, space, len(adapters))
-    read = [read_adapter(adapter) for adapter in adapters]
+    read = _read_fitting(adapters)
     if output_dir is not None:
         refuse_overlap(output_dir, [adapter.candidate.path for adapter in read])
         refuse_foreign(output_dir)
     numbers = [1 / len(read)] * len(read) if weights == "equal" else weights
-    inputs = [load_factors(adapter) for adapter in read]
+    inputs = [_naming(adapter.candidate.name, load_factors, adapter) for adapter in read]
     merged = merge_factors(
         inputs, weights=numbers, method=method, parameters=parameters, space=space, ranks=rank, seed=seed
     )
@@ -198,6 +199,33 @@ def merge_adapters(
         revision=revisions.pop() if len(revisions) == 1 else None,
     )
     return dataclasses.replace(merged, path=saved)
+
+
+def _read_fitting(adapters: "Sequence[str | Path | Candidate]") -> "list[Adapter]":
+    """Reads adapters and raises `ValueError`, with the name, for one that cannot be read or does not fit the first."""
+    from ..candidates import Candidate
+    from ..formats.adapter import read_adapter
+
+    names = [adapter.name if isinstance(adapter, Candidate) else str(adapter) for adapter in adapters]
+    read = [_naming(name, read_adapter, adapter) for name, adapter in zip(names, adapters, strict=True)]
+    sizes: dict[str, tuple[str, int, int]] = {}
+    for adapter in read:
+        for module, shape in adapter.modules.items():
+            name, found = adapter.candidate.name, (shape.in_features, shape.out_features)
+            first, *expected = sizes.setdefault(module, (name, *found))
+            if expected != [*found]:
+                raise ValueError(
+                    f"{name} does not fit {first}: its {module} maps {found[0]} features to {found[1]}, expected "
+                    f"{expected[0]} to {expected[1]}. Merge adapters of one base model."
+                )
+    return read
+
+
+def _naming(name: str, function: Callable[[Any], Any], adapter: Any) -> Any:
+    try:
+        return function(adapter)
+    except ValueError as error:
+        raise type(error)(f"{name} cannot be merged: {error}") from error
 
 
 def _wanted_rank(ranks: int | Mapping[str, int] | None, name: str) -> int | None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
-from ..factors import Factors
+from ..factors import Factors, in_float64
 from .parameters import clean_name, read_parameters
 from .tensors import FullTrainee, find_full_trainee
 
@@ -249,7 +249,7 @@ def _refuse_trained(targets: Iterator[Target]) -> None:
 
 @torch.no_grad()
 def _is_zero(target: Target) -> bool:
-    A, B = target.A.detach().double(), target.B.detach().double()
+    A, B = in_float64(target.A.detach()), in_float64(target.B.detach())
     # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
     squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
     return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())

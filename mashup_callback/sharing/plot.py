@@ -27,7 +27,7 @@ def plot_ranking(report: "MashupReport", path: Path) -> bool:
     Returns:
         `bool`: Whether it was drawn: there is a candidate with a loss, and matplotlib (the extra `plot`) is installed.
     """
-    names = dict(zip(map(id, report.candidates), report.short_names(), strict=True))
+    names = dict(zip(map(id, report.candidates), report.shared_names(), strict=True))
     rows = [row for row in report.candidates if row.loss is not None][:SHOWN]
     if not rows:
         return False

@@ -29,7 +29,7 @@ def shareable(report: MashupReport) -> MashupReport:
     """Returns the report with a short name, such as `./adapter`, in place of every local path."""
     clean = _cleaner(report)
     values = _mapped(json.loads(report.to_json()), clean)
-    for row, new, name in zip(report.candidates, values["candidates"], report.short_names(), strict=True):
+    for row, new, name in zip(report.candidates, values["candidates"], report.shared_names(), strict=True):
         new["name"] = f"./{name}" if row.is_local else name
     values["base_model"] = base_name(report)
     if values["config"].get("report_dir"):
@@ -99,7 +99,7 @@ def refuse_paths(files: Mapping[str, bytes | Path], folder: Path) -> None:
 
 def _cleaner(report: MashupReport) -> Callable[[str], str]:
     """Returns a function that puts short names in place of the local paths in a text."""
-    pairs = zip(report.candidates, report.short_names(), strict=True)
+    pairs = zip(report.candidates, report.shared_names(), strict=True)
     known = {row.name: f"./{name}" for row, name in pairs if row.is_local}
     known = {path: name for path, name in known.items() if os.sep in path.removeprefix("./")}
     words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
@@ -153,7 +153,10 @@ def _without_paths(path: Path, values: dict[str, Any], own: dict[str, Any]) -> s
 
 
 def _clean_yaml(path: Path, clean: Callable[[str], str]) -> str:
-    return yaml.safe_dump(_mapped(yaml.safe_load(path.read_text(encoding="utf-8")), clean), sort_keys=False)
+    try:
+        return yaml.safe_dump(_mapped(yaml.safe_load(path.read_text(encoding="utf-8")), clean), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from error
 
 
 def _text(name: str, content: bytes | Path) -> bytes:

@@ -298,3 +298,15 @@ def test_a_glob_may_start_above_or_at_home(runs, monkeypatch):
     assert [item.name for item in find_candidates("../b/*")] == ["../b/checkpoint-1"]
     monkeypatch.setenv("HOME", str(runs.parent))
     assert names(find_candidates("~/runs/b*"), runs) == ["b/checkpoint-1"]
+
+
+def test_split_weights_are_rejected_with_that_reason(runs):
+    weights = runs / "a/adapter_model.safetensors"
+    weights.rename(weights.with_name("adapter_model-00001-of-00002.safetensors"))
+    (runs / "a/adapter_model.safetensors.index.json").write_text("{}")
+    assert "its weights are split over several files" in reasons(find_candidates("runs/a"), runs)["a"]
+
+
+def test_a_file_is_refused_before_anything_is_looked_for(runs):
+    with pytest.raises(ValueError, match="is a file, expected the directory"):
+        module.check_specs("runs/a/adapter_config.json")

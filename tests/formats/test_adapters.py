@@ -21,6 +21,7 @@ from mashup_callback.formats import adapter_writer
 from mashup_callback.formats.adapter import adapter_hash, check_adapter, load_factors, read_adapter, save_adapter
 from mashup_callback.formats.adapter_config import AdapterConfig, parse_config
 from mashup_callback.formats.header import parse_header
+from tests.tiny import LINEAR, save_random_adapter
 
 
 A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -583,3 +584,23 @@ def test_the_hash_depends_on_what_is_computed_only(sound, base, tmp_path):
     assert changed != before
     edit_tensors(sound, poisoned(0.5))
     assert adapter_hash(read_adapter(sound)) not in (before, changed)
+
+
+@pytest.mark.parametrize(
+    ("extra", "dropped", "warning"),
+    [
+        (["nothing"], [], "`target_modules` contradicts the weights: nothing has no tensors"),
+        ([], ["q_proj"], "such as model.layers.0.self_attn.q_proj, that it does not name"),
+    ],
+)
+def test_target_modules_that_contradict_the_tensors_are_a_warning(tmp_path, extra, dropped, warning):
+    adapter = save_random_adapter(tmp_path / "adapter", 0)
+    assert read_adapter(adapter).warnings == ()
+    edit_config(adapter, target_modules=[name for name in LINEAR + extra if name not in dropped])
+    [found] = read_adapter(adapter).warnings
+    assert warning in found
+
+
+def test_regular_expressions_are_not_compared_with_the_tensors(sound):
+    edit_config(sound, target_modules="all-linear")
+    assert read_adapter(sound).warnings == ()

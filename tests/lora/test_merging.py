@@ -9,6 +9,7 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mashup_callback.factors import LoraFactors
 from mashup_callback.lora.merge import check_merge, merge_adapters, merge_factors, merge_methods
 from mashup_callback.methods import MergeRule
+from tests.tiny import llama, save_random_adapter
 
 
 OUT, IN = 40, 32
@@ -396,6 +397,11 @@ def test_properties_of_the_linear_merge(seeds, ranks, wanted, shape, factor, dat
         ({"method": "ties", "parameters": {"density": math.nan}}, "finite"),
         ({"method": "ties", "parameters": {"density": [0.5, 0.5]}, "top_k": 3}, "density expects 3 values; got 2"),
         ({"method": "della", "parameters": {"density": 0.95}}, "Epsilon must be chosen"),
+        ({"method": "ties", "parameters": {"density": 2}}, r"'density'\] of ties is 2, expected a number above 0"),
+        ({"method": "ties", "parameters": {"density": [0.5, 0]}}, r"'density'\] of ties is 0, expected a number"),
+        ({"method": "slerp", "parameters": {"t": 1.5}}, r"'t'\] of slerp is 1\.5, expected a number from 0 to 1"),
+        ({"method": "breadcrumbs", "parameters": {"gamma": -1}}, r"'gamma'\] of breadcrumbs is -1"),
+        ({"method": "karcher", "parameters": {"max_iter": 0}}, "a whole number of at least 1"),
         ({"method": "auto", "parameters": {"density": 0.5}}, 'merge_method="auto" takes no merge_parameters'),
     ],
 )
@@ -503,3 +509,15 @@ def test_merge_adapters_warns_of_different_base_models(tmp_path, caplog):
         save_adapter(tmp_path / base, adapter(0), base_model=f"org/{base}")
     merge_adapters([tmp_path / "a", tmp_path / "b"])
     assert "different base models" in caplog.text
+
+
+def test_merge_adapters_names_the_one_that_does_not_fit(tmp_path):
+    good, broken, wide = (
+        save_random_adapter(tmp_path / name, 0, base=llama(hidden_size=size))
+        for name, size in (("good", 32), ("broken", 32), ("wide", 64))
+    )
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"/broken cannot be merged: the weights file is truncated"):
+        merge_adapters([good, broken])
+    with pytest.raises(ValueError, match=r"/wide does not fit .*/good: its .* maps \d+ features to .*expected \d+"):
+        merge_adapters([good, wide])

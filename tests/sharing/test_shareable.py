@@ -32,7 +32,7 @@ def named(*names, **fields):
     ],
 )
 def test_short_names(names, short):
-    assert named(*names).short_names() == short
+    assert named(*names).shared_names() == short
 
 
 def test_names_on_the_hub_stay_and_rejected_ones_do_not_look_local():
