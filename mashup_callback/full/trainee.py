@@ -24,7 +24,7 @@ from ..model.parameters import read_parameters
 from ..model.tensors import FullTrainee
 from ..selection import Selection
 from ..storage import Workspace
-from .weights import Replacement, admit_checkpoint, fit_checkpoint
+from .weights import FullUpdate, admit_checkpoint, fit_checkpoint
 from .writer import is_model_on_disk, save_model
 
 
@@ -40,12 +40,12 @@ class FittedModel:
     A merge of full models in the form that the trainee has.
 
     Args:
-        replacement (`Replacement`): The weights that it trains.
+        replacement (`FullUpdate`): The weights that it trains.
         lost_energy (`float`): Share of the merge's squared distance from the model in weights that are frozen.
         lost_layers (`tuple[str, ...]`): These weights.
     """
 
-    replacement: Replacement
+    replacement: FullUpdate
     lost_energy: float = 0.0
     lost_layers: tuple[str, ...] = ()
 
@@ -199,7 +199,7 @@ class ModelMerger:
         frozen = tuple(name for name in checkpoint.tensors if name not in names)
         lost = self._distance(checkpoint, frozen)
         total = lost + (self._distance(checkpoint, sorted(names)) if lost else 0.0)
-        return FittedModel(Replacement(checkpoint, names), lost / total if total else 0.0, frozen if lost else ())
+        return FittedModel(FullUpdate(checkpoint, names), lost / total if total else 0.0, frozen if lost else ())
 
     def _distance(self, checkpoint: Checkpoint, names: Sequence[str]) -> float:
         """Squared distance of a checkpoint's tensors from the model's, in float64."""

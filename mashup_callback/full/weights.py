@@ -27,7 +27,7 @@ from ..model.tensors import describe_model
 
 
 @dataclass(frozen=True, eq=False)
-class Replacement:
+class FullUpdate:
     """
     Weights of a checkpoint that take the place of the model's.
 
@@ -40,13 +40,35 @@ class Replacement:
     names: frozenset[str]
 
     @classmethod
-    def whole(cls, checkpoint: Checkpoint) -> "Replacement":
+    def whole(cls, checkpoint: Checkpoint) -> "FullUpdate":
         """Returns a replacement of every weight."""
         return cls(checkpoint, frozenset(checkpoint.tensors))
 
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Returns a context in which the model has these weights."""
+        return replaced(model, self)
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointSource:
+    """A full checkpoint that fits the model, with its tensors named as the model names them."""
+
+    checkpoint: Checkpoint
+    rank: None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.checkpoint.warnings
+
+    def load(self, device: torch.device | str = "cpu") -> FullUpdate:
+        return FullUpdate.whole(self.checkpoint)
+
+    def fingerprint(self) -> str | None:
+        return None
+
 
 @contextmanager
-def replaced(model: nn.Module, replacement: Replacement) -> Iterator[None]:
+def replaced(model: nn.Module, replacement: FullUpdate) -> Iterator[None]:
     """
     Context in which the model has a checkpoint's weights; afterwards every bit is as it was.
 
@@ -56,7 +78,7 @@ def replaced(model: nn.Module, replacement: Replacement) -> Iterator[None]:
     Args:
         model (`torch.nn.Module`):
             The model, in any launch mode.
-        replacement (`Replacement`):
+        replacement (`FullUpdate`):
             What to put in its place.
     """
     values = replaced_tensors(model, replacement)
@@ -71,7 +93,7 @@ def replaced(model: nn.Module, replacement: Replacement) -> Iterator[None]:
 class ReplacedTensors(Mapping[str, torch.Tensor]):
     """The tensors of a replacement, each read when it is asked for and kept by nobody."""
 
-    def __init__(self, replacement: Replacement, tails: Mapping[str, tuple[int, torch.Tensor]]) -> None:
+    def __init__(self, replacement: FullUpdate, tails: Mapping[str, tuple[int, torch.Tensor]]) -> None:
         self._replacement, self._tails = replacement, tails
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -91,7 +113,7 @@ class ReplacedTensors(Mapping[str, torch.Tensor]):
         return len(self._replacement.names)
 
 
-def replaced_tensors(model: nn.Module, replacement: Replacement) -> ReplacedTensors:
+def replaced_tensors(model: nn.Module, replacement: FullUpdate) -> ReplacedTensors:
     """Returns the tensors in the model's shapes: rows of tokens that the checkpoint lacks stay the model's own."""
     checkpoint = replacement.checkpoint
     resized = [name for name in checkpoint.resized if name in replacement.names]
@@ -127,20 +149,20 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def applied_to(model: nn.Module, update: Factors | Replacement) -> AbstractContextManager[None]:
+def applied_to(model: nn.Module, update: Factors | FullUpdate) -> AbstractContextManager[None]:
     """
     Returns a context in which the model is what a candidate makes of it.
 
     Args:
         model (`torch.nn.Module`):
             The model.
-        update (`Factors` or `Replacement`):
+        update (`Factors` or `FullUpdate`):
             Low-rank updates, added by hooks, or weights, put in the place of the model's.
     """
-    return replaced(model, update) if isinstance(update, Replacement) else applied(model, update)
+    return replaced(model, update) if isinstance(update, FullUpdate) else applied(model, update)
 
 
-def load_update(source: Adapter | Checkpoint) -> Factors | Replacement:
+def load_update(source: Adapter | Checkpoint) -> Factors | FullUpdate:
     """
     Returns what a candidate changes in a model: the factors of an adapter, which are read, or a checkpoint's weights.
 
@@ -148,7 +170,7 @@ def load_update(source: Adapter | Checkpoint) -> Factors | Replacement:
         source (`Adapter` or `Checkpoint`):
             The candidate, checked.
     """
-    return Replacement.whole(source) if isinstance(source, Checkpoint) else load_factors(source)
+    return FullUpdate.whole(source) if isinstance(source, Checkpoint) else load_factors(source)
 
 
 def admit_checkpoint(model: nn.Module, candidate: Candidate, vocabulary: Vocabulary | None = None) -> Checkpoint:

@@ -13,7 +13,7 @@ from torch import nn
 from ..distributed import exchange, place
 from ..errors import OutOfStepError
 from ..factors import Factors
-from ..full.weights import Replacement, applied_to
+from ..full.weights import FullUpdate, applied_to
 from ..model.isolation import without_adapters
 from ..model.parameters import is_sharded
 from .losses import RowLosses, head_chunks, language_model_losses
@@ -30,7 +30,7 @@ def evaluate(
     model: nn.Module,
     rows: Rows,
     metric: Metric = "loss",
-    factors: Factors | Replacement | None = None,
+    factors: Factors | FullUpdate | None = None,
     *,
     share: bool = False,
 ) -> RowLosses:
@@ -47,7 +47,7 @@ def evaluate(
             What to evaluate on.
         metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
             As in [`score_candidates`].
-        factors (`Mapping[str, LoraFactors]` or `Replacement`, *optional*):
+        factors (`Mapping[str, LoraFactors]` or `FullUpdate`, *optional*):
             Updates by the name of the layer in the base model, or a full checkpoint's weights.
         share (`bool`, *optional*, defaults to `False`):
             Deal the rows out: every process calls this, looks at its share, and gets the losses of all rows.
@@ -67,7 +67,7 @@ def bare(model: nn.Module, metric: Metric) -> AbstractContextManager[None]:
     return nullcontext() if isinstance(metric, TrainerLoss) else without_adapters(model)
 
 
-def _applied(model: nn.Module, metric: Metric, update: Factors | Replacement | None) -> AbstractContextManager[None]:
+def _applied(model: nn.Module, metric: Metric, update: Factors | FullUpdate | None) -> AbstractContextManager[None]:
     return metric.applied(model, update) if isinstance(metric, TrainerLoss) else applied_to(model, update or {})
 
 

@@ -36,7 +36,7 @@ class Prepared:
     A candidate that is ready to be scored.
 
     Args:
-        update (`Mapping[str, LoraFactors]` or `Replacement`, *optional*): What it changes, on the model's device.
+        update (`Mapping[str, LoraFactors]` or `FullUpdate`, *optional*): What it changes, on the model's device.
         losses (`RowLosses`, *optional*): Its losses, where they are known from an earlier run.
         key (`str`, *optional*): Under which they are kept.
         error (`Exception`, *optional*): Why it could not be read.

@@ -20,7 +20,7 @@ from mashup_callback.formats.checkpoint import check_checkpoint, read_checkpoint
 from mashup_callback.formats.vocabulary import check_vocabularies
 from mashup_callback.full.merge import ModelInput, check_space, merge_models
 from mashup_callback.full.trainee import FittedModel
-from mashup_callback.full.weights import Replacement, fit_checkpoint, replaced
+from mashup_callback.full.weights import FullUpdate, fit_checkpoint, replaced
 from mashup_callback.lora.trainee import swap
 from mashup_callback.model.layers import find_trainee
 from mashup_callback.model.parameters import write_parameters
@@ -175,7 +175,7 @@ def test_a_failure_within_gives_the_weights_back(untied):
     model = llama()
     before = weights(model)
     checkpoint = check_checkpoint(read_checkpoint(untied / "model-0"), describe_model(model))
-    with pytest.raises(KeyError), replaced(model, Replacement.whole(checkpoint)):
+    with pytest.raises(KeyError), replaced(model, FullUpdate.whole(checkpoint)):
         assert not same(before, weights(model))
         raise KeyError
     assert same(before, weights(model))
@@ -232,7 +232,7 @@ def test_weights_are_read_back_after_the_swap(tmp_path, untied, monkeypatch):
     before = weights(model)
     trainee, [path, *_] = find_full_trainee(model), sorted(untied.glob("model-*"))
     checkpoint = fit_checkpoint(model, read_checkpoint(path))
-    fitted = FittedModel(Replacement.whole(checkpoint))
+    fitted = FittedModel(FullUpdate.whole(checkpoint))
     with pytest.raises(RuntimeError, match=r"1 of .* do not hold the merge .*model\.norm\.weight"):
         swap(model, trainee, fitted)
     assert same(weights(model), before)
@@ -486,7 +486,7 @@ def test_checkpoint_that_changes_while_in_use(tmp_path, untied):
     before = weights(model)
     with (
         pytest.raises(CheckpointError, match="changed while it was in use"),
-        replaced(model, Replacement.whole(checkpoint)),
+        replaced(model, FullUpdate.whole(checkpoint)),
     ):
         pass
     assert same(before, weights(model))
