@@ -25,7 +25,7 @@ class LoraUpdate:
 
 @dataclass(frozen=True, eq=False)
 class AdapterSource:
-    """A LoRA adapter that fits the model, with its modules named as the model names them; `norms` are those of its weights."""
+    """A LoRA adapter that fits the model, named as the model names its layers; `norms` are those of its weights."""
 
     adapter: Adapter
     norms: Mapping[str, float] = field(default_factory=dict)
