@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from .candidates import Candidate
+from .candidates.candidate import Candidate
 from .checkpoint_files import (
     CONFIG_NAME,
     INDEX_NAME,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, check_adapter, read_adapter, save_adapter
-from .candidates import Candidate
+from .candidates.candidate import Candidate
 from .checkpoints import Checkpoint, read_checkpoint, read_tensor
 from .distributed import decided, is_main_process
 from .errors import AdapterError, CheckpointError

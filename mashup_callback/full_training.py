@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .adapters import Adapter, load_factors, save_adapter
-from .candidates import Candidate
+from .candidates.candidate import Candidate
 from .checkpoints import Checkpoint, check_checkpoint, read_checkpoint, read_tensor
 from .config import MashupConfig
 from .distributed import decided
@@ -163,7 +163,7 @@ class ModelMerger:
     def _named(self, recipe: str, sources: Sequence[Adapter | Checkpoint]) -> str:
         """Returns mergekit's configuration with what others know the inputs by, not where they were for this merge."""
         hub = [source.candidate for source in sources if source.candidate.repo_id]
-        names = {str(path): name for name, path in self._adapters.items()}
+        names = {str(path): name for (name, _), path in self._adapters.items()}
         names |= {str(item.path): f"{item.repo_id}@{item.revision}" for item in hub if not item.subfolder}
         if self._base_is_own:
             names[str(self._base)] = self.config.base_model or base_model_name(self.model) or "path/to/the/base/model"
@@ -187,12 +187,12 @@ class ModelMerger:
 
     def _adapter(self, adapter: Adapter) -> Path:
         # mergekit has peft load it: what peft gets is written by us from checked tensors, not by a stranger.
-        name = adapter.candidate.name
-        if name not in self._adapters:
+        key = adapter.candidate.key
+        if key not in self._adapters:
             path = self.workspace.new("adapter")
             decided(lambda: save_adapter(path, load_factors(adapter), base_model=None))
-            self._adapters[name] = path
-        return self._adapters[name]
+            self._adapters[key] = path
+        return self._adapters[key]
 
     def _fit(self, checkpoint: Checkpoint) -> FittedModel:
         names = self.trainee.names & frozenset(checkpoint.tensors)

@@ -19,7 +19,7 @@ from .spaces import ModuleMerge
 
 
 if TYPE_CHECKING:
-    from .candidates import Candidate
+    from .candidates.candidate import Candidate
 
 
 __all__ = ["MergedAdapter", "check_merge", "merge_adapters", "merge_factors", "merge_methods"]

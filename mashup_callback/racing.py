@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .adapters import Adapter
-from .candidates import Candidate
+from .candidates.candidate import Candidate
 from .checkpoints import Checkpoint
 from .losses import RowLosses
 from .report import Rung

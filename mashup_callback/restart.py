@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapters import load_factors, read_adapter
 from .cache import base_fingerprint
-from .candidates import Candidate
+from .candidates.candidate import Candidate
 from .config import MashupConfig
 from .distributed import decided, exchange, joint
 from .errors import AdapterError

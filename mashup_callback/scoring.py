@@ -14,13 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .adapters import Adapter
-from .candidates import Candidate
+from .candidates import Candidate, Hub, arriving
 from .checkpoints import Checkpoint
 from .distributed import agreed, deal, decided, is_first_on_machine, is_main_process, joint, place
 from .errors import AdapterError
 from .evaluation import Metric, bare, evaluate
-from .hub import Hub
-from .hub_download import arriving
 from .isolation import undisturbed
 from .layers import Trainee, layer_shapes
 from .losses import RowLosses

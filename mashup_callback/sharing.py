@@ -13,10 +13,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
-from .candidates import WEIGHTS_NAME
-from .card import ADAPTER_PLACEHOLDER, CARD_NAME, hub_name, mashup_card, with_section
+from .candidates import WEIGHTS_NAME, hub_name
+from .candidates.hub import describe, is_transient, retry_after
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, mashup_card, with_section
 from .errors import AdapterError
-from .hub_errors import describe, is_transient, retry_after
 from .mergekit_config import MERGEKIT_NAME
 from .plot import PLOT_NAME
 from .report import REPORT_NAME, MashupReport

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, load_factors
-from .candidates import Candidate
+from .candidates.candidate import Candidate
 from .checkpoints import Checkpoint, check_checkpoint, read_checkpoint, read_tensor
 from .distributed import joint
 from .errors import CheckpointError

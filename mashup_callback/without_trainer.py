@@ -12,11 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .adapter_config import CONFIG_NAME
 from .adapters import Adapter, read_adapter
-from .candidates import WEIGHTS_NAME, Candidate
+from .candidates import WEIGHTS_NAME, Candidate, fits, read_source
 from .card import CARD_NAME
 from .config import MashupConfig
 from .errors import AdapterError
-from .hub_judging import HubFilter, judge_local
 from .layers import layer_shapes
 from .mergekit_config import MERGEKIT_NAME
 from .merging import MergedAdapter, merge_adapters
@@ -62,7 +61,7 @@ def describe_candidate(
     if candidate.reason or candidate.path is None:
         return row
     try:
-        found = judge_local(candidate, HubFilter(base_model, shapes))
+        found = read_source(candidate, fits(shapes, base_model))
     except AdapterError as error:
         return row | {"reason": str(error)}
     return row | {"rank": found.rank, "warnings": list(found.warnings)}
