@@ -83,10 +83,9 @@ def find(
 ) -> None:
     """List the adapters that fit a base model, without downloading their weights."""
     with _quiet_stdout():
-        from .candidates import check_specs, find_candidates
+        from .candidates import Hub, check_specs, find_candidates, fits
 
         check_specs(specs)
-        from .hub import Hub
         from .without_trainer import describe_candidate, model_shapes
 
         shapes = model_shapes(model)
@@ -97,7 +96,7 @@ def find(
             max_candidates=max_candidates,
             allow_licenses=allow_license,
             allow_authors=allow_author,
-            layers=shapes,
+            check=fits(shapes, base_model or model),
             hub=hub,
         )
         rows = [describe_candidate(candidate, shapes, base_model or model) for candidate in found]
@@ -129,7 +128,7 @@ def rank(
 ) -> None:
     """Rank adapters by their loss on a sample of a data set, tokenised as TRL's SFTTrainer does."""
     with _quiet_stdout():
-        from .candidates import check_specs, find_candidates
+        from .candidates import Hub, check_specs, find_candidates, fits
 
         check_specs(specs)
         from transformers import AutoModelForCausalLM
@@ -156,7 +155,7 @@ def rank(
             max_download_gb=max_download_gb,
             allow_licenses=allow_license,
             allow_authors=allow_author,
-            layers=layer_shapes(net),
+            check=fits(layer_shapes(net), base),
             hub=hub,
         )
         scores = score_candidates(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
@@ -188,12 +187,10 @@ def merge(
     A run's checkpoints are left out where its final adapter is found with them.
     """
     with _quiet_stdout():
-        from .candidates import check_specs, find_candidates
+        from .candidates import Hub, check_specs, download, find_candidates
 
         check_specs(specs)
         from .config import MashupConfig
-        from .hub import Hub
-        from .hub_download import download
         from .without_trainer import finished, publish_merge, usable
 
         hub = Hub()

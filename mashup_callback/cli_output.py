@@ -38,9 +38,10 @@ def _finite(value: Any) -> Any:
 
 def one_line(error: Exception) -> str:
     """Returns an error's message without line breaks, and not without end."""
-    from .hub_errors import TROUBLE, describe
+    from .candidates.hub import HTTP_ERROR, describe
+    from .errors import HubError
 
-    text = describe(error) if isinstance(error, TROUBLE[:2]) else str(error)
+    text = describe(error) if isinstance(error, HubError | HTTP_ERROR) else str(error)
     return " ".join(text.split())[:_LONGEST_ERROR] or type(error).__name__
 
 

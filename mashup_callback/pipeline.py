@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from .candidates import Candidate, find_candidates
+from .candidates import Candidate, Hub, find_candidates, fits
 from .config import MashupConfig
-from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
+from .distributed import agreed, decided, is_first_on_machine, is_main_process
 from .full.trainee import FittedModel, handle_models
 from .guard import Verdict, choose
 from .hub import Hub
@@ -67,7 +67,7 @@ class MashupRun:
     def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
         config = self.config
         with self._timed("candidates"):
-            candidates = in_turns(lambda: self._find(specs))
+            candidates = decided(lambda: self._find(specs))
         with self._timed("sample"):
             sample = draw_sample(
                 dataloader,
@@ -111,9 +111,8 @@ class MashupRun:
             max_download_gb=config.max_download_gb,
             allow_licenses=config.allow_licenses,
             allow_authors=config.allow_authors,
-            layers=layer_shapes(self.model),
-            check_model=self.models.check,
-            search_models=self.models.merger is not None,
+            check=fits(layer_shapes(self.model), self.base_model, self.models.check),
+            relations=("adapter",) if self.models.merger is None else ("adapter", "finetune"),
             hub=self.hub,
         )
 

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .candidates import Candidate
+from .candidates import Candidate, fits, read_source
 from .config import MashupConfig
 from .errors import AdapterError
 from .formats.adapter import Adapter, read_adapter
 from .formats.adapter_config import CONFIG_NAME
-from .hub_judging import HubFilter, judge_local
 from .lora.merge import MergedAdapter, merge_adapters
 from .model.layers import layer_shapes
 from .report import REPORT_NAME, CandidateRow, MashupReport, MergeInfo, environment
-from .sharing.save import describe
+from .sharing.save import describe, replacing
 from .storage import refuse_overlap, replacing
 
 
@@ -58,7 +57,7 @@ def describe_candidate(
     if candidate.reason or candidate.path is None:
         return row
     try:
-        found = judge_local(candidate, HubFilter(base_model, shapes))
+        found = read_source(candidate, fits(shapes, base_model))
     except AdapterError as error:
         return row | {"reason": str(error)}
     return row | {"rank": found.rank, "warnings": list(found.warnings)}

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..errors import AdapterError
 from ..factors import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
@@ -65,6 +67,14 @@ class Adapter:
     def rank(self) -> int:
         """Largest rank over the modules."""
         return max(shape.rank for shape in self.modules.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights file, taken once."""
+        found = self.candidate
+        if found.digest is not None and (found.bytes, found.modified) == (self.stamp.size, self.stamp.modified):
+            return found.digest
+        return hashlib.sha256(_read_unchanged(self)).hexdigest()
 
     @property
     def weights(self) -> Path:
@@ -193,9 +203,7 @@ def adapter_hash(adapter: Adapter) -> str:
     Raises:
         AdapterError: If the file changed since it was read.
     """
-    digest = hashlib.sha256(json.dumps(adapter.config.effective()).encode())
-    digest.update(_read_unchanged(adapter))
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps([adapter.config.effective(), adapter.digest]).encode()).hexdigest()
 
 
 def _directory(candidate: Candidate) -> Path:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..errors import AdapterError, CheckpointError
 from ..model.tensors import ModelTensors
 from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..config import MashupConfig
 from ..distributed import decided
 from ..formats.adapter import Adapter, load_factors, save_adapter
@@ -24,6 +25,7 @@ from ..model.parameters import read_parameters
 from ..model.tensors import FullTrainee
 from ..selection import Selection
 from ..storage import Workspace
+from ..workspace import Workspace
 from .weights import FullUpdate, admit_checkpoint, fit_checkpoint
 from .writer import is_model_on_disk, save_model
 
@@ -163,7 +165,7 @@ class ModelMerger:
     def _named(self, recipe: str, sources: Sequence[Adapter | Checkpoint]) -> str:
         """Returns mergekit's configuration with what others know the inputs by, not where they were for this merge."""
         hub = [source.candidate for source in sources if source.candidate.repo_id]
-        names = {str(path): name for name, path in self._adapters.items()}
+        names = {str(path): name for (name, _), path in self._adapters.items()}
         names |= {str(item.path): f"{item.repo_id}@{item.revision}" for item in hub if not item.subfolder}
         if self._base_is_own:
             names[str(self._base)] = self.config.base_model or base_model_name(self.model) or "path/to/the/base/model"
@@ -187,12 +189,12 @@ class ModelMerger:
 
     def _adapter(self, adapter: Adapter) -> Path:
         # mergekit has peft load it: what peft gets is written by us from checked tensors, not by a stranger.
-        name = adapter.candidate.name
-        if name not in self._adapters:
+        key = adapter.candidate.key
+        if key not in self._adapters:
             path = self.workspace.new("adapter")
             decided(lambda: save_adapter(path, load_factors(adapter), base_model=None))
-            self._adapters[name] = path
-        return self._adapters[name]
+            self._adapters[key] = path
+        return self._adapters[key]
 
     def _fit(self, checkpoint: Checkpoint) -> FittedModel:
         names = self.trainee.names & frozenset(checkpoint.tensors)

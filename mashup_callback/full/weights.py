@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..errors import CheckpointError
 from ..factors import Factors
 from ..formats.adapter import Adapter, load_factors

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..distributed import decided, is_main_process
 from ..errors import AdapterError, CheckpointError
 from ..factors import LoraFactors
@@ -18,6 +19,7 @@ from ..lowrank import truncate_dense
 from ..model.layers import Trainee, layer_shape, layer_shapes, linear_layers
 from ..model.parameters import read_parameters
 from ..storage import Workspace
+from ..workspace import Workspace
 
 
 logger = logging.getLogger(__name__)

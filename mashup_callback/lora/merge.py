@@ -21,6 +21,7 @@ from .spaces import ModuleMerge
 
 if TYPE_CHECKING:
     from ..candidates import Candidate
+    from ..candidates.candidate import Candidate
     from ..formats.adapter import Adapter
 
 

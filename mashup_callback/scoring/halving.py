@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..formats.adapter import Adapter
 from ..formats.checkpoint import Checkpoint
 from ..report import Rung

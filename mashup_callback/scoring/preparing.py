@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..candidates import Candidate
+from ..candidates.candidate import Candidate
 from ..distributed import exchange
 from ..errors import AdapterError
 from ..factors import Factors, LoraFactors
@@ -241,20 +242,20 @@ def admitted(
 
 def admitted_by_all(scores: list[Score]) -> list[Score]:
     """Returns the main process's candidates, and rejects those that another process lacks or cannot read."""
-    everywhere = exchange({score.candidate.name: (score.candidate.run, score.reason) for score in scores})
-    here = {score.candidate.name: score for score in scores}
+    everywhere = exchange({score.candidate.key: (score.candidate.run, score.reason) for score in scores})
+    here = {score.candidate.key: score for score in scores}
     if len(everywhere) == 1:
         return scores
     # Where a file system is not shared, an adapter's path and what is recorded with it are each process's own.
-    found = [here.get(name) or Score(Candidate(name=name), "rejected") for name in everywhere[0]]
+    found = [here.get(key) or Score(Candidate(key[0], revision=key[1]), "rejected") for key in everywhere[0]]
     return [_rejected_by_one(score, everywhere) for score in found]
 
 
-def _rejected_by_one(score: Score, everywhere: Sequence[Mapping[str, tuple[str, str | None]]]) -> Score:
-    name = score.candidate.name
-    reasons = [found[name][1] if name in found else "it is not found there" for found in everywhere]
+def _rejected_by_one(score: Score, everywhere: Sequence[Mapping[tuple, tuple[str, str | None]]]) -> Score:
+    key = score.candidate.key
+    reasons = [found[key][1] if key in found else "it is not found there" for found in everywhere]
     refusing = [rank for rank, reason in enumerate(reasons) if reason is not None]
-    score = replace(score, candidate=replace(score.candidate, run=everywhere[0][name][0]))
+    score = replace(score, candidate=replace(score.candidate, run=everywhere[0][key][0]))
     if not refusing:
         return score
     where = "" if len(refusing) == len(everywhere) else f"process {refusing[0]}: "

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..candidates import Candidate
+from ..candidates import Candidate, Hub, arriving
 from ..distributed import agreed, deal, decided, is_first_on_machine, is_main_process, joint, place
 from ..errors import AdapterError, BypassedError
 from ..formats.adapter import Adapter

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
-from huggingface_hub.utils import validate_repo_id
 
 from ..candidate_spec import Spec, parse_spec
+from ..candidates.spec import Spec, hub_name, parse_spec
 from ..report import CandidateRow, MashupReport
 
 
@@ -23,7 +23,6 @@ ADAPTER_PLACEHOLDER = "path/to/this/adapter"
 _BEGIN, _END = "<!-- mashup: begin -->", "<!-- mashup: end -->"
 BASE_PLACEHOLDER = "path/to/the/base/model"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
-_CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)(?:[/\\]|$)")
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -32,23 +31,6 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-
-def hub_name(model: str | None) -> str | None:
-    """
-    Returns the name that a model has on the Hub, as far as the text tells.
-
-    Args:
-        model (`str`, *optional*):
-            A Hub name, a path into the Hub's cache, or another local path, which has none.
-    """
-    cached = _CACHED.search(model or "")
-    name = cached[1].replace("--", "/") if cached else model or ""
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return None
-    return name
 
 
 def base_name(report: MashupReport) -> str | None:

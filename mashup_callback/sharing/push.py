@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..candidates import WEIGHTS_NAME
+from ..candidates import WEIGHTS_NAME, hub_name
+from ..candidates.hub import describe, is_transient, retry_after
 from ..errors import AdapterError
 from ..formats.adapter_config import CONFIG_NAME
 from ..hub_errors import describe, is_transient, retry_after

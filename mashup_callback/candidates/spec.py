@@ -19,8 +19,10 @@ _REPO = re.compile(
     rf"(?P<repo_id>{_NAME}/{_NAME})(?:/(?P<subfolder>{_SEGMENT}(?:/{_SEGMENT})*))?"
     rf"(?:@(?P<revision>{_SEGMENT}(?:/{_SEGMENT})*))?"
 )
+_HUB_NAME = re.compile(rf"(?:{_NAME}/)?{_NAME}")
 _GLOB = frozenset("*?[")
 _COLLECTION = re.compile(rf"{_NAME}/{_SEGMENT}")
+_CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)(?:[/\\]|$)")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,15 @@ def parse_spec(text: str) -> Spec:
     if match is None or ".." in stripped:
         return Spec("path", path=stripped)
     return Spec("repo", **match.groupdict())
+
+
+def hub_name(model: str | None) -> str | None:
+    """Returns the name of a model on the Hub, given that name or a path into the Hub's cache; None for other paths."""
+    cached = _CACHED.search(model or "")
+    name = cached[1].replace("--", "/") if cached else model or ""
+    # What the Hub refuses besides.
+    odd = "--" in name or ".." in name or name.endswith(".git")
+    return name if _HUB_NAME.fullmatch(name) and not odd else None
 
 
 def _refuse_lookalikes(text: str) -> None:

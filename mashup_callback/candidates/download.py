@@ -1,0 +1,227 @@
+"""Downloading the candidates that passed the checks: exactly their files, verified, a few ahead of who uses them."""
+
+import hashlib
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+
+from ..distributed import in_turns, is_main_process, place
+from ..errors import AdapterError, HubError
+from ..formats.checkpoint_files import INDEX_NAME, MAX_JSON_BYTES, parse_index, shard_names
+from ..formats.files import read_limited
+from .candidate import Candidate
+from .hub import RECOVERABLE, Hub, describe
+from .local import WEIGHTS_NAME
+from .search import COMMIT, path_in_repository
+
+
+logger = logging.getLogger(__name__)
+
+# Candidates that are downloaded while another one is used.
+AHEAD = 3
+Item = TypeVar("Item")
+
+
+def download(candidate: Candidate, hub: Hub) -> Candidate:
+    """
+    Downloads the files of a candidate into the Hub's cache, at its commit, and verifies their hashes.
+
+    Args:
+        candidate (`Candidate`):
+            From `find_candidates`. One that is local, cached or unusable is returned as it is.
+        hub (`Hub`):
+            The connection.
+
+    Returns:
+        `Candidate`: with its `path`, or with the `reason` why there is none.
+    """
+    if not _is_remote(candidate):
+        return candidate
+    try:
+        return cached(candidate) or _downloaded(candidate, hub)
+    except RECOVERABLE as error:
+        return replace(candidate, reason=f"its download failed: {describe(error, candidate.repo_id)}")
+
+
+@contextmanager
+def arriving(candidates: Sequence[Item], hub: Hub) -> Iterator[Iterator[Item]]:
+    """
+    Context with an iterator over the candidates in their order, each with its files on this machine.
+
+    In a single process the next ones are downloaded while one is used. Several processes must agree on what there is
+    before any goes on: one of each machine downloads everything first.
+
+    Args:
+        candidates (`Sequence`):
+            Candidates, among which other things may be: they are passed on as they are.
+        hub (`Hub`):
+            The connection.
+    """
+    pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="mashup-download")
+    # The main process found them: where they are in its machine's cache says nothing of other machines.
+    here = candidates if is_main_process() else [_without_path(item) for item in candidates]
+    coming = _ahead(here, hub, pool)
+    try:
+        yield coming if place()[1] == 1 else iter(in_turns(lambda: [*_ahead(here, hub, pool)]))
+    finally:
+        coming.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def cached(candidate: Candidate) -> Candidate | None:
+    """
+    Returns the candidate with the directory that holds its files in the Hub's cache, None if not all are there.
+
+    A file in the cache has the name of its content's hash. One whose content is another, because it was damaged or a
+    process was killed before it had verified it, is removed and so will be downloaded again.
+
+    Args:
+        candidate (`Candidate`):
+            A candidate on the Hub at a commit.
+    """
+    files = tuple(dict.fromkeys([*candidate.files, *_shards(candidate)]))
+    found = {name: _in_cache(candidate, name) for name in files}
+    if not found or None in found.values() or not all(map(_is_genuine, found.values())):
+        return None
+    size = sum(path.stat().st_size for name, path in found.items() if name.endswith(".safetensors"))
+    return _at(replace(candidate, files=files, bytes=size), found[files[0]].parent)
+
+
+def snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """Returns the folder in the Hub's cache of a revision as it was last downloaded, None if there is none."""
+    home = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    named = home / "refs" / (revision or "main")
+    if COMMIT.fullmatch(revision or ""):
+        folders = [home / "snapshots" / revision]
+    elif named.is_file():
+        folders = [home / "snapshots" / named.read_text().strip()]
+    else:
+        # What is downloaded at a commit leaves no reference behind.
+        folders = [] if revision not in (None, "main") else [*(home / "snapshots").glob("*")]
+    return max((path for path in folders if path.is_dir()), key=os.path.getmtime, default=None)
+
+
+def _is_remote(item: object) -> bool:
+    return isinstance(item, Candidate) and item.repo_id is not None and item.path is None and item.reason is None
+
+
+def _without_path(item: Item) -> Item:
+    return replace(item, path=None) if isinstance(item, Candidate) and item.repo_id else item
+
+
+def _ahead(candidates: Sequence[Item], hub: Hub, pool: ThreadPoolExecutor) -> Generator[Item, None, None]:
+    started = (pool.submit(download, item, hub) if _is_remote(item) else item for item in candidates)
+    waiting = deque(itertools.islice(started, AHEAD + 1))
+    try:
+        while waiting:
+            item = waiting.popleft()
+            yield item.result() if isinstance(item, Future) else item
+            waiting.extend(itertools.islice(started, 1))
+    finally:
+        # Whoever stops early does not want the rest, and should not wait for it.
+        if any(isinstance(item, Future) and not item.done() for item in waiting):
+            hub.stop("the candidates are not needed any more")
+
+
+def _downloaded(candidate: Candidate, hub: Hub) -> Candidate:
+    stated = _stated(candidate, hub)
+    paths = [_fetch(candidate, path, digest, size, hub) for path, (digest, size) in stated.items()]
+    return _at(candidate, paths[0].parent)
+
+
+def _stated(candidate: Candidate, hub: Hub) -> dict[str, tuple[str, int]]:
+    """Returns hash and size of each file of the candidate as the Hub states them, in a reply of its own."""
+    paths = [path_in_repository(candidate, name) for name in candidate.files]
+    entries = hub.call(HfApi().get_paths_info, candidate.repo_id, paths, revision=candidate.revision)
+    known = {entry.path: (entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.size) for entry in entries}
+    for path in paths:
+        digest, _ = known.get(path, (None, None))
+        if not isinstance(digest, str) or len(digest) not in (40, 64):
+            raise HubError(f"the Hub does not state the hash of {path}")
+    sizes = [known[path][1] for path in paths if path.endswith(".safetensors")]
+    if candidate.bytes is not None and (None in sizes or sum(sizes) != candidate.bytes):
+        raise HubError(f"the Hub states two sizes of its weights: {candidate.bytes:,} and {sizes} bytes")
+    return {path: known[path] for path in paths}
+
+
+def _fetch(candidate: Candidate, name: str, digest: str, size: int, hub: Hub) -> Path:
+    # First by itself: in hf_hub_download a busy Hub could not be told from a slow one.
+    url = hf_hub_url(candidate.repo_id, name, revision=candidate.revision)
+    etag = hub.call(get_hf_file_metadata, url).etag
+    if etag != digest:
+        # Under another name it would replace, or be taken for, another file of the cache.
+        raise HubError(f"the Hub states two hashes of {name}: {digest} and its ETag")
+    for _ in range(2):
+        path = Path(hub.call(hf_hub_download, candidate.repo_id, name, revision=candidate.revision, size=size))
+        hub.received(path.stat().st_size)
+        if has_digest(path, digest):
+            return path
+        logger.warning("%s of %s came with the wrong content and is removed.", name, candidate.name)
+        _discard(path)
+    raise HubError(f"{name} came twice with other content than its hash says, and was removed")
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file has the content that the Hub's hash says: SHA-256 of large files, or a git blob's SHA-1."""
+    if len(digest) == 64:
+        found = hashlib.sha256()
+    else:
+        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            found.update(chunk)
+    return found.hexdigest() == digest
+
+
+def _at(candidate: Candidate, directory: Path) -> Candidate:
+    """Returns a candidate whose verified files are in a snapshot of the cache, where links lead to names by hash."""
+    weights = directory / WEIGHTS_NAME
+    if candidate.kind != "adapter" or not weights.is_symlink() or len(digest := Path(os.readlink(weights)).name) != 64:
+        return replace(candidate, path=directory)
+    return replace(candidate, path=directory, digest=digest, modified=weights.stat().st_mtime_ns)
+
+
+def _in_cache(candidate: Candidate, name: str) -> Path | None:
+    path = try_to_load_from_cache(candidate.repo_id, path_in_repository(candidate, name), revision=candidate.revision)
+    # A file that is known not to exist is cached as an object that is no path.
+    return Path(path) if isinstance(path, str) else None
+
+
+def _shards(candidate: Candidate) -> list[str]:
+    """Returns the names of the shards that a model's index in the cache lists."""
+    index = _in_cache(candidate, INDEX_NAME) if INDEX_NAME in candidate.files else None
+    try:
+        return shard_names(parse_index(read_limited(index, MAX_JSON_BYTES))) if index else []
+    except AdapterError:
+        return []
+
+
+def _is_genuine(path: Path) -> bool:
+    if not path.is_symlink():
+        # The cache of a system without symbolic links does not keep the hash. It was verified when downloaded.
+        return True
+    digest = Path(os.readlink(path)).name
+    if len(digest) in (40, 64) and has_digest(path, digest):
+        return True
+    logger.warning("%s in the cache does not have the content that its name says; it is removed.", path)
+    _discard(path)
+    return False
+
+
+def _discard(path: Path) -> None:
+    """Removes a file from the Hub's cache: its name in the snapshot and its content, wherever the links lead."""
+    content = {path, Path(os.path.realpath(path))}
+    if path.is_symlink():
+        content.add(path.parent / os.readlink(path))
+    for item in content:
+        item.unlink(missing_ok=True)

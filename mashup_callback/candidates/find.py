@@ -1,0 +1,309 @@
+"""Finding candidates: those on this machine and on the Hub, checked until enough can be used."""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from huggingface_hub.hf_api import ModelInfo
+
+from ..errors import AdapterError
+from ..formats.adapter import Adapter, check_adapter, read_adapter
+from ..formats.checkpoint import Checkpoint, read_checkpoint
+from ..formats.files import quote
+from .candidate import Candidate
+from .download import cached, snapshot
+from .hub import RECOVERABLE, Hub, describe
+from .local import find_locally, reject_duplicates
+from .search import COMMIT, RemoteFiles, files_of, held_candidates, list_repositories, repository_info, stated_license
+from .spec import FORMS, Spec, parse_spec
+
+
+# Repositories that are looked at, and candidates that are checked, at the same time.
+_THREADS = 8
+
+Check = Callable[[Adapter | Checkpoint], Any]
+# A candidate that was named or listed, and what finds out which can be used.
+_Named = tuple[Candidate, Callable[[], list[Candidate]]]
+
+
+def find_candidates(
+    specs: str | os.PathLike | Sequence[str | os.PathLike],
+    base_model: str | None = None,
+    *,
+    exclude: Sequence[str | os.PathLike] = (),
+    max_candidates: int | None = None,
+    max_download_gb: float | None = None,
+    allow_licenses: Sequence[str] | None = None,
+    allow_authors: Sequence[str] | None = None,
+    check: Check | None = None,
+    relations: Sequence[str] = ("adapter",),
+    hub: Hub | None = None,
+) -> list[Candidate]:
+    """
+    Finds the adapters that the given text describes. Nothing is downloaded but what is needed to check them.
+
+    Args:
+        specs (`str`, path or list of them):
+            A local adapter, run directory or glob; `org/name[/sub/folder][@revision]`; `hub:author=..,search=..`
+            (also tag, limit, sort); or `collection:org/slug`. What exists locally is local.
+        base_model (`str`, *optional*):
+            Hub name of the base model, or the directory that it was loaded from, for searches.
+        exclude (list of paths, *optional*):
+            Directories that are skipped with all that is in them, such as this run's own output.
+        max_candidates (`int`, *optional*):
+            Only the first so many that pass the checks can be used; the others are returned with that reason.
+        max_download_gb (`float`, *optional*):
+            Bound on what is left to download from the Hub, in 10⁹ bytes; the first candidates that fit can be used.
+        allow_licenses (`Sequence[str]`, *optional*):
+            Licenses that a Hub candidate may have; None allows every license. They are on the Hub only, so that
+            without it no candidate has any.
+        allow_authors (`Sequence[str]`, *optional*):
+            Users and organizations that a Hub candidate may come from; None allows everyone.
+        check (`Callable`, *optional*):
+            Is given a candidate's description (configuration and names and shapes of its tensors), and raises an
+            `AdapterError` if it does not fit, see [`fits`]; it is called from threads. None accepts all.
+        relations (`Sequence[str]`, *optional*, defaults to `("adapter",)`):
+            What searches list: `"adapter"`, and `"finetune"` for full fine-tunes of the base model.
+        hub (`Hub`, *optional*):
+            The connection to the Hub; one of its own by default.
+
+    Returns:
+        `list[Candidate]`: in the order of `specs` and natural order within, a run's final adapter before its
+        checkpoints. Those that cannot be used have a `reason`. Those on the Hub have a `path` if they are in its
+        cache, and are downloaded when they are scored.
+
+    Raises:
+        ValueError: If an entry is not of the grammar, or a local path that is no glob does not exist.
+        TypeError: If an entry is neither text nor a path.
+    """
+    excluded = [os.path.realpath(os.path.expanduser(path)) for path in exclude]
+    lookup = _HubLookup(hub or Hub(), base_model, relations, check, allow_licenses, allow_authors)
+    named: list[_Named] = []
+    for spec in _resolved(specs):
+        if spec.kind == "path":
+            named += [(item, partial(_checked_here, item, check)) for item in find_locally(spec, excluded)]
+        else:
+            named += lookup.named(spec)
+    return _limit_download(_first_usable(named, max_candidates), max_download_gb)
+
+
+def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str, ...]:
+    """
+    Checks the text of candidates before anything is looked for, and returns it as a tuple.
+
+    Args:
+        specs (`str`, path or list of them):
+            As in [`find_candidates`].
+
+    Raises:
+        ValueError: If there is none, an entry is not of the grammar, or a local path that is no glob does not exist.
+        TypeError: If an entry is neither text nor a path.
+    """
+    entries = tuple([specs] if isinstance(specs, str | os.PathLike) else specs)
+    if not entries:
+        raise ValueError(f"There are no candidates, expected at least one of: {FORMS}.")
+    for spec in _resolved(entries):
+        if spec.kind == "path" and not spec.is_glob and not os.path.lexists(os.path.expanduser(spec.path)):
+            raise ValueError(f"{str(spec)!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
+    return tuple(map(os.fspath, entries))
+
+
+def fits(
+    layers: Mapping[str, tuple[int, int]],
+    base_model: str | None = None,
+    check_model: Callable[[Checkpoint], Checkpoint] | None = None,
+) -> Check:
+    """
+    Returns a `check` for [`find_candidates`].
+
+    Args:
+        layers (`Mapping[str, tuple[int, int]]`):
+            Linear layers of the model that is trained, name -> (in_features, out_features), which adapters must fit.
+        base_model (`str`, *optional*):
+            Name of the model.
+        check_model (`Callable`, *optional*):
+            Checks full models, of which all are accepted by default.
+    """
+
+    def check(source: Adapter | Checkpoint) -> Adapter | Checkpoint:
+        if source.candidate.kind == "model":
+            return check_model(source) if check_model else source
+        return check_adapter(source, layers, base_model)
+
+    return check
+
+
+def read_source(candidate: Candidate, check: Check | None = None) -> Any:
+    """
+    Reads the description of a candidate whose files are on this machine, and returns what `check` makes of it.
+
+    Raises:
+        AdapterError: The reason why it cannot be used.
+    """
+    source = read_checkpoint(candidate) if candidate.kind == "model" else read_adapter(candidate)
+    return check(source) if check else source
+
+
+def _resolved(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Spec]:
+    return [_resolve(entry) for entry in ([specs] if isinstance(specs, str | os.PathLike) else specs)]
+
+
+def _resolve(entry: str | os.PathLike) -> Spec:
+    if isinstance(entry, os.PathLike):
+        return Spec("path", path=os.fspath(entry))
+    if not isinstance(entry, str):
+        raise TypeError(f"a candidate is {type(entry).__name__} {entry!r}, expected text or a path: {FORMS}.")
+    spec = parse_spec(entry)
+    return Spec("path", path=str(spec)) if spec.kind == "repo" and os.path.lexists(str(spec)) else spec
+
+
+def _checked_here(candidate: Candidate, check: Check | None) -> list[Candidate]:
+    if candidate.reason is None and check is not None:
+        return [_judged(candidate, check)]
+    return [candidate]
+
+
+def _judged(candidate: Candidate, check: Check | None) -> Candidate:
+    try:
+        read_source(candidate, check)
+    except AdapterError as error:
+        return replace(candidate, reason=str(error))
+    return candidate
+
+
+@dataclass(frozen=True)
+class _HubLookup:
+    """Which candidates of the Hub can be used, by what it states, or by what its cache holds when it is down."""
+
+    hub: Hub
+    base_model: str | None
+    relations: Sequence[str]
+    check: Check | None
+    allow_licenses: Sequence[str] | None
+    allow_authors: Sequence[str] | None
+
+    def named(self, spec: Spec) -> list[_Named]:
+        try:
+            listed = list_repositories(spec, self.base_model, self.hub, self.relations)
+        except RECOVERABLE as error:
+            why = f"{self.hub.down}: only repositories that are named can be used" if self.hub.down else ""
+            found = Candidate(str(spec), reason=why or describe(error, spec.collection))
+            return [(found, lambda: [found])]
+        return [(repository, partial(self._look, repository, info)) for repository, info in listed]
+
+    def _look(self, repository: Candidate, info: ModelInfo | None) -> list[Candidate]:
+        author = repository.repo_id.split("/")[0]
+        if not _allowed(author, self.allow_authors):
+            return [replace(repository, reason=f"its author {author} is not in allow_authors")]
+        try:
+            return self._pinned(repository) or self._stated(repository, info)
+        except RECOVERABLE as error:
+            if self.hub.down and not isinstance(error, AdapterError):
+                return self._without_hub(repository)
+            return [replace(repository, reason=describe(error, repository.repo_id))]
+
+    def _pinned(self, repository: Candidate) -> list[Candidate]:
+        """Returns a candidate that is at a commit and in the cache, for which nothing has to be asked."""
+        if self.allow_licenses is not None or not COMMIT.fullmatch(repository.revision or ""):
+            return []
+        found = _in_cache(repository)
+        return [_judged(item, self.check) for item in found if item.name == repository.name]
+
+    def _stated(self, repository: Candidate, info: ModelInfo | None) -> list[Candidate]:
+        info = info or repository_info(repository, self.hub)
+        paths, license = files_of(info), stated_license(info)
+        if not _allowed(license, self.allow_licenses):
+            stated = quote(license) if license else "(none stated)"
+            raise AdapterError(f"its license {stated} is not in allow_licenses")
+        held = held_candidates(repository, info.sha, paths, license)
+        return [self._checked(candidate, paths) for candidate in held]
+
+    def _checked(self, candidate: Candidate, paths: Sequence[str]) -> Candidate:
+        try:
+            if found := cached(candidate):
+                return _judged(found, self.check)
+            found, source = RemoteFiles(candidate, self.hub, frozenset(paths)).describe()
+            if self.check is not None:
+                self.check(source)
+            return found
+        except RECOVERABLE as error:
+            return replace(candidate, reason=describe(error, candidate.repo_id))
+
+    def _without_hub(self, repository: Candidate) -> list[Candidate]:
+        if self.allow_licenses is not None:
+            return [
+                replace(repository, reason=f"{self.hub.down}: its license is unknown, hence not in allow_licenses")
+            ]
+        if found := _in_cache(repository):
+            return [_judged(item, self.check) for item in found]
+        at = f" --revision {repository.revision}" if repository.revision else ""
+        get = f"get it with `hf download {repository.repo_id}{at}`"
+        return [replace(repository, reason=f"{self.hub.down}, and it is not in the cache; {get}")]
+
+
+def _in_cache(repository: Candidate) -> list[Candidate]:
+    folder = snapshot(repository.repo_id, repository.revision)
+    if folder is None:
+        return []
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    try:
+        return [item for item in map(cached, held_candidates(repository, folder.name, paths)) if item]
+    except AdapterError:
+        return []
+
+
+def _allowed(value: str | None, allowed: Iterable[str] | None) -> bool:
+    return allowed is None or (value or "").lower() in {item.lower() for item in allowed}
+
+
+def _first_usable(named: Sequence[_Named], max_candidates: int | None) -> list[Candidate]:
+    """Checks candidates in their order, several at a time, until enough can be used and are not the same."""
+    bound = sys.maxsize if max_candidates is None else max_candidates
+    found: list[Candidate] = []
+    start = 0
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="mashup-find") as pool:
+        while True:
+            kept = [index for index, item in enumerate(found) if item.reason is None][:bound]
+            if len(kept) < bound and start < len(named):
+                part = pool.map(lambda item: item[1](), named[start : start + _THREADS])
+                found = _unique([*found, *itertools.chain.from_iterable(part)])
+                start += _THREADS
+                continue
+            distinct = reject_duplicates([found[index] for index in kept])
+            for index, item in zip(kept, distinct, strict=True):
+                found[index] = item
+            if all(item.reason is None for item in distinct):
+                break
+    found = _unique([*found, *(item for item, _ in named[start:])])
+    reason = f"beyond max_candidates={max_candidates}"
+    beyond = {*range(len(found))} - {*kept}
+    return [
+        replace(item, reason=reason) if index in beyond and item.reason is None else item
+        for index, item in enumerate(found)
+    ]
+
+
+def _unique(found: Iterable[Candidate]) -> list[Candidate]:
+    """Drops what is listed twice."""
+    unique: dict[object, Candidate] = {}
+    for item in found:
+        unique.setdefault(os.path.realpath(item.path) if item.path else item.key, item)
+    return list(unique.values())
+
+
+def _limit_download(found: Sequence[Candidate], max_download_gb: float | None) -> list[Candidate]:
+    if max_download_gb is None:
+        return list(found)
+    result, total = [], 0
+    for item in found:
+        size = item.bytes or 0 if item.path is None and item.reason is None else 0
+        over = size > 0 and total + size > max_download_gb * 1e9
+        reason = f"its {size:,} bytes would exceed max_download_gb={max_download_gb:g}"
+        total += 0 if over else size
+        result.append(replace(item, reason=reason) if over else item)
+    return result

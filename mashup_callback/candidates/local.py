@@ -1,0 +1,200 @@
+"""Candidates on this machine: paths, globs and run directories, and which of them are the same."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import AdapterError
+from ..formats.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from ..formats.files import open_regular, read_limited
+from .candidate import Candidate
+from .spec import FORMS, Spec, is_glob
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+# A directory of runs holds runs, and these hold adapters and checkpoints.
+_DEPTH = 2
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
+# What this package writes into a run's output directory.
+_MASHUP = {"mashup"}
+
+
+def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
+    """
+    Returns what a path or glob leads to, in natural order, a run's final adapter before its checkpoints.
+
+    Args:
+        spec (`Spec`):
+            A local path.
+        excluded (`Sequence[str]`):
+            Real paths of directories that are skipped with all that is in them.
+
+    Raises:
+        ValueError: If a path that is no glob does not exist, or is a file.
+    """
+    path = Path(os.path.expanduser(spec.path))
+    if os.path.lexists(path):
+        return _expand_literal(path, excluded)
+    if not spec.is_glob:
+        raise ValueError(f"{str(spec)!r} does not exist here and is no name of a Hub repository, expected {FORMS}.")
+    found = [item for match in _glob(path) if not _skip(match, excluded) for item in _expand(match, excluded)]
+    if not found:
+        logger.warning("No adapter matches %s (yet): nothing to start from there.", spec)
+    return found
+
+
+def _expand_literal(path: Path, excluded: Sequence[str]) -> list[Candidate]:
+    if _skip(path, excluded):
+        return [_candidate(path, reason="it is this run's own output or that of a mashup")]
+    if os.path.isfile(path):
+        raise ValueError(f"{str(path)!r} is a file, expected the directory that holds {CONFIG_NAME}: {path.parent}.")
+    reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
+    return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
+
+
+def _glob(path: Path) -> list[Path]:
+    literal = [*itertools.takewhile(lambda part: not is_glob(part), path.parts)]
+    root, pattern = Path(*literal), str(Path(*path.parts[len(literal) :]))
+    try:
+        # pathlib's ** does not follow symbolic links, glob's does and can run in circles.
+        parts = {match: match.relative_to(root).parts for match in root.glob(pattern)}
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{str(path)!r} is no glob: {error}. Use *, ?, [...], or ** as a whole part.") from error
+    return sorted((match for match in parts if not _MASHUP & {*parts[match]} and match.name[0] != "."), key=_order)
+
+
+def _order(path: Path) -> tuple[object, ...]:
+    """Sort key: by directory, finished adapters before checkpoints, checkpoint-2 before checkpoint-10."""
+    return [_natural(part) for part in path.parent.parts], _is_checkpoint(path), _natural(path.name)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split("([0-9]+)", name)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _CHECKPOINT.fullmatch(path.name) is not None
+
+
+def _skip(path: Path, excluded: Sequence[str]) -> bool:
+    real = os.path.realpath(path)
+    if any(real == directory or real.startswith(os.path.join(directory, "")) for directory in excluded):
+        return True
+    reports = (parent for parent in path.parents if parent.name in _MASHUP)
+    return path.name in _MASHUP or any(os.path.exists(parent / "report.json") for parent in reports)
+
+
+def _expand(directory: Path, excluded: Sequence[str], depth: int = _DEPTH) -> Iterator[Candidate]:
+    """Yields what the directory itself is, then what the directories in it are."""
+    try:
+        entries = {entry.name: os.path.isdir(entry) for entry in os.scandir(directory)}
+    except NotADirectoryError:
+        return
+    except OSError as error:
+        yield _candidate(directory, reason=f"it cannot be read: {error}")
+        return
+    candidate = _describe(directory, entries)
+    if candidate:
+        yield candidate
+    if depth == 0 or (candidate and _is_checkpoint(directory)):
+        return
+    children = [directory / name for name, is_dir in entries.items() if is_dir and not name.startswith(".")]
+    for child in sorted(children, key=_order):
+        if not _skip(child, excluded):
+            yield from _expand(child, excluded, depth - 1)
+
+
+def _describe(directory: Path, entries: Iterable[str]) -> Candidate | None:
+    if CONFIG_NAME in entries:
+        if WEIGHTS_NAME in entries:
+            return _candidate(directory, bytes=_size(directory / WEIGHTS_NAME))
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in entries):
+            return _candidate(
+                directory, reason=f"it has only pickled weights, which are never opened, and no {WEIGHTS_NAME}"
+            )
+        return _candidate(directory, reason=f"{WEIGHTS_NAME} is missing: its training may have been interrupted")
+    shards = [name for name in entries if name.endswith(".safetensors")]
+    if "config.json" in entries and (shards or "model.safetensors.index.json" in entries):
+        return _candidate(directory, kind="model", bytes=sum(_size(directory / name) or 0 for name in shards))
+    if "config.json" in entries and any(name.endswith(".bin") for name in entries):
+        return _candidate(directory, kind="model", reason="it has only pickled weights, which are never opened")
+    return None
+
+
+def _candidate(directory: Path, **fields: object) -> Candidate:
+    return Candidate(name=str(directory), path=directory, run=_run_of(directory), **fields)
+
+
+def _run_of(directory: Path) -> str:
+    """Returns the run directory: the one that holds `checkpoint-*`, the adapter's own or one above it."""
+    real = Path(os.path.realpath(directory))
+    for path in (real, real.parent):
+        if _is_checkpoint(path):
+            return str(path.parent)
+    try:
+        siblings = os.listdir(real.parent)
+    except OSError:
+        return str(real)
+    return str(real.parent) if any(_CHECKPOINT.fullmatch(name) for name in siblings) else str(real)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
+    """
+    Rejects all but one of the adapters with the same content, and keeps a run's final adapter over its checkpoints.
+
+    Only files of the same size are hashed; a candidate carries its digest with it and is not hashed again.
+    """
+    sizes = Counter(item.bytes for item in found if _is_adapter_here(item))
+    found = [with_digest(item) if _is_adapter_here(item) and sizes[item.bytes] > 1 else item for item in found]
+    kept: dict[tuple[str, str], int] = {}
+    reasons: dict[int, str] = {}
+    hashed = [index for index, item in enumerate(found) if _is_adapter_here(item) and item.digest]
+    for index in sorted(hashed, key=lambda index: _is_checkpoint(found[index].path)):
+        content = _content(found[index])
+        if content is not None and kept.setdefault(content, index) != index:
+            reasons[index] = f"identical to {found[kept[content]].name}"
+    return [replace(item, reason=reasons[index]) if index in reasons else item for index, item in enumerate(found)]
+
+
+def with_digest(candidate: Candidate) -> Candidate:
+    """Returns an adapter with the digest of its weights; unchanged where they cannot be read, which is found later."""
+    if candidate.digest is not None:
+        return candidate
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(open_regular(candidate.path / WEIGHTS_NAME), "rb") as file:
+            status = os.fstat(file.fileno())
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except (AdapterError, OSError):
+        return candidate
+    return replace(candidate, digest=digest.hexdigest(), bytes=status.st_size, modified=status.st_mtime_ns)
+
+
+def _is_adapter_here(candidate: Candidate) -> bool:
+    return candidate.kind == "adapter" and candidate.path is not None and candidate.reason is None
+
+
+def _content(candidate: Candidate) -> tuple[str, str] | None:
+    """Returns what decides what an adapter computes: its tensors and the effective part of its configuration."""
+    try:
+        config = parse_config(read_limited(candidate.path / CONFIG_NAME, MAX_CONFIG_BYTES))
+    except AdapterError:
+        return None
+    return candidate.digest, json.dumps(config.effective())

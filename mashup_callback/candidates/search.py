@@ -1,0 +1,290 @@
+"""What is on the Hub: repositories that a search or collection lists, the candidates in them, and their headers."""
+
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_url, metadata_load
+from huggingface_hub.hf_api import ModelInfo
+
+from ..errors import AdapterError, HubError
+from ..formats.adapter import Adapter, parse_adapter
+from ..formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from ..formats.adapter_config import MAX_CONFIG_BYTES, parse_config
+from ..formats.checkpoint import Checkpoint, describe_checkpoint
+from ..formats.checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from ..formats.files import read_limited
+from ..formats.header import FileStamp, TensorInfo, header_length, parse_header
+from ..formats.vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
+from .candidate import Candidate
+from .hub import RECOVERABLE, Hub, describe
+from .local import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
+from .spec import Spec, hub_name
+
+
+logger = logging.getLogger(__name__)
+
+# What a search without `limit` looks at.
+MAX_LISTED = 1000
+# Enough for the headers of nearly all adapters, so that one request reads them.
+HEADER_BYTES = 2**17
+COMMIT = re.compile("[0-9a-f]{40}")
+_TIMEOUT_SECONDS = 10.0
+_MAX_NAME_BYTES = 2**20
+# Without the cards, which may be broken: all that is needed of them is in the tags that the Hub derives from them.
+_PROPERTIES = ["sha", "siblings", "tags"]
+_QUANTIZED = "base_model:quantized:"
+_PICKLED = (".bin", ".pt", ".pth")
+
+
+def list_repositories(
+    spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[str]
+) -> list[tuple[Candidate, ModelInfo | None]]:
+    """
+    Lists the repositories that an entry of the grammar names, with what the listing says of each.
+
+    Args:
+        spec (`Spec`):
+            A repository, a search or a collection.
+        base_model (`str`, *optional*):
+            Name or path of the base model, of which a search lists what was made of it.
+        hub (`Hub`):
+            The connection.
+        relations (`Sequence[str]`):
+            What a search lists, in turns: `"adapter"`, `"finetune"`.
+
+    Raises:
+        HubError: If the Hub cannot be reached, or the name of the base model is not known.
+    """
+    if spec.kind == "repo":
+        return [(_repository(spec.repo_id, spec.subfolder, spec.revision), None)]
+    if spec.kind == "collection":
+        items = hub.call(HfApi().get_collection, spec.collection).items
+        found = {item.item_id: None for item in items if item.item_type == "model"}
+    else:
+        found = _search(spec, base_model, hub, relations)
+    limit = spec.limit or MAX_LISTED
+    named = [(repo_id, info) for repo_id, info in found.items() if "/" in repo_id and hub_name(repo_id)]
+    if len(named) > limit and spec.limit is None:
+        logger.warning("%s lists more than %d repositories; set limit= to look at more.", spec, limit)
+    return [(_repository(repo_id), info) for repo_id, info in named[:limit]]
+
+
+def repository_info(repository: Candidate, hub: Hub) -> ModelInfo:
+    """Returns what the Hub states for a repository at the revision asked for."""
+    settings = {"revision": repository.revision or "main", "expand": _PROPERTIES, "timeout": _TIMEOUT_SECONDS}
+    return hub.call(HfApi().model_info, repository.repo_id, **settings)
+
+
+def stated_license(info: ModelInfo) -> str | None:
+    """Returns the license that a repository's tags state."""
+    tags = [tag for tag in info.tags or () if isinstance(tag, str)]
+    return next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
+
+
+def files_of(info: ModelInfo) -> tuple[str, ...]:
+    """Returns the paths of a repository's files, without those that would lead out of the cache's folder for it."""
+    if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+        raise HubError("the Hub does not say which commit it is at")
+    return tuple(file.rfilename for file in info.siblings or () if _is_safe(file.rfilename))
+
+
+def held_candidates(
+    repository: Candidate, revision: str, paths: Sequence[str], license: str | None = None
+) -> list[Candidate]:
+    """
+    Returns what is in the folder asked for or in the root, if that is an adapter or a full model; else what is in the
+    folders below. The files of a model are those of its description; its index names the others.
+
+    Raises:
+        AdapterError: It holds nothing that can be used.
+    """
+    here = repository.subfolder or ""
+    below = f"{here}/" if here else ""
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths if f"{path}/".startswith(below))
+    found = {folder: names for folder in folders if (names := _description_in(folder, paths))}
+    chosen = {here: found[here]} if here in found else found
+    if not chosen:
+        raise AdapterError(_why_nothing(paths, below))
+    return [_held(repository.repo_id, folder, revision, license, names) for folder, names in chosen.items()]
+
+
+def path_in_repository(candidate: Candidate, name: str) -> str:
+    """Returns the path in its repository of a candidate's file."""
+    return f"{candidate.subfolder}/{name}" if candidate.subfolder else name
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """
+    The files of a candidate on the Hub, read by ranged requests; nothing goes to the disk.
+
+    Args:
+        candidate (`Candidate`): The candidate.
+        hub (`Hub`): The connection.
+        paths (`frozenset[str]`): All files of its repository.
+    """
+
+    candidate: Candidate
+    hub: Hub
+    paths: frozenset[str] = field(repr=False)
+
+    def describe(self) -> tuple[Candidate, Adapter | Checkpoint]:
+        """
+        Reads the small files and the headers of the weights.
+
+        Returns:
+            `tuple`: The candidate with all its files and the size of its weights, and its description.
+
+        Raises:
+            AdapterError: The reason why it cannot be used.
+        """
+        if self.candidate.kind == "model":
+            checkpoint = describe_checkpoint(self.candidate, self)
+            size = sum(stamp.size for stamp in checkpoint.stamps.values())
+            files = tuple(dict.fromkeys([*self.candidate.files, *checkpoint.stamps]))
+            return replace(self.candidate, bytes=size, files=files), checkpoint
+        config = self.read(ADAPTER_CONFIG_NAME, MAX_CONFIG_BYTES)
+        # Before the header of one that is unfit is asked for.
+        parse_config(config)
+        header, size = self._start(ADAPTER_WEIGHTS_NAME)
+        return replace(self.candidate, bytes=size), parse_adapter(self.candidate, config, header, size)
+
+    def has(self, name: str) -> bool:
+        return path_in_repository(self.candidate, name) in self.paths
+
+    def read(self, name: str, limit: int) -> bytes:
+        data, size = self.hub.read(self._url(name), 0, limit)
+        if size > len(data):
+            raise AdapterError(f"{name} has {size:,} bytes, of which {len(data):,} came; expected a small file")
+        return data
+
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:
+        data, size = self._start(name)
+        return parse_header(data, size), FileStamp(size, modified=0)
+
+    def _start(self, name: str) -> tuple[bytes, int]:
+        """Returns the first bytes of a safetensors file through the end of its header, and the size of the file."""
+        data, size = self.hub.read(self._url(name), 0, HEADER_BYTES)
+        end = header_length(data) + 8
+        if len(data) < end <= size:
+            data += self.hub.read(self._url(name), len(data), end)[0]
+        return data, size
+
+    def _url(self, name: str) -> str:
+        path = path_in_repository(self.candidate, name)
+        return hf_hub_url(self.candidate.repo_id, path, revision=self.candidate.revision)
+
+
+def base_model_names(base_model: str | None, hub: Hub) -> tuple[str, ...]:
+    """Returns the Hub names whose adapters fit a base model: its own, and that of the model it quantizes."""
+    name = _recorded_name(base_model)
+    if name is None:
+        return ()
+    try:
+        tags = hub.call(HfApi().model_info, name, expand=["tags"], timeout=_TIMEOUT_SECONDS).tags or ()
+    except RECOVERABLE as error:
+        if hub.down:
+            raise
+        logger.info("The Hub does not tell what %s was quantized from, if it was: %s", name, describe(error, name))
+        return (name,)
+    found = [tag.removeprefix(_QUANTIZED) for tag in tags if isinstance(tag, str) and tag.startswith(_QUANTIZED)]
+    return tuple(dict.fromkeys([name, *found]))
+
+
+def _repository(repo_id: str, subfolder: str | None = None, revision: str | None = None) -> Candidate:
+    name = f"{repo_id}/{subfolder}" if subfolder else repo_id
+    return Candidate(name, repo_id=repo_id, subfolder=subfolder, revision=revision, run=name)
+
+
+def _search(spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[str]) -> dict[str, ModelInfo | None]:
+    names = base_model_names(base_model, hub)
+    if not names:
+        raise HubError(f"the base model's name on the Hub is not known (it is {base_model!r}): set `base_model`")
+    listings = [
+        [info for name in names for info in _listed(spec, f"base_model:{relation}:{name}", hub)]
+        for relation in relations
+    ]
+    found: dict[str, ModelInfo | None] = {}
+    # In turns, so that a limit leaves some of each.
+    for info in itertools.chain.from_iterable(itertools.zip_longest(*listings)):
+        if info is not None:
+            found.setdefault(info.id, info if info.sha and info.siblings is not None else None)
+    return found
+
+
+def _listed(spec: Spec, tag: str, hub: Hub) -> list[ModelInfo]:
+    given = {"author": spec.author, "search": spec.search, "sort": spec.sort, "limit": spec.limit or MAX_LISTED + 1}
+    return hub.call(lambda: [*HfApi().list_models(filter=[tag, *spec.tags], expand=_PROPERTIES, **given)])
+
+
+def _recorded_name(base_model: str | None) -> str | None:
+    if base_model is None or not os.path.isdir(base_model):
+        return hub_name(base_model)
+    directory = Path(base_model)
+    for recorded in (str(directory.resolve()), _from_config(directory), _from_card(directory)):
+        name = hub_name(recorded)
+        if name is not None and not os.path.isdir(name):
+            logger.info("%s is searched for on the Hub as %s; set `base_model` if it is another.", base_model, name)
+            return name
+    return None
+
+
+def _from_config(directory: Path) -> str | None:
+    try:
+        name = json.loads(read_limited(directory / "config.json", _MAX_NAME_BYTES)).get("_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and "/" in name else None
+
+
+def _from_card(directory: Path) -> str | None:
+    try:
+        name = (metadata_load(directory / "README.md") or {}).get("base_model")
+    except Exception:
+        # Whatever YAML makes of a broken card: it says nothing then.
+        return None
+    name = name[0] if isinstance(name, list) and name else name
+    return name if isinstance(name, str) and "/" in name else None
+
+
+def _is_safe(path: object) -> bool:
+    """Whether a path stays inside the repository, and inside the cache's folder for it."""
+    parts = path.replace("\\", "/").split("/") if isinstance(path, str) and path.isprintable() else [""]
+    return not {"", ".", ".."} & {*parts}
+
+
+def _held(repo_id: str, folder: str, revision: str, license: str | None, files: tuple[str, ...]) -> Candidate:
+    found = _repository(repo_id, folder or None, revision)
+    parent, _, last = folder.rpartition("/")
+    run = f"{repo_id}/{parent}".rstrip("/") if last.startswith("checkpoint-") else found.name
+    kind = "adapter" if ADAPTER_CONFIG_NAME in files else "model"
+    return replace(found, kind=kind, run=run, license=license, files=files)
+
+
+def _description_in(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
+    there = {name for parent, _, name in (path.rpartition("/") for path in paths) if parent == folder}
+    if ADAPTER_CONFIG_NAME in there:
+        return (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME) if ADAPTER_WEIGHTS_NAME in there else ()
+    weights = next((name for name in (INDEX_NAME, WEIGHTS_NAME) if name in there), None)
+    if CONFIG_NAME not in there or weights is None:
+        return ()
+    tokenizer = [name for name in (TOKENIZER_NAME, VOCABULARY_NAME) if name in there]
+    return (CONFIG_NAME, weights, *tokenizer[:1])
+
+
+def _why_nothing(paths: Sequence[str], below: str) -> str:
+    names = [path.rpartition("/")[2] for path in paths if path.startswith(below)]
+    pickled = any(name.endswith(_PICKLED) for name in names)
+    for config, weights in ((ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), (CONFIG_NAME, WEIGHTS_NAME)):
+        if config in names and pickled:
+            return f"it has only pickled weights, which are never opened, and no {weights}"
+    return (
+        f"it holds no adapter, expected {ADAPTER_CONFIG_NAME} and {ADAPTER_WEIGHTS_NAME}, and no full model, expected "
+        f"{CONFIG_NAME} and {WEIGHTS_NAME} or its shards"
+    )
