@@ -135,7 +135,6 @@ def rank(
 
         from .cli_rows import load_rows, sft_rows
         from .config import MashupConfig
-        from .hub import Hub
         from .model.layers import layer_shapes
         from .report import candidate_rows
         from .scoring.race import score_candidates

@@ -18,7 +18,6 @@ from .config import MashupConfig
 from .distributed import agreed, decided, is_first_on_machine, is_main_process
 from .full.trainee import FittedModel, handle_models
 from .guard import Verdict, choose
-from .hub import Hub
 from .lora.trainee import FittedMerge, swap
 from .model.layers import Trainee, base_model_name, layer_shapes
 from .model.tensors import FullTrainee

@@ -18,7 +18,7 @@ from .formats.adapter_config import CONFIG_NAME
 from .lora.merge import MergedAdapter, merge_adapters
 from .model.layers import layer_shapes
 from .report import REPORT_NAME, CandidateRow, MashupReport, MergeInfo, environment
-from .sharing.save import describe, replacing
+from .sharing.save import describe
 from .storage import refuse_overlap, replacing
 
 

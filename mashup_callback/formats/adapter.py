@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..errors import AdapterError
 from ..factors import LoraFactors

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..errors import AdapterError, CheckpointError
 from ..model.tensors import ModelTensors

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..config import MashupConfig
 from ..distributed import decided
@@ -25,7 +24,6 @@ from ..model.parameters import read_parameters
 from ..model.tensors import FullTrainee
 from ..selection import Selection
 from ..storage import Workspace
-from ..workspace import Workspace
 from .weights import FullUpdate, admit_checkpoint, fit_checkpoint
 from .writer import is_model_on_disk, save_model
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..errors import CheckpointError
 from ..factors import Factors

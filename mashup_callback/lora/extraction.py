@@ -6,7 +6,6 @@ import logging
 import torch
 from torch import nn
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..distributed import decided, is_main_process
 from ..errors import AdapterError, CheckpointError
@@ -19,7 +18,6 @@ from ..lowrank import truncate_dense
 from ..model.layers import Trainee, layer_shape, layer_shapes, linear_layers
 from ..model.parameters import read_parameters
 from ..storage import Workspace
-from ..workspace import Workspace
 
 
 logger = logging.getLogger(__name__)

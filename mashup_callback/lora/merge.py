@@ -21,7 +21,6 @@ from .spaces import ModuleMerge
 
 if TYPE_CHECKING:
     from ..candidates import Candidate
-    from ..candidates.candidate import Candidate
     from ..formats.adapter import Adapter
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..formats.adapter import Adapter
 from ..formats.checkpoint import Checkpoint

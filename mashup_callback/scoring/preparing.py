@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..candidates import Candidate
 from ..candidates.candidate import Candidate
 from ..distributed import exchange
 from ..errors import AdapterError

@@ -19,8 +19,6 @@ from ..errors import AdapterError, BypassedError
 from ..formats.adapter import Adapter
 from ..formats.checkpoint import Checkpoint
 from ..full.weights import admit_checkpoint
-from ..hub import Hub
-from ..hub_download import arriving
 from ..model.isolation import undisturbed
 from ..model.layers import Trainee, layer_shapes
 from ..model.parameters import is_sharded

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 
-from ..candidate_spec import Spec, parse_spec
 from ..candidates.spec import Spec, hub_name, parse_spec
 from ..report import CandidateRow, MashupReport
 

@@ -14,9 +14,8 @@ from ..candidates import WEIGHTS_NAME, hub_name
 from ..candidates.hub import describe, is_transient, retry_after
 from ..errors import AdapterError
 from ..formats.adapter_config import CONFIG_NAME
-from ..hub_errors import describe, is_transient, retry_after
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
-from .card import ADAPTER_PLACEHOLDER, CARD_NAME, hub_name, with_section
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, with_section
 from .plot import PLOT_NAME
 from .recipe import MERGEKIT_NAME
 from .shareable import refuse_paths, share, shareable, shared_texts
