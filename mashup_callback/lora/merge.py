@@ -66,6 +66,12 @@ class MergedAdapter:
         total = sum(energy / self.kept_energy[name] for name, energy in kept.items() if energy > 0)
         return sum(kept.values()) / total if total > 0 else 1.0
 
+    def outside(self, layers: Collection[str]) -> tuple[float, tuple[str, ...]]:
+        """Returns the share of the merge's squared Frobenius norm that is in other layers, and these layers."""
+        energies = {name: update.norm() ** 2 for name, update in self.factors.items()}
+        lost, total = tuple(name for name in self.factors if name not in layers), sum(energies.values())
+        return sum(energies[name] for name in lost) / total if total else 0.0, lost
+
     def within(self, layers: Collection[str]) -> "MergedAdapter":
         """Returns the part of the merge in some layers."""
         factors = {name: update for name, update in self.factors.items() if name in layers}

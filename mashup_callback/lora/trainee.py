@@ -1,67 +1,157 @@
-"""Writing a merge into the adapter that is being trained, in place."""
+"""A LoRA adapter as the trainee: what fits it, what it can hold of a merge, and the swap."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..distributed import exchange, joint
+from ..candidates import Candidate
+from ..config import MashupConfig
+from ..distributed import decided, joint
 from ..factors import Factors, LoraFactors
-from ..full.weights import replaced_tensors, restore_weights, save_weights
+from ..formats.adapter_writer import save_adapter
+from ..formats.base import BaseModel, Description, read_description
 from ..lowrank import trainable
-from ..model.layers import Target, Trainee
-from ..model.parameters import stream_parameters, write_parameters
-from ..model.tensors import FullTrainee
+from ..model.layers import weight_norms
+from ..model.parameters import write_parameters
+from ..report import MergeInfo
+from ..storage import Workspace
+from ..swap import swap, written
+from .extraction import extract
+from .merge import MergedAdapter, merge_factors
+from .source import AdapterSource, LoraUpdate
+from .targets import Target, TrainedAdapter
 
 
-if TYPE_CHECKING:
-    from ..full.trainee import FittedModel
-
-
-@dataclass(frozen=True, eq=False)
-class FittedMerge:
+class LoraTrainee:
     """
-    A merge in the form that the trainee has: its ranks, its scaling, its layers and its dtype.
+    The LoRA adapter that is trained.
 
     Args:
-        factors (`Mapping[str, LoraFactors]`): What its parameters will hold, by layer.
-        lost_energy (`float`): Share of the merge's squared Frobenius norm in layers that the trainee lacks.
-        lost_layers (`tuple[str, ...]`): These layers.
+        model (`torch.nn.Module`):
+            The model with the adapter on it.
+        adapter (`TrainedAdapter`):
+            From [`find_adapter`].
+        config (`MashupConfig`):
+            The settings.
+        workspace (`Workspace`):
+            Where extracted adapters go.
     """
 
-    factors: Factors
-    lost_energy: float = 0.0
-    lost_layers: tuple[str, ...] = ()
+    relations = ("adapter",)
+
+    def __init__(self, model: nn.Module, adapter: TrainedAdapter, config: MashupConfig, workspace: Workspace) -> None:
+        self.model, self.adapter, self.config, self.workspace = model, adapter, config, workspace
+        self.base = BaseModel.of(model, config.base_model)
+        self._norms: Mapping[str, float] | None = None
+        self._sources = {"adapter": self._adapter_source, "model": self._extracted}
+
+    def check(self, description: Description) -> Description:
+        """Returns a candidate's description as it fits the model; raises `AdapterError`."""
+        return description.fit(self.base)
+
+    def admit(self, candidate: Candidate) -> AdapterSource:
+        """Returns a candidate on disk as something to score: a full checkpoint as the low-rank part of its update."""
+        return self._sources[candidate.kind](self.check(read_description(candidate)))
+
+    def merge(
+        self, sources: Sequence[AdapterSource], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+    ) -> tuple[LoraUpdate, MergeInfo]:
+        """Merges adapters, cut to the adapter's ranks and layers."""
+        merged = decided(
+            lambda: merge_factors(
+                [source.load().factors for source in sources],
+                weights=weights,
+                method=method,
+                parameters=parameters,
+                space=self.config.merge_space,
+                ranks=self.adapter.ranks,
+                seed=self.config.seed,
+            )
+        )
+        return LoraUpdate(fit(merged.factors, self.adapter)), self._info(merged)
+
+    def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
+        """Returns a context in which the adapter holds an update of any rank, cut to its own."""
+        known = {name: factors for name, factors in update.factors.items() if name in self.adapter.targets}
+        if any(factors.rank > self.adapter.ranks[name] for name, factors in known.items()):
+            known = merge_factors([known], weights=[1.0], ranks=self.adapter.ranks).factors
+        return written(self.model, self.adapter.values(fit(known, self.adapter)), self._before)
+
+    def write(self, update: LoraUpdate) -> None:
+        """Fills A and B in place."""
+        values = self.adapter.values(update.factors)
+        with joint():
+            _check_shapes(values, self._before)
+        swap(self.model, values, self.undo)
+
+    def undo(self) -> None:
+        """Gives the adapter back its fresh A and B."""
+        write_parameters(self.model, self._before)
+
+    def keep(self, update: LoraUpdate) -> LoraUpdate:
+        """Returns the update, which has no files."""
+        return update
+
+    def discard(self, update: LoraUpdate) -> None:
+        """Does nothing: an update has no files."""
+
+    def save(self, update: LoraUpdate, directory: Path, base_model: str | None) -> None:
+        """Writes an update as a PEFT adapter, in the ranks and the precision of the trained one."""
+        task_type = getattr(self.adapter.config.task_type, "value", self.adapter.config.task_type)
+        save_adapter(directory, update.factors, base_model=base_model, task_type=task_type)
+
+    def close(self) -> None:
+        """Removes extracted adapters."""
+        self.workspace.close()
+
+    @cached_property
+    def _before(self) -> dict[str, torch.Tensor]:
+        return self.adapter.values(self.adapter.targets)
+
+    def _adapter_source(self, adapter: Any) -> AdapterSource:
+        if self._norms is None:
+            self._norms = weight_norms(self.model)
+        return AdapterSource(adapter, self._norms)
+
+    def _extracted(self, checkpoint: Any) -> AdapterSource:
+        path = self.workspace.new("extracted")
+        adapter = extract(self.model, checkpoint, self.adapter.ranks, self.config.min_kept_energy, path)
+        return self._adapter_source(adapter.fit(self.base))
+
+    def _info(self, merged: MergedAdapter) -> MergeInfo:
+        lost_energy, lost_layers = merged.outside(self.adapter.targets)
+        held = merged.within(self.adapter.targets)
+        return MergeInfo(
+            method=held.method,
+            space=held.space,
+            parameters=dict(held.parameters),
+            rank=held.rank,
+            kept_energy=held.total_kept_energy,
+            kept_energy_by_module=dict(held.kept_energy),
+            lost_energy=lost_energy,
+            lost_layers=lost_layers,
+            mergekit_version=held.mergekit_version,
+        )
 
 
 @torch.no_grad()
-def fit(merged: Factors, trainee: Trainee) -> FittedMerge:
+def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
     """
-    Expresses a merge in the trainee's parameters.
+    Returns what the trained adapter's parameters will hold of a merge.
 
-    The trainee gets the merge's singular vectors, with the roots of the singular values on either side, and A as large
-    as the fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does
-    not fill keep the trainee's fresh rows of A and get zero columns of B: with both zero they would never learn.
-
-    Args:
-        merged (`Mapping[str, LoraFactors]`):
-            The merge, of at most the trainee's rank in each layer.
-        trainee (`Trainee`):
-            The adapter that is trained.
+    They get the merge's singular vectors, with the roots of the singular values on either side, and A as large as the
+    fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does not fill
+    keep the fresh rows of A and get zero columns of B: with both zero they would never learn.
 
     Raises:
-        ValueError: A layer of the merge has a larger rank than the trainee's.
+        ValueError: A layer of the merge has a larger rank than the trained adapter's.
     """
-    energies = {name: update.norm() ** 2 for name, update in merged.items()}
-    lost = tuple(name for name in merged if name not in trainee.targets)
-    total = sum(energies.values())
-    fitted = {name: _fit_layer(merged.get(name), target) for name, target in trainee.targets.items()}
-    return FittedMerge(fitted, sum(energies[name] for name in lost) / total if total else 0.0, lost)
+    return {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
 
 
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
@@ -69,79 +159,10 @@ def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
         return LoraFactors(target.A.clone(), torch.zeros_like(target.B), target.scaling)
     if update.rank > target.rank:
         raise ValueError(
-            f"The merge has rank {update.rank} in layer {target.name}, the trainee {target.rank}. Merge with "
-            "`ranks=trainee.ranks`."
+            f"The merge has rank {update.rank} in layer {target.name}, the trained adapter {target.rank}. Merge with "
+            "`ranks=adapter.ranks`."
         )
     return trainable(update, LoraFactors(target.A, target.B, target.scaling))
-
-
-def swap(model: nn.Module, trainee: Trainee | FullTrainee, fitted: "FittedMerge | FittedModel") -> Callable[[], None]:
-    """
-    Writes a fitted merge into the trainee's parameters, on every process, and reads it back.
-
-    If the write fails on any process, or what a process reads is not what the others read, all of them write back
-    what the trainee held before.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model that is trained.
-        trainee (`Trainee` or `FullTrainee`):
-            Its adapter, or its weights.
-        fitted (`FittedMerge` or `FittedModel`):
-            What was made for it.
-
-    Returns:
-        `Callable`: Gives the trainee what it held before; every process must call it, or none.
-
-    Raises:
-        ValueError: A value has another shape than its parameter.
-        RuntimeError: The parameters do not hold what was written, or differ between processes.
-    """
-    if isinstance(trainee, FullTrainee):
-        # The weights one at a time, and of the old ones this process's share: two copies would not fit.
-        values = replaced_tensors(model, fitted.replacement)
-        undo = partial(restore_weights, model, save_weights(model, fitted.replacement.names), masters=True)
-    else:
-        values, before = _values(trainee, fitted.factors), _values(trainee, trainee.targets)
-        undo = partial(write_parameters, model, before)
-        with joint():
-            _check_shapes(values, before)
-    try:
-        with joint():
-            write_parameters(model, values)
-            _check_written(stream_parameters(model, values), values)
-    except BaseException:
-        undo()
-        raise
-    return undo
-
-
-@contextmanager
-@torch.no_grad()
-def held(model: nn.Module, trainee: Trainee, merged: Factors) -> Iterator[None]:
-    """
-    Context in which the trainee holds a merge, and after which it holds what it held before, to the bit.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model that is trained.
-        trainee (`Trainee`):
-            Its adapter.
-        merged (`Mapping[str, LoraFactors]`):
-            The merge, of at most the trainee's rank in each layer.
-    """
-    values, before = _values(trainee, fit(merged, trainee).factors), _values(trainee, trainee.targets)
-    try:
-        # Forward passes read the parameters only; their fp32 masters stay as they are.
-        write_parameters(model, values, masters=False)
-        yield
-    finally:
-        write_parameters(model, before, masters=False)
-
-
-def _values(trainee: Trainee, factors: Mapping[str, LoraFactors | Target]) -> dict[str, torch.Tensor]:
-    named = [(trainee.parameter_names(layer), factor) for layer, factor in factors.items()]
-    return {name: value for (a, b), factor in named for name, value in ((a, factor.A), (b, factor.B))}
 
 
 def _check_shapes(values: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
@@ -149,36 +170,3 @@ def _check_shapes(values: Mapping[str, torch.Tensor], before: Mapping[str, torch
         if name not in before or value.shape != before[name].shape:
             expected = tuple(before[name].shape) if name in before else "no such parameter"
             raise ValueError(f"The merge has shape {tuple(value.shape)} for {name}, the trainee {expected}.")
-
-
-def _check_written(found: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, torch.Tensor]) -> None:
-    lost, digest = set(values), hashlib.sha256()
-    for name, value in found:
-        if torch.equal(value, values[name].to(value)):
-            lost.discard(name)
-        _digest(digest, name, value)
-    if lost:
-        raise RuntimeError(
-            f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (such as {min(lost)}). "
-            "Something else writes to the model at the same time, or keeps its parameters in a way unknown here."
-        )
-    checksums = exchange(digest.hexdigest())
-    if len(set(checksums)) > 1:
-        different = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
-        raise RuntimeError(
-            f"The weights written on the processes {different} differ from those of process 0. The processes must "
-            "start from the same fresh adapter: set the same seed on all of them."
-        )
-
-
-def checksum(values: Mapping[str, torch.Tensor]) -> str:
-    """Returns a SHA-256 in hex of named tensors, to the bit."""
-    digest = hashlib.sha256()
-    for name in sorted(values):
-        _digest(digest, name, values[name])
-    return digest.hexdigest()
-
-
-def _digest(digest: "hashlib._Hash", name: str, value: torch.Tensor) -> None:
-    digest.update(name.encode())
-    digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,74 +1,21 @@
-"""The layers of a live model: which ones an adapter can change, and the LoRA layers that are being trained."""
+"""The linear layers of a live model, by their name in the base model."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
-from ..factors import Factors, in_float64
-from .parameters import clean_name, read_parameters
-from .tensors import FullTrainee, find_full_trainee
+from ..factors import Factors
+from .parameters import clean_name
 
 
-# Initialisations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
-ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-FREEZES_A_FACTOR = ("mica",)
 # Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.
 MAX_UPDATE = 100.0
-# B·A counts as zero below this share of |A|·|B|: orthogonal initialisations reach zero only approximately.
-_ZERO = 1e-5
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """
-    One LoRA layer of the trainee.
-
-    Args:
-        name (`str`): Name of the layer in the base model.
-        A (`torch.Tensor`): Copy of its down projection, shape (rank, in_features), whole even where it is sharded.
-        B (`torch.Tensor`): Copy of its up projection, shape (out_features, rank).
-        scaling (`float`): What B·A is multiplied by in the forward pass.
-        alpha (`float`): LoRA alpha that the scaling comes from.
-    """
-
-    name: str
-    A: torch.Tensor
-    B: torch.Tensor
-    rank: int
-    scaling: float
-    alpha: float
-
-
-@dataclass(frozen=True, eq=False)
-class Trainee:
-    """
-    The adapter that the Trainer trains.
-
-    Args:
-        adapter_name (`str`): Its name on the model.
-        targets (`Mapping[str, Target]`): Its layers, by name in the base model.
-        config (`peft.LoraConfig`): Its configuration.
-    """
-
-    adapter_name: str
-    targets: Mapping[str, Target]
-    config: object
-
-    def parameter_names(self, layer: str) -> tuple[str, str]:
-        """Returns the names of A and B of one layer, as [`read_parameters`] takes them."""
-        return _parameter_names(layer, self.adapter_name)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {name: target.rank for name, target in self.targets.items()}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -144,52 +91,6 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
             )
 
 
-def find_trainee(model: nn.Module, overwrite: bool = False) -> Trainee | FullTrainee:
-    """
-    Finds what is being trained, a LoRA adapter or the model's own weights, and checks that a merge can be written into
-    it.
-
-    Args:
-        model (`torch.nn.Module`):
-            A `PeftModel`, a model with an adapter added by transformers' `add_adapter`, or one without adapters.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Accept an adapter whose update B·A is not zero.
-
-    Raises:
-        ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialisation
-            alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained.
-    """
-    modules = extract_model_from_parallel(model).named_modules()
-    layers = {clean_name(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
-    names = sorted({name for layer in layers.values() for name in _trained_adapters(layer)})
-    if not names:
-        full = find_full_trainee(model)
-        if full is not None:
-            return full
-        raise ValueError(
-            "The model trains no LoRA layers, and none of its own weights. A mashup is written into what is trained: "
-            "give the Trainer a `peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, call "
-            "`model.add_adapter`, or leave the weights trainable for full fine-tuning."
-        )
-    if len(names) > 1:
-        raise ValueError(
-            f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
-            "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
-        )
-    config = adapter_host(model).peft_config[names[0]]
-    _refuse_initialisation(config)
-    fitting = {
-        name: layer
-        for name, layer in layers.items()
-        if names[0] in layer.lora_A and layer_shape(layer.get_base_layer()) is not None
-    }
-    values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, names[0])])
-    targets = {name: _target(name, layer, names[0], values) for name, layer in fitting.items()}
-    if not overwrite:
-        _refuse_trained(targets.values())
-    return Trainee(names[0], targets, config)
-
-
 def adapter_host(model: nn.Module) -> nn.Module | None:
     """
     Returns the module that the adapters were added to, None if there are none.
@@ -201,58 +102,6 @@ def adapter_host(model: nn.Module) -> nn.Module | None:
     """
     modules = extract_model_from_parallel(model).modules()
     return next((module for module in modules if getattr(module, "peft_config", None)), None)
-
-
-def _trained_adapters(layer: LoraLayer) -> Iterator[str]:
-    for name in layer.active_adapters:
-        if name in layer.lora_A and layer.lora_B[name].weight.requires_grad:
-            yield name
-
-
-def _refuse_initialisation(config: object) -> None:
-    kind = str(config.init_lora_weights).lower()
-    if kind.startswith(ALTERS_BASE):
-        raise ValueError(
-            f"`init_lora_weights={config.init_lora_weights!r}` alters the base weights, so adapters of the original "
-            "base no longer fit it. Use the default `init_lora_weights=True`, or train without the mashup."
-        )
-    if kind.startswith(FREEZES_A_FACTOR):
-        raise ValueError(
-            f"`init_lora_weights={config.init_lora_weights!r}` freezes a factor that a mashup must write. Use the "
-            "default `init_lora_weights=True`, or train without the mashup."
-        )
-
-
-def _parameter_names(layer: str, adapter: str) -> tuple[str, str]:
-    return f"{layer}.lora_A.{adapter}.weight", f"{layer}.lora_B.{adapter}.weight"
-
-
-def _target(name: str, layer: LoraLayer, adapter: str, values: Mapping[str, torch.Tensor]) -> Target:
-    if adapter in layer.lora_variant:
-        raise ValueError(
-            f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is more than "
-            "scaling·B·A. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
-        )
-    A, B = (values[key] for key in _parameter_names(name, adapter))
-    return Target(name, A, B, layer.r[adapter], float(layer.scaling[adapter]), float(layer.lora_alpha[adapter]))
-
-
-def _refuse_trained(targets: Iterator[Target]) -> None:
-    trained = [target.name for target in targets if not _is_zero(target)]
-    if trained:
-        raise ValueError(
-            f"The adapter to be trained is not fresh: B·A is not zero in {len(trained)} layers (the first is "
-            f"{trained[0]}). A mashup replaces a fresh initialisation. Start from a new adapter, or pass "
-            "`overwrite=True` to let the mashup replace this one where the mashup is better."
-        )
-
-
-@torch.no_grad()
-def _is_zero(target: Target) -> bool:
-    A, B = in_float64(target.A.detach()), in_float64(target.B.detach())
-    # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
-    squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
-    return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())
 
 
 def base_model_name(model: nn.Module) -> str | None:

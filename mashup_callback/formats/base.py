@@ -1,0 +1,48 @@
+"""The base model as the descriptions of candidates are compared with it, and reading a description of either kind."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import nn
+
+from ..model.layers import base_model_name, layer_shapes
+from ..model.tensors import ModelTensors, describe_model
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """
+    What a candidate must fit.
+
+    Args:
+        layers (`Mapping[str, tuple[int, int]]`): Linear layers, name -> (in_features, out_features).
+        tensors (`ModelTensors`, *optional*): All weights; None where no full checkpoint can take their place.
+        refusal (`str`): Why not.
+        name (`str`, *optional*): Hub name or path, to warn about adapters that record another one.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    tensors: ModelTensors | None = None
+    refusal: str = "only adapters are wanted here"
+    name: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str | None = None) -> "BaseModel":
+        """Describes a live model, without the adapters on it."""
+        name = name or base_model_name(model)
+        try:
+            return cls(layer_shapes(model), describe_model(model), "", name)
+        except ValueError as error:
+            return cls(layer_shapes(model), None, str(error), name)
+
+
+class Description(Protocol):
+    """The description of a candidate: an [`Adapter`] or a [`Checkpoint`]."""
+
+    candidate: "Candidate"
+
+    def fit(self, base: BaseModel) -> "Description":
+        """Returns it with the names that the model has; raises `AdapterError` where it does not fit."""
+
+

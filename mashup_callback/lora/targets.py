@@ -1,0 +1,155 @@
+"""The LoRA layers that are trained: found in the live model, and checked that a merge can be written into them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..factors import in_float64
+from ..model.layers import adapter_host, layer_shape
+from ..model.parameters import clean_name, read_parameters
+
+
+# Initializations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
+ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+FREEZES_A_FACTOR = ("mica",)
+# B·A counts as zero below this share of |A|·|B|: orthogonal initializations reach zero only approximately.
+_ZERO = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """
+    One LoRA layer of the trainee.
+
+    Args:
+        name (`str`): Name of the layer in the base model.
+        A (`torch.Tensor`): Copy of its down projection, shape (rank, in_features), whole even where it is sharded.
+        B (`torch.Tensor`): Copy of its up projection, shape (out_features, rank).
+        scaling (`float`): What B·A is multiplied by in the forward pass.
+        alpha (`float`): LoRA alpha that the scaling comes from.
+    """
+
+    name: str
+    A: torch.Tensor
+    B: torch.Tensor
+    rank: int
+    scaling: float
+    alpha: float
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedAdapter:
+    """
+    The adapter that is trained, as it was before anything was written into it.
+
+    Args:
+        name (`str`): Its name on the model.
+        targets (`Mapping[str, Target]`): Its layers, by name in the base model.
+        config (`peft.LoraConfig`): Its configuration.
+    """
+
+    name: str
+    targets: Mapping[str, Target]
+    config: Any
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: target.rank for name, target in self.targets.items()}
+
+    def values(self, factors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Returns the A and B of some layers by the names of their parameters, as [`write_parameters`] takes them."""
+        named = [(_parameter_names(layer, self.name), factor) for layer, factor in factors.items()]
+        return {name: value for (a, b), factor in named for name, value in ((a, factor.A), (b, factor.B))}
+
+
+def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | None:
+    """
+    Finds the LoRA adapter that is trained; None where no LoRA layer is.
+
+    With `overwrite`, an adapter whose update B·A is not zero is accepted.
+
+    Raises:
+        ValueError: Several adapters are trained, the initialization alters the base or freezes a factor, the adapter
+            is a variant such as DoRA, or it is already trained.
+    """
+    modules = extract_model_from_parallel(model).named_modules()
+    layers = {clean_name(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
+    names = sorted({name for layer in layers.values() for name in _trained_adapters(layer)})
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(
+            f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
+            "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
+        )
+    config = adapter_host(model).peft_config[names[0]]
+    _refuse_initialization(config)
+    fitting = {
+        name: layer
+        for name, layer in layers.items()
+        if names[0] in layer.lora_A and layer_shape(layer.get_base_layer()) is not None
+    }
+    values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, names[0])])
+    targets = {name: _target(name, layer, names[0], values) for name, layer in fitting.items()}
+    if not overwrite:
+        _refuse_trained(targets.values())
+    return TrainedAdapter(names[0], targets, config)
+
+
+def _trained_adapters(layer: LoraLayer) -> Iterator[str]:
+    for name in layer.active_adapters:
+        if name in layer.lora_A and layer.lora_B[name].weight.requires_grad:
+            yield name
+
+
+def _refuse_initialization(config: Any) -> None:
+    kind = str(config.init_lora_weights).lower()
+    if kind.startswith(ALTERS_BASE):
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` alters the base weights, so adapters of the original "
+            "base no longer fit it. Use the default `init_lora_weights=True`, or train without the mashup."
+        )
+    if kind.startswith(FREEZES_A_FACTOR):
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` freezes a factor that a mashup must write. Use the "
+            "default `init_lora_weights=True`, or train without the mashup."
+        )
+
+
+def _parameter_names(layer: str, adapter: str) -> tuple[str, str]:
+    return f"{layer}.lora_A.{adapter}.weight", f"{layer}.lora_B.{adapter}.weight"
+
+
+def _target(name: str, layer: LoraLayer, adapter: str, values: Mapping[str, torch.Tensor]) -> Target:
+    if adapter in layer.lora_variant:
+        raise ValueError(
+            f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is more than "
+            "scaling·B·A. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
+        )
+    A, B = (values[key] for key in _parameter_names(name, adapter))
+    return Target(name, A, B, layer.r[adapter], float(layer.scaling[adapter]), float(layer.lora_alpha[adapter]))
+
+
+def _refuse_trained(targets: Iterable[Target]) -> None:
+    trained = [target.name for target in targets if not _is_zero(target)]
+    if trained:
+        raise ValueError(
+            f"The adapter to be trained is not fresh: B·A is not zero in {len(trained)} layers (the first is "
+            f"{trained[0]}). A mashup replaces a fresh initialisation. Start from a new adapter, or pass "
+            "`overwrite=True` to let the mashup replace this one where the mashup is better."
+        )
+
+
+@torch.no_grad()
+def _is_zero(target: Target) -> bool:
+    A, B = in_float64(target.A.detach()), in_float64(target.B.detach())
+    # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
+    squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
+    return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())
+
+

@@ -1,0 +1,72 @@
+"""Writing into the live model in place: read back, compared between the processes, and put back where that fails."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .distributed import exchange, joint
+from .model.parameters import stream_parameters, write_parameters
+
+
+def swap(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Callable[[], None]) -> None:
+    """
+    Fills parameters on every process, and reads them back.
+
+    If the write fails on any process, or what a process reads is not what the others read, all of them call `undo`.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, in any launch mode.
+        values (`Mapping[str, torch.Tensor]`):
+            Whole tensors by the names of the parameters, each looked up when its turn comes.
+        undo (`Callable`):
+            Gives the parameters what they held before.
+
+    Raises:
+        RuntimeError: The parameters do not hold what was written, or differ between processes.
+    """
+    try:
+        with joint():
+            write_parameters(model, values)
+            _check_written(stream_parameters(model, values), values)
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+@torch.no_grad()
+def written(
+    model: nn.Module, values: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Context in which parameters hold other values, and after which they hold `before`, to the bit."""
+    try:
+        # Forward passes read the parameters only; their fp32 masters stay as they are.
+        write_parameters(model, values, masters=False)
+        yield
+    finally:
+        write_parameters(model, before, masters=False)
+
+
+def _check_written(found: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, torch.Tensor]) -> None:
+    lost, digest = set(values), hashlib.sha256()
+    for name, value in found:
+        if torch.equal(value, values[name].to(value)):
+            lost.discard(name)
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (such as {min(lost)}). "
+            "Something else writes to the model at the same time, or keeps its parameters in a way unknown here."
+        )
+    checksums = exchange(digest.hexdigest())
+    different = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
+    if different:
+        raise RuntimeError(
+            f"The weights written on the processes {different} differ from those of process 0. The processes must "
+            "start from the same fresh adapter: set the same seed on all of them."
+        )
