@@ -204,7 +204,7 @@ def library(tmp_path_factory):
         trainer.args.max_steps = 20
         trainer.train()
         trainer.model.save_pretrained(directory / kind)
-        for factor in (-2.0, -4.0):
+        for factor in (-0.5, -1.0):
             save_scaled_adapter(directory / f"{kind}-{-factor:g}", directory / kind, factor)
     return directory
 
