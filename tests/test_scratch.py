@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageMod
 from trl import SFTTrainer
 
 from mashup_callback import MashupCallback
-from tests.tiny import llama, lora, losses, rows, save_random_adapter, sft_trainer, stream, tokenizer
+from tests.tiny import llama, lora, losses, rows, save_scaled_adapter, sft_trainer, stream, tokenizer
 
 
 TOKENS = [{"input_ids": [7 + (i * j) % 80 for j in range(12)], "labels": [7 + i % 80] * 12} for i in range(1, 33)]
@@ -172,8 +173,11 @@ CONFIGURATIONS = {
     "collator with a closure": with_collator(in_a_closure),
     "cosine schedule and warm-up": sft(lr_scheduler_type="cosine", warmup_steps=1),
     "adafactor": sft(optim="adafactor"),
-    "evaluation at the start": lambda d, c: plain(d, c, eval_on_start=False, torch_empty_cache_steps=1),
+    "another seed of the data": lambda d, c: plain(d, c, data_seed=7),
 }
+
+
+ON_TOKENS = {"label smoothing", "stream of a function", "one-shot stream", "random rows", "another seed of the data"}
 
 
 def causal():
@@ -193,21 +197,32 @@ def with_padding():
 
 
 @pytest.fixture(scope="module")
-def candidates(tmp_path_factory):
-    """Adapters that make any of the tiny models worse."""
-    directory = tmp_path_factory.mktemp("bad")
-    for seed in range(2):
-        save_random_adapter(directory / str(seed), seed, scale=30.0)
+def library(tmp_path_factory):
+    """Adapters that have unlearned what each kind of data teaches."""
+    directory = tmp_path_factory.mktemp("library")
+    for kind, make in {"text": sft(), "tokens": plain, "masks": masked(None)}.items():
+        trainer = make(directory / "out", [])
+        trainer.args.max_steps = 20
+        trainer.train()
+        trainer.model.save_pretrained(directory / kind)
+        for factor in (-0.5, -1.0):
+            save_scaled_adapter(directory / f"{kind}-{-factor:g}", directory / kind, factor)
     return directory
 
 
-@pytest.fixture(scope="module")
-def masked_candidates(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bad-bert")
-    settings = {"target_modules": ["query", "value"], "task_type": None}
-    for seed in range(2):
-        save_random_adapter(directory / str(seed), seed, scale=300.0, base=bert(), **settings)
-    return directory
+def kind_of(name):
+    if name.startswith("masks"):
+        return "masks"
+    return "tokens" if name in ON_TOKENS else "text"
+
+
+def seeded(make):
+    def made(directory, callbacks):
+        # A fresh adapter is drawn before the Trainer sets its seed.
+        torch.manual_seed(0)
+        return make(directory, callbacks)
+
+    return made
 
 
 def trained(trainer):
@@ -218,13 +233,14 @@ def trained(trainer):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_scratch_is_training_without_the_callback(tmp_path, candidates, masked_candidates, name):
-    make = CONFIGURATIONS[name]
-    library = masked_candidates if name.startswith("masks") else candidates
+def test_scratch_is_training_without_the_callback(tmp_path, library, name):
+    make = seeded(CONFIGURATIONS[name])
     alone = trained(make(tmp_path / "alone", []))
     assert len(alone[0]) == 3
     for settings in ({}, {"metric": Ups()}):
-        callback = MashupCallback(str(library / "*"), sample_size=16, top_k=2, on_error="raise", **settings)
+        callback = MashupCallback(
+            str(library / f"{kind_of(name)}-*"), sample_size=16, top_k=2, on_error="raise", **settings
+        )
         run = trained(make(tmp_path / "run", [callback]))
         report = callback.report
         assert report.decision == "scratch" and "nothing is better" in report.reason
@@ -234,13 +250,13 @@ def test_scratch_is_training_without_the_callback(tmp_path, candidates, masked_c
         assert all(torch.equal(value, alone[1][key]) for key, value in run[1].items())
 
 
-def test_a_stream_that_cannot_start_over_is_left_alone(tmp_path, candidates):
+def test_a_stream_that_cannot_start_over_is_left_alone(tmp_path, library):
     def make(callbacks):
         data = Once()
         data.rows = (row for row in TOKENS)
-        return plain(tmp_path / "out", callbacks, data)
+        return seeded(partial(plain, data=data))(tmp_path / "out", callbacks)
 
-    callback = MashupCallback(str(candidates / "*"), sample_size=16)
+    callback = MashupCallback(str(library / "tokens-*"), sample_size=16)
     run, alone = trained(make([callback])), trained(make([]))
     assert callback.report.decision == "scratch" and "can be read once" in callback.report.reason
     assert run[0] == alone[0]
