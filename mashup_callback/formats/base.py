@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -44,5 +44,3 @@ class Description(Protocol):
 
     def fit(self, base: BaseModel) -> "Description":
         """Returns it with the names that the model has; raises `AdapterError` where it does not fit."""
-
-

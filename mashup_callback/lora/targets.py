@@ -151,5 +151,3 @@ def _is_zero(target: Target) -> bool:
     # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
     squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
     return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())
-
-
