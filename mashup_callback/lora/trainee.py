@@ -20,11 +20,11 @@ from ..model.layers import weight_norms
 from ..model.parameters import write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
-from ..swap import swap, written
 from .extraction import extract
 from .merge import MergedAdapter, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import Target, TrainedAdapter
+from .trainee import swap, written
 
 
 class LoraTrainee:
