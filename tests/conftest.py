@@ -17,14 +17,26 @@ from pathlib import Path
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a module's tests in one process, and all runs in processes of their own in one; the longest come first."""
-    groups = {item: "distributed" if "distributed" in item.path.parts else item.module.__name__ for item in items}
-    sizes = Counter(groups.values())
-    items.sort(key=lambda item: (groups[item] != "distributed", -sizes[groups[item]]))
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Puts the longest groups first, so that no process waits for the other at the end."""
+    sizes = Counter(group(item.nodeid) for item in items)
+    items.sort(key=lambda item: (group(item.nodeid) != "distributed", -sizes[group(item.nodeid)]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keeps each group in one process, which pytest-xdist 3.8's `loadgroup` does not do under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = group
+    return scheduling
+
+
+def group(nodeid: str) -> str:
+    """Returns the test's module, or `distributed`: runs in processes of their own never run beside each other."""
+    module = nodeid.partition("::")[0]
+    return "distributed" if "distributed/" in module else module
 
 
 @pytest.fixture(scope="session")

@@ -122,7 +122,7 @@ HAND = [
 ]
 
 
-def test_parity_of_runs_by_hand():
+def test_parity_and_summary_by_hand():
     runs = tables.runs(tables.curves(HAND))
     mashup = runs[runs["arm"] == "mashup"]
     assert mashup["steps_to_parity"].tolist() == pytest.approx([0.25, math.inf, 0.0, 1.0])
@@ -130,6 +130,34 @@ def test_parity_of_runs_by_hand():
     assert mashup["gain"].tolist() == pytest.approx([0.2, -0.2, 0.3, 0.0])
     # Scratch ends at second 20, when these have trained for 15 s, that is, 15 steps.
     assert mashup["equal_seconds"].tolist() == pytest.approx([0.8, 0.45, 0.8, 0.75])
+    made = tables.summary(runs, ARMS)
+    assert list(made.columns) == tables.SUMMARY and list(made["arm"]) == ["scratch", "mashup"]
+    # Means over tasks: scratch 0.7 and 0.8, mashup 0.7 and 0.95.
+    assert made["mean"].tolist() == pytest.approx([0.75, 0.825])
+    assert made["std"].tolist() == pytest.approx([0.05 * math.sqrt(2), 0.125 * math.sqrt(2)])
+    row = made.iloc[1]
+    assert row["gain"] == pytest.approx(0.075)
+    # What never reached parity counts as 1.
+    assert row["steps_to_parity"] == pytest.approx((0.25 + 1 + 0 + 1) / 4)
+    assert row["seconds_to_parity"] == pytest.approx((0.5 + 1 + 0.25 + 1.25) / 4)
+    assert (row["tasks"], row["seeds"]) == (2, 2)
+    reached = tables.by_task(runs, ARMS).set_index(["task", "arm"])["reached"]
+    assert (reached["a", "mashup"], reached["b", "mashup"]) == (1.0, 0.5)
+
+
+def test_parity_of_a_metric_where_lower_is_better():
+    results = [made_up("scratch", [3.0, 2.0, 1.0]), made_up("mashup", [2.0, 0.5, 0.5])]
+    row = tables.runs(tables.curves(results), higher_is_better=False).iloc[1]
+    assert row["gain"] == pytest.approx(0.5)
+    # From 2.0 to 0.5 in ten steps: 1.0 after two thirds of them.
+    assert row["steps_to_parity"] == pytest.approx(20 / 3 / 20)
+
+
+def test_the_sweep_is_left_out_of_the_main_table():
+    results = [made_up("scratch", [0, 0, 0.5]), made_up("scratch", [0, 0, 0.9], learning_rate=0.2)]
+    runs = tables.runs(tables.curves(results))
+    assert tables.summary(tables.main_runs(runs, 0.1), ARMS)["mean"].tolist() == [0.5]
+    assert tables.learning_rates(runs, [1])["final"].tolist() == [0.5, 0.9]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/summary.csv")), ids=lambda path: path.parent.name)
@@ -142,40 +170,6 @@ def test_committed_results(path):
     # The means over tasks are those of the table by task.
     by_task = pd.read_csv(path.with_name("by_task.csv")).groupby("arm")["gain"].mean()
     assert summary["gain"].tolist() == pytest.approx(by_task[summary["arm"]].tolist(), abs=1e-4)
-
-
-def test_summary_by_hand():
-    made = tables.summary(tables.runs(tables.curves(HAND)), ARMS)
-    assert list(made.columns) == tables.SUMMARY
-    scratch, mashup = made.to_dict("records")
-    assert (scratch["arm"], mashup["arm"]) == ("scratch", "mashup")
-    # Means over tasks: scratch 0.7 and 0.8, mashup 0.7 and 0.95.
-    assert scratch["mean"] == pytest.approx(0.75)
-    assert scratch["std"] == pytest.approx(0.05 * math.sqrt(2))
-    assert mashup["mean"] == pytest.approx(0.825)
-    assert mashup["std"] == pytest.approx(0.125 * math.sqrt(2))
-    assert mashup["gain"] == pytest.approx(0.075)
-    # What never reached parity counts as 1.
-    assert mashup["steps_to_parity"] == pytest.approx((0.25 + 1 + 0 + 1) / 4)
-    assert mashup["seconds_to_parity"] == pytest.approx((0.5 + 1 + 0.25 + 1.25) / 4)
-    assert (mashup["tasks"], mashup["seeds"]) == (2, 2)
-
-
-def test_gain_and_parity_of_a_metric_where_lower_is_better():
-    results = [made_up("scratch", [3.0, 2.0, 1.0]), made_up("mashup", [2.0, 0.5, 0.5])]
-    row = tables.runs(tables.curves(results), higher_is_better=False).iloc[1]
-    assert row["gain"] == pytest.approx(0.5)
-    # From 2.0 to 0.5 in ten steps: 1.0 after two thirds of them.
-    assert row["steps_to_parity"] == pytest.approx(20 / 3 / 20)
-
-
-def test_by_task_says_how_many_runs_reached_parity():
-    made = tables.by_task(tables.runs(tables.curves(HAND)), ARMS)
-    reached = made.set_index(["task", "arm"])["reached"]
-    assert reached["a", "mashup"] == 1.0
-    assert reached["b", "mashup"] == 0.5
-    assert outputs.percent(0.625, 0.75) == "62%+"
-    assert outputs.percent(0.125, 1.0) == "12%"
 
 
 def test_method_ranks_by_hand():
@@ -201,13 +195,6 @@ def test_regret_and_selection_rows_by_hand():
     assert (row["mashup_chosen"], row["oracle_chosen"]) == ("x;y", "z")
     (rows,) = tables.selection_rows(runs).to_dict("records")
     assert (rows["rows"], rows["final"]) == (8, 0.6)
-
-
-def test_the_sweep_is_left_out_of_the_main_table():
-    results = [made_up("scratch", [0, 0, 0.5]), made_up("scratch", [0, 0, 0.9], learning_rate=0.2)]
-    runs = tables.runs(tables.curves(results))
-    assert tables.summary(tables.main_runs(runs, 0.1), ARMS)["mean"].tolist() == [0.5]
-    assert tables.learning_rates(runs, [1])["final"].tolist() == [0.5, 0.9]
 
 
 # --- every arm, on two tasks and five steps
@@ -280,19 +267,6 @@ def _by_hand(curve: list[dict], goal: float) -> float:
     return 1.0
 
 
-def test_outputs_are_written_and_the_page_is_self_contained(small, tmp_path):
-    world, _, _, results = small
-    outputs.write_outputs(results, world, tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) == 3
-    assert "http" not in page.replace("http-equiv", "")
-    summary = pd.read_csv(tmp_path / "summary.csv")
-    assert list(summary.columns) == tables.SUMMARY
-    assert set(summary["arm"]) == set(ARMS)
-    assert len(pd.read_csv(tmp_path / "results.csv")) == 2 * len(ARMS) * 4
-    assert "| mashup |" in (tmp_path / "report.md").read_text(encoding="utf-8")
-
-
 def test_an_interrupted_run_continues(small, monkeypatch):
     _, jobs, directory, _ = small
     kept, gone = result_path(directory, jobs[1]), result_path(directory, jobs[0])
@@ -310,6 +284,7 @@ def test_an_interrupted_run_continues(small, monkeypatch):
 
 def test_a_failing_job_leaves_no_result(small, monkeypatch):
     world, _, directory, _ = small
+    assert world.mashup("last").config.on_error == "raise"
     job = make_job(world, "last", "mashup", 9, 3e-3, {})
     monkeypatch.setattr(world, "mashup", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no disk")))
     with pytest.raises(RuntimeError, match="no disk"):
@@ -317,9 +292,12 @@ def test_a_failing_job_leaves_no_result(small, monkeypatch):
     assert not result_path(directory, job).exists()
 
 
-def test_a_broken_stage_stops_the_experiment_instead_of_looking_like_scratch(small, tmp_path):
+def test_every_run_pays_for_its_own_scoring(small, tmp_path, monkeypatch):
+    """Arms after the first would find the scores of the first, and their overhead would be too low."""
     world, _, _, _ = small
-    assert world.mashup("last").config.on_error == "raise"
+    monkeypatch.setenv("MASHUP_CACHE", str(tmp_path / "cache"))
+    run_job(make_job(world, "last", "mashup", 1, 3e-3, {}), tmp_path)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_plain_initialisation_is_noticed(small):
@@ -371,15 +349,6 @@ def test_full_fine_tuning(tmp_path, monkeypatch):
     assert set(pd.read_csv(tmp_path / "out/summary.csv")["arm"]) == set(QuickstartFull.all_arms)
 
 
-def test_full_leaves_out_what_needs_an_adapter(tmp_path, capsys):
-    options = cli.parsed(cli.parser(None), ["--full", "--arms", "scratch", "eva", "random"])
-    world = cli.narrowed(load_world(options.world, tmp_path), options)
-    assert world.name == "quickstart_full" and world.budget.arms == ("scratch",)
-    assert "Skipped, as these arms need a LoRA adapter to initialise: eva, random" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.parsed(cli.parser(None), ["--full", "--world", "stdlib"])
-
-
 # --- the plan and the random control
 
 
@@ -391,14 +360,10 @@ def test_the_plan_has_every_job_once(tmp_path):
     assert len(jobs) == len({job.key for job in jobs})
     # Nine arms; one more learning rate for two of them; one sample size; two pairs of method and k.
     assert len(jobs) == 2 * (9 + 2 + 1 + 2)
+    # The arms of a task and seed run after one another.
+    runs = [(job.task, job.seed, job.arm) for job in plan(TwoTasks(tmp_path, budget(seeds=(1, 2))))]
+    assert runs == [(task, seed, arm) for seed in (1, 2) for task in TASKS for arm in ARMS]
     assert list(plan_library(world)) == []
-
-
-def test_the_arms_of_a_task_and_seed_run_after_one_another(tmp_path):
-    jobs = list(plan(TwoTasks(tmp_path, budget(seeds=(1, 2)))))
-    runs = [(job.task, job.seed) for job in jobs]
-    assert runs == [(task, seed) for seed in (1, 2) for task in TASKS for _ in ARMS]
-    assert [job.arm for job in jobs[: len(ARMS)]] == list(ARMS)
 
 
 def test_the_studies_may_be_of_fewer_tasks(tmp_path):
@@ -411,25 +376,6 @@ def test_the_studies_may_be_of_fewer_tasks(tmp_path):
     assert not any(job.settings for job in plan(world))
     options = cli.parsed(cli.parser(None), ["--tasks", "last"])
     assert {job.task for job in plan(cli.narrowed(world, options)) if job.settings} == {"last"}
-
-
-def test_every_run_pays_for_its_own_scoring(small, tmp_path, monkeypatch):
-    """Arms after the first would find the scores of the first, and their overhead would be too low."""
-    world, _, _, _ = small
-    monkeypatch.setenv("MASHUP_CACHE", str(tmp_path / "cache"))
-    run_job(make_job(world, "last", "mashup", 1, 3e-3, {}), tmp_path)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_jobs_file_depends_on_its_settings(tmp_path):
-    world = TwoTasks(tmp_path, budget())
-    keys = {make_job(world, "last", "mashup", 1, 3e-3, settings).key for settings in ({}, {"top_k": 2}, {"top_k": 3})}
-    assert len(keys) == 3
-
-
-def test_unknown_world():
-    with pytest.raises(ValueError, match="expected one of quickstart, stdlib"):
-        load_world("moon", "unused")
 
 
 def test_random_adapter_keeps_norms_and_nothing_else():
@@ -446,59 +392,18 @@ def test_random_adapter_keeps_norms_and_nothing_else():
 
 # --- the paper's data, from one row of each data set's schema
 
-CHOICES = {"text": ["bank", "library", "department store", "mall"], "label": ["A", "B", "C", "D"]}
+
+PICKED = {"question": "Where?", "choices": {"text": ["bank", "mall"], "label": ["1", "2"]}, "answerKey": "2"}
+PROBLEM = {"Problem": "Half of 76 ?", "options": "a ) 38 , b ) 27.675 , c ) rs . 1,200 , d ) none of these"}
+SENTENCE = {"sentence": "Ann thanked Bo as _ had helped.", "option1": "Ann", "option2": "Bo", "answer": "2"}
 ROWS = {
-    "arc_easy": (
-        {"id": "x", "question": "Where?", "choices": {**CHOICES, "label": ["1", "2", "3", "4"]}, "answerKey": "3"},
-        ("Where?", CHOICES["text"], "C"),
-    ),
-    "commonsense_qa": (
-        {"id": "x", "question": "Where?", "question_concept": "door", "choices": CHOICES, "answerKey": "A"},
-        ("Where?", CHOICES["text"], "A"),
-    ),
-    "hellaswag": (
-        {"ind": 1, "ctx_a": "He sits", "ctx_b": "and", "ctx": "He sits and", "endings": list("wxyz"), "label": "3"},
-        ("He sits and", list("wxyz"), "D"),
-    ),
+    "arc_easy": (PICKED, ("Where?", ["bank", "mall"], "B")),
     "math_qa": (
-        {
-            "Problem": "Half of 76 ?",
-            "Rationale": "38",
-            "options": "a ) 38 , b ) 27.675 , c ) rs . 1,200 , d ) data inadequate , e ) none of these",
-            "correct": "c",
-            "annotated_formula": "divide(76, const_2)",
-            "category": "general",
-        },
-        ("Half of 76 ?", ["38", "27.675", "rs . 1,200", "data inadequate", "none of these"], "C"),
+        {**PROBLEM, "correct": "c"},
+        ("Half of 76 ?", ["38", "27.675", "rs . 1,200", "none of these"], "C"),
     ),
-    "openbookqa": (
-        {"id": "x", "question_stem": "Sun means", "choices": CHOICES, "answerKey": "B"},
-        ("Sun means", CHOICES["text"], "B"),
-    ),
-    "piqa": (
-        {"goal": "Open a jar", "sol1": "twist", "sol2": "eat", "label": 0},
-        ("Open a jar", ["twist", "eat"], "A"),
-    ),
-    "social_iqa": (
-        {
-            "context": "Jo fell.",
-            "question": "Why?",
-            "answerA": "ice",
-            "answerB": "fun",
-            "answerC": "sun",
-            "label": "3",
-        },
-        ("Jo fell. Why?", ["ice", "fun", "sun"], "C"),
-    ),
-    "winogrande": (
-        {"sentence": "Ann thanked Bo as _ had helped.", "option1": "Ann", "option2": "Bo", "answer": "2"},
-        ("Ann thanked Bo as _ had helped.", ["Ann", "Bo"], "B"),
-    ),
+    "winogrande": (SENTENCE, ("Ann thanked Bo as _ had helped.", ["Ann", "Bo"], "B")),
 }
-
-
-def test_every_benchmark_has_a_row_here():
-    assert set(ROWS) == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -519,22 +424,13 @@ def test_an_answer_that_is_no_option_is_refused():
         BENCHMARKS["winogrande"].read({**ROWS["winogrande"][0], "answer": "0"})
 
 
-def test_paper_world_runs_one_epoch_of_each_task(tmp_path):
-    world = load_world("paper", tmp_path)
-    # 2,251 rows in batches of 32.
-    assert make_job(world, "arc_easy", "scratch", 1, 2e-4, {}).steps == 71
-    assert len(list(plan_library(world))) == 8
-    assert len(world.candidates("piqa")) == 7
-
-
-def test_lots_of_loras_takes_its_library_from_the_hub(tmp_path):
-    world = load_world("lots-of-loras", tmp_path)
-    assert world.candidates("piqa") == ["hub:author=Lots-of-LoRAs,limit=500"]
-    assert world.mashup("piqa").config.max_candidates == 500
-    assert list(plan_library(world)) == []
-
-
 # --- the standard library's sources
+
+
+def test_functions_to_train_on_and_to_test_on_share_no_docstring():
+    train, test = (sources.function_pairs("http", split) for split in ("train", "test"))
+    assert train and test
+    assert not {text for text, _ in train} & {text for text, _ in test}
 
 
 def test_sources_of_the_base_and_of_the_packages_are_disjoint():
@@ -544,29 +440,6 @@ def test_sources_of_the_base_and_of_the_packages_are_disjoint():
         assert train and unseen
         assert not train & unseen
         assert not base & (train | unseen)
-
-
-def test_documented_functions_lose_their_docstring():
-    source = (
-        'def area(radius):\n    """Returns the area of a circle.\n\n    More."""\n'
-        "    return 3.141592653589793 * radius * radius\n"
-        "def bare(x):\n    return x\n"
-    )
-    ((text, code),) = sources.documented_functions(source)
-    assert text == "Returns the area of a circle."
-    assert code == "return 3.141592653589793 * radius * radius"
-
-
-def test_functions_to_train_on_and_to_test_on_share_no_docstring():
-    train, test = (sources.function_pairs("http", split) for split in ("train", "test"))
-    assert train and test
-    assert not {text for text, _ in train} & {text for text, _ in test}
-
-
-def test_nll_is_counted_per_byte():
-    tokenizer = stdlib.train_tokenizer(sources.source_files("http")[:1])
-    text = "naïve = 'größe' # → 3\n"
-    assert stdlib.byte_count(tokenizer, tokenizer.encode(text + stdlib.END)) == len(text.encode())
 
 
 def test_a_uniform_model_has_the_nll_per_byte_of_its_vocabulary(tmp_path):
