@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,9 @@ def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
     """Yields the runs that train the library's missing adapters, each from a seed of its own."""
     for index, task in enumerate(world.library_tasks):
         if world.adapter(task) is not None and not world.adapter(task).is_dir():
-            yield make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
+            job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
+            # Nobody reads the curve of a library's adapter.
+            yield replace(job, eval_every=job.steps)
 
 
 def make_job(

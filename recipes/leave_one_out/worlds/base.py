@@ -35,6 +35,8 @@ class Budget:
         methods (`tuple[str, ...]`): Merge methods of the study of method and k.
         top_ks (`tuple[int, ...]`): Values of k of that study.
         oracle_steps (`int`): Steps after which the oracle compares subsets.
+        tuned (`tuple[str, ...]`): Arms whose learning rate is chosen on validation rows, from `learning_rates`; with
+            them the main table has each arm at its own rate. The world needs [`World.final`].
     """
 
     tasks: tuple[str, ...]
@@ -50,6 +52,7 @@ class Budget:
     methods: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = ()
     oracle_steps: int = 30
+    tuned: tuple[str, ...] = ()
 
 
 class World(ABC):
@@ -128,6 +131,13 @@ class World(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, target: str) -> float:
         """Measures the model on the target's test rows; draws no random number and leaves the model as it was."""
+
+    def final(self, model: nn.Module, target: str) -> dict[str, float]:
+        """
+        Measures the trained model once more: `validation`, by which a learning rate is chosen, is the metric on rows
+        that are neither trained nor tested on.
+        """
+        return {}
 
 
 def silenced(trainer: Trainer) -> Trainer:
