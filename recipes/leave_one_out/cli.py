@@ -10,7 +10,8 @@ import torch
 
 from .jobs import read_results, run_jobs
 from .outputs import write_outputs
-from .protocol import plan, plan_library
+from .protocol import Job, plan, plan_library
+from .sweep import plan_tuned
 from .worlds import WORLDS, World, load_world
 from .worlds.base import ARMS
 
@@ -44,14 +45,23 @@ def main(description: str | None = None, arguments: list[str] | None = None) -> 
     world = narrowed(
         load_world(options.world, (output_dir / "world").absolute(), options.fast, options.model), options
     )
-    jobs = list(plan(world, options.model))
+    jobs: list[Job] = []
     if not options.report_only:
         world.prepare()
-        workers = options.jobs or torch.cuda.device_count() or os.cpu_count()
-        for batch in (list(plan_library(world, options.model)), jobs):
-            run_jobs(batch, output_dir, options.fast, workers, options.ray)
+        _run(list(plan_library(world, options.model)), output_dir, options)
+    more = list(plan(world, options.model))
+    while more:
+        if not options.report_only:
+            _run(more, output_dir, options)
+        jobs += more
+        more = [job for job in plan_tuned(world, read_results(output_dir, jobs), options.model) if job not in jobs]
     paths = write_outputs(read_results(output_dir, jobs), world, output_dir)
     print(f"{time.perf_counter() - started:.0f} s in all. Written: {', '.join(map(str, paths))}")
+
+
+def _run(jobs: list[Job], output_dir: Path, options: argparse.Namespace) -> None:
+    workers = options.jobs or torch.cuda.device_count() or os.cpu_count()
+    run_jobs(jobs, output_dir, options.fast, workers, options.ray)
 
 
 def parsed(made: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -72,10 +82,11 @@ def narrowed(world: World, options: argparse.Namespace) -> World:
     if meaningless:
         print(f"Skipped, as these arms need a LoRA adapter to initialise: {', '.join(meaningless)}")
         changes["arms"] = tuple(arm for arm in changes["arms"] if arm in world.all_arms)
+    changes["tuned"] = tuple(arm for arm in world.budget.tuned if arm in changes.get("arms", world.budget.arms))
     if options.steps:
         changes["steps"] = options.steps
     if options.no_studies:
-        changes |= {"learning_rates": (), "sample_sizes": (), "methods": ()}
+        changes |= {"learning_rates": (), "sample_sizes": (), "methods": (), "tuned": ()}
     unknown = set(changes.get("tasks", ())) - set(world.library_tasks)
     if unknown:
         raise ValueError(f"unknown tasks {sorted(unknown)}, expected some of {', '.join(world.library_tasks)}.")

@@ -182,9 +182,11 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
     studies = [{"sample_size": count} for count in budget.sample_sizes]
     studies += [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
     studied = [task for task in budget.study_tasks or budget.tasks if task in budget.tasks]
+    swept = budget.tuned or SWEPT
     parts = (
-        (budget.seeds, budget.tasks, [(arm, rate, {}) for arm in budget.arms]),
-        (few, budget.tasks, [(arm, other, {}) for other in budget.learning_rates for arm in SWEPT]),
+        # Tuned arms run on the other seeds at their own rates, which the sweep has yet to find.
+        (few if budget.tuned else budget.seeds, budget.tasks, [(arm, rate, {}) for arm in budget.arms]),
+        (few, budget.tasks, [(arm, other, {}) for other in budget.learning_rates for arm in swept]),
         (few, studied, [("mashup", rate, settings) for settings in studies]),
     )
     for seeds, tasks, variants in parts:
