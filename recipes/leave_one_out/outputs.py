@@ -9,12 +9,13 @@ import pandas as pd
 
 from . import figures, sweep, tables
 from .worlds import World
-from .worlds.base import ARMS
+from .worlds.base import EVERY_ARM
 
 
 TITLES = {
     "summary": "Results: mean over tasks, standard deviation over seeds",
     "shared_rate": "Results at one shared learning rate, on the seeds of the sweep",
+    "above_chance": "Scratch's accuracy above chance: only tasks that count are in the tables above",
     "by_task": "Results for each task",
     "wall_clock": "At equal wall-clock: the value when scratch ends, overhead charged",
     "curves": "Learning curves",
@@ -77,12 +78,17 @@ def make_tables(points: pd.DataFrame, world: World) -> dict[str, pd.DataFrame]:
     runs = tables.runs(points, up)
     main = tables.runs(tables.main_runs(points, sweep.chosen(runs, budget, up)), up, same_rate=False)
     main = main[main["seed"].isin(budget.seeds)]
-    by_task = tables.by_task(main, ARMS)
+    learned = tables.above_chance(main)
+    by_task = tables.by_task(main, EVERY_ARM)
     shared = tables.main_runs(runs, budget.learning_rate)
     shared = shared[shared["seed"].isin(budget.sweep_seeds if budget.tuned else ())]
+    # What scratch does not learn within the budget says nothing about its start.
+    unlearned = learned["task"][~learned["counts"]]
+    main, shared = (table[~table["task"].isin(unlearned)] for table in (main, shared))
     return {
-        "summary": tables.summary(main, ARMS),
-        "shared_rate": tables.summary(shared, ARMS),
+        "summary": tables.summary(main, EVERY_ARM),
+        "shared_rate": tables.summary(shared, EVERY_ARM),
+        "above_chance": learned,
         "by_task": by_task.drop(columns="equal_seconds"),
         "wall_clock": by_task.pivot(index="task", columns="arm", values="equal_seconds").reset_index(),
         "learning_rates": tables.learning_rates(runs, budget.sweep_seeds),

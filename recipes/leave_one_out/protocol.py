@@ -199,7 +199,7 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
 
 def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
     """Yields the runs that train the library's missing adapters, each from a seed of its own."""
-    for index, task in enumerate(world.library_tasks):
+    for index, task in enumerate((*world.library_tasks, *world.controls())):
         if world.adapter(task) is not None and not world.adapter(task).is_dir():
             job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
             # Nobody reads the curve of a library's adapter.

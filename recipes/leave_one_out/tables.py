@@ -9,7 +9,8 @@ import pandas as pd
 from .protocol import LIBRARY
 
 
-FINAL = ["validation", "accuracy"]
+FINAL = ["validation", "accuracy", "chance", "rows"]
+ABOVE_CHANCE = 3.0
 DETAILS = ["decision", "chosen", "overhead", *FINAL]
 RUN = ["world", "task", "arm", "seed", "learning_rate", "steps", "settings"]
 PARITY = ["steps_to_parity", "seconds_to_parity"]
@@ -192,6 +193,22 @@ def method_ranks(table: pd.DataFrame, higher_is_better: bool = True) -> pd.DataF
 
 def _k(settings: dict) -> int:
     return settings.get("top_k", 0)
+
+
+def above_chance(table: pd.DataFrame) -> pd.DataFrame:
+    """
+    Returns by how many standard errors of a guess scratch's accuracy ends above chance, mean over seeds, by task, and
+    whether the task `counts`; no rows where a world has no chance.
+
+    Args:
+        table (`pd.DataFrame`):
+            From [`runs`], those of the main table.
+    """
+    part = table[(table["arm"] == "scratch") & table["chance"].notna()]
+    means = part.groupby("task")[["accuracy", "chance", "rows"]].mean().reset_index()
+    error = (means["chance"] * (1 - means["chance"]) / means["rows"]) ** 0.5
+    means["standard_errors"] = (means["accuracy"] - means["chance"]) / error
+    return means.assign(counts=means["standard_errors"] >= ABOVE_CHANCE)
 
 
 def regret(table: pd.DataFrame, higher_is_better: bool = True) -> pd.DataFrame:

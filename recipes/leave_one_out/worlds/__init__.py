@@ -11,6 +11,7 @@ WORLDS = (
     "stdlib",
     "minilm",
     "smollm2_code",
+    "smollm2_bigbench",
     "paper",
     "lots_of_loras",
     "quickstart_full",

@@ -14,6 +14,8 @@ from mashup_callback import MashupCallback
 
 
 ARMS = ("scratch", "mashup", "paper", "best_single", "random", "all", "eva", "lora_ga", "oracle")
+# Only where a world has such an adapter.
+EVERY_ARM = (*ARMS, "format")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class World(ABC):
         """Tasks with an adapter in the library; those that are held out are among them."""
         return budget.tasks
 
+    def controls(self) -> tuple[str, ...]:
+        """Adapters that the protocol trains besides the library, for the arms that need them."""
+        return ()
+
     def steps(self, task: str) -> int:
         """Optimizer steps of a run on the task."""
         return self.budget.steps
@@ -135,7 +141,7 @@ class World(ABC):
     def final(self, model: nn.Module, target: str) -> dict[str, float]:
         """
         Measures the trained model once more: `validation`, by which a learning rate is chosen, is the metric on rows
-        that are neither trained nor tested on.
+        that are neither trained nor tested on; `accuracy`, `chance` and `rows` say whether the task was learned.
         """
         return {}
 

