@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from .candidates import Candidate, Hub, find_candidates, fits
+from .candidates.provenance import warn_of_same_data
 from .config import MashupConfig
 from .distributed import agreed, decided, is_first_on_machine, is_main_process
 from .full.trainee import FittedModel, handle_models
@@ -21,7 +22,6 @@ from .guard import Verdict, choose
 from .lora.trainee import FittedMerge, swap
 from .model.layers import Trainee, base_model_name, layer_shapes
 from .model.tensors import FullTrainee
-from .provenance import warn_of_same_data
 from .report import MashupReport, candidate_rows, environment, merge_info
 from .scoring.cache import shared_fingerprint
 from .scoring.halving import rungs

@@ -61,6 +61,12 @@ def everything(world: World, job: Job, directory: Path) -> Begin:
     return _fresh(world, world.mashup(job.task, top_k=count, search="exhaustive", guard=False))
 
 
+def form(world: World, job: Job, directory: Path) -> Begin:
+    """An adapter with the form of an answer and no skill: from the other tasks' rows with answers drawn by lot."""
+    adapter = world.adapter(f"format-{job.task}")
+    return _fresh(world, world.mashup(job.task, [str(adapter)], top_k=1, guard=False))
+
+
 def random(world: World, job: Job, directory: Path) -> Begin:
     """An adapter with the norms of the default merge and random directions."""
     result = _fresh(world)
@@ -123,4 +129,5 @@ ARMS: dict[str, Callable[[World, Job, Path], Begin]] = {
     "eva": eva,
     "lora_ga": lora_ga,
     "oracle": oracle,
+    "format": form,
 }

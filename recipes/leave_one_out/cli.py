@@ -10,9 +10,10 @@ import torch
 
 from .jobs import read_results, run_jobs
 from .outputs import write_outputs
-from .protocol import plan, plan_library
+from .protocol import Job, plan, plan_library
+from .sweep import plan_tuned
 from .worlds import WORLDS, World, load_world
-from .worlds.base import ARMS
+from .worlds.base import EVERY_ARM
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--jobs", type=int, help="processes; default: one a GPU, else one a core")
     made.add_argument("--ray", action="store_true", help="run on a Ray cluster")
     made.add_argument("--model", help="base model, for the worlds that have a choice")
-    made.add_argument("--arms", nargs="+", choices=ARMS, help="these arms only")
+    made.add_argument("--arms", nargs="+", choices=EVERY_ARM, help="these arms only")
     made.add_argument("--tasks", nargs="+", help="these tasks only")
     made.add_argument("--seeds", nargs="+", type=int, help="these seeds only")
     made.add_argument("--steps", type=int, help="optimizer steps of a run")
@@ -44,14 +45,23 @@ def main(description: str | None = None, arguments: list[str] | None = None) -> 
     world = narrowed(
         load_world(options.world, (output_dir / "world").absolute(), options.fast, options.model), options
     )
-    jobs = list(plan(world, options.model))
+    jobs: list[Job] = []
     if not options.report_only:
         world.prepare()
-        workers = options.jobs or torch.cuda.device_count() or os.cpu_count()
-        for batch in (list(plan_library(world, options.model)), jobs):
-            run_jobs(batch, output_dir, options.fast, workers, options.ray)
+        _run(list(plan_library(world, options.model)), output_dir, options)
+    more = list(plan(world, options.model))
+    while more:
+        if not options.report_only:
+            _run(more, output_dir, options)
+        jobs += more
+        more = [job for job in plan_tuned(world, read_results(output_dir, jobs), options.model) if job not in jobs]
     paths = write_outputs(read_results(output_dir, jobs), world, output_dir)
     print(f"{time.perf_counter() - started:.0f} s in all. Written: {', '.join(map(str, paths))}")
+
+
+def _run(jobs: list[Job], output_dir: Path, options: argparse.Namespace) -> None:
+    workers = options.jobs or torch.cuda.device_count() or os.cpu_count()
+    run_jobs(jobs, output_dir, options.fast, workers, options.ray)
 
 
 def parsed(made: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -72,10 +82,11 @@ def narrowed(world: World, options: argparse.Namespace) -> World:
     if meaningless:
         print(f"Skipped, as these arms need a LoRA adapter to initialise: {', '.join(meaningless)}")
         changes["arms"] = tuple(arm for arm in changes["arms"] if arm in world.all_arms)
+    changes["tuned"] = tuple(arm for arm in world.budget.tuned if arm in changes.get("arms", world.budget.arms))
     if options.steps:
         changes["steps"] = options.steps
     if options.no_studies:
-        changes |= {"learning_rates": (), "sample_sizes": (), "methods": ()}
+        changes |= {"learning_rates": (), "sample_sizes": (), "methods": (), "tuned": ()}
     unknown = set(changes.get("tasks", ())) - set(world.library_tasks)
     if unknown:
         raise ValueError(f"unknown tasks {sorted(unknown)}, expected some of {', '.join(world.library_tasks)}.")

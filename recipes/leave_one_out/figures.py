@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .worlds.base import ARMS
+from .worlds.base import EVERY_ARM
 
 
 COLOURS = dict(
     zip(
-        ARMS,
-        ("#555555", "#d62728", "#ff9896", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#c5b0d5", "#e3a008"),
+        EVERY_ARM,
+        ("#555555", "#d62728", "#ff9896", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#c5b0d5", "#e3a008", "#8c564b"),
         strict=True,
     )
 )

@@ -62,7 +62,8 @@ def run_job(job: Job, output_dir: Path, fast: bool = False) -> None:
         points, model = train(world, job, start)
         if job.arm == LIBRARY:
             _save(world, job, model)
-    write(path, result(job, start, points))
+        final = {} if job.arm == LIBRARY else world.final(model, job.task)
+    write(path, result(job, start, points, final))
     print(f"{path.stem}: {points[-1].value:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -71,14 +72,15 @@ def result_path(output_dir: Path, job: Job) -> Path:
     return Path(output_dir) / "jobs" / f"{job.key}.json"
 
 
-def result(job: Job, start: Begin, points: Sequence[Point]) -> dict:
-    """What is kept of a job: its settings, its curve, what it chose and what that cost."""
+def result(job: Job, start: Begin, points: Sequence[Point], final: dict[str, float]) -> dict:
+    """What is kept of a job: its settings, its curve, what it chose and what that cost, what was measured last."""
     reports = [mashup.report for mashup in start.mashups]
     last = reports[-1] if reports else None
     names = [row.name for row in last.candidates if row.weight] if last and last.decision != "scratch" else []
     return {
         "job": asdict(job),
         "curve": [asdict(point) for point in points],
+        "final": final,
         "overhead": start.overhead,
         "decision": last.decision if last else "",
         "chosen": list(start.chosen) or [Path(name).name for name in names],

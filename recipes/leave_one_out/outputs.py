@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import figures, tables
+from . import figures, sweep, tables
 from .worlds import World
-from .worlds.base import ARMS
+from .worlds.base import EVERY_ARM
 
 
 TITLES = {
     "summary": "Results: mean over tasks, standard deviation over seeds",
+    "shared_rate": "Results at one shared learning rate, on the seeds of the sweep",
+    "above_chance": "Scratch's accuracy above chance: only tasks that count are in the tables above",
     "by_task": "Results for each task",
     "wall_clock": "At equal wall-clock: the value when scratch ends, overhead charged",
     "curves": "Learning curves",
@@ -28,10 +30,16 @@ NOTES = (
     "straight lines between evaluations every {every} steps; a run that never reaches it counts as 100%, so a mean "
     "with a + is a lower bound. Scratch's own row says how early its own curve first touches its final value. "
     "Seconds include finding, downloading, scoring all candidates, merging and swapping (for the oracle: its search; "
-    "for EVA and LoRA-GA: the initialisation) and leave out evaluations. All arms use learning rate {rate:g} in the "
-    "main table. The oracle searches every candidate alone and every triple of the best four, each trained for "
+    "for EVA and LoRA-GA: the initialisation) and leave out evaluations. {rates} The oracle "
+    "searches every candidate alone and every triple of the best four, each trained for "
     "{oracle} steps and compared on the test rows. The metric is {metric} ({direction} is better)."
 )
+
+RATES = {
+    False: "All arms use learning rate {rate:g} in the main table.",
+    True: "In the main table each arm has the learning rate that is best for it on validation rows, by the mean over "
+    "tasks and the seeds of the sweep, and is compared with scratch at scratch's own best.",
+}
 
 
 def write_outputs(results: list[dict], world: World, directory: Path) -> list[Path]:
@@ -56,9 +64,9 @@ def write_outputs(results: list[dict], world: World, directory: Path) -> list[Pa
     made = make_tables(points, world)
     points.round(5).to_csv(directory / "results.csv", index=False)
     for name, table in made.items():
-        table.round(5).to_csv(directory / f"{name}.csv", index=False)
-    reference = points[points["learning_rate"] == world.budget.learning_rate]
-    drawn = figures.draw_all(reference, made, world.metric, directory)
+        table.round(6).to_csv(directory / f"{name}.csv", index=False)
+    rates = dict(zip(made["summary"]["arm"], made["summary"]["learning_rate"], strict=True))
+    drawn = figures.draw_all(tables.main_runs(points, rates), made, world.metric, directory)
     (directory / "report.md").write_text(markdown(made, drawn, world), encoding="utf-8")
     (directory / "report.html").write_text(page(made, drawn, world), encoding="utf-8")
     return [directory / name for name in ("results.csv", "summary.csv", "report.md", "report.html")]
@@ -68,11 +76,19 @@ def make_tables(points: pd.DataFrame, world: World) -> dict[str, pd.DataFrame]:
     """Makes every table from the tidy one."""
     up, budget = world.higher_is_better, world.budget
     runs = tables.runs(points, up)
-    main = tables.main_runs(runs, budget.learning_rate)
+    main = tables.runs(tables.main_runs(points, sweep.chosen(runs, budget, up)), up, same_rate=False)
     main = main[main["seed"].isin(budget.seeds)]
-    by_task = tables.by_task(main, ARMS)
+    learned = tables.above_chance(main)
+    by_task = tables.by_task(main, EVERY_ARM)
+    shared = tables.main_runs(runs, budget.learning_rate)
+    shared = shared[shared["seed"].isin(budget.sweep_seeds if budget.tuned else ())]
+    # What scratch does not learn within the budget says nothing about its start.
+    unlearned = learned["task"][~learned["counts"]]
+    main, shared = (table[~table["task"].isin(unlearned)] for table in (main, shared))
     return {
-        "summary": tables.summary(main, ARMS),
+        "summary": tables.summary(main, EVERY_ARM),
+        "shared_rate": tables.summary(shared, EVERY_ARM),
+        "above_chance": learned,
         "by_task": by_task.drop(columns="equal_seconds"),
         "wall_clock": by_task.pivot(index="task", columns="arm", values="equal_seconds").reset_index(),
         "learning_rates": tables.learning_rates(runs, budget.sweep_seeds),
@@ -108,7 +124,7 @@ def notes(world: World) -> str:
     budget = world.budget
     return NOTES.format(
         every=budget.eval_every,
-        rate=budget.learning_rate,
+        rates=RATES[bool(budget.tuned)].format(rate=budget.learning_rate),
         oracle=budget.oracle_steps,
         metric=world.metric,
         direction="higher" if world.higher_is_better else "lower",

@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -182,9 +182,11 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
     studies = [{"sample_size": count} for count in budget.sample_sizes]
     studies += [{"guard": False, "merge_method": m, "top_k": k} for m in budget.methods for k in budget.top_ks]
     studied = [task for task in budget.study_tasks or budget.tasks if task in budget.tasks]
+    swept = budget.tuned or SWEPT
     parts = (
-        (budget.seeds, budget.tasks, [(arm, rate, {}) for arm in budget.arms]),
-        (few, budget.tasks, [(arm, other, {}) for other in budget.learning_rates for arm in SWEPT]),
+        # Tuned arms run on the other seeds at their own rates, which the sweep has yet to find.
+        (few if budget.tuned else budget.seeds, budget.tasks, [(arm, rate, {}) for arm in budget.arms]),
+        (few, budget.tasks, [(arm, other, {}) for other in budget.learning_rates for arm in swept]),
         (few, studied, [("mashup", rate, settings) for settings in studies]),
     )
     for seeds, tasks, variants in parts:
@@ -197,9 +199,11 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
 
 def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
     """Yields the runs that train the library's missing adapters, each from a seed of its own."""
-    for index, task in enumerate(world.library_tasks):
+    for index, task in enumerate((*world.library_tasks, *world.controls())):
         if world.adapter(task) is not None and not world.adapter(task).is_dir():
-            yield make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
+            job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
+            # Nobody reads the curve of a library's adapter.
+            yield replace(job, eval_every=job.steps)
 
 
 def make_job(

@@ -2,15 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from .protocol import LIBRARY, SWEPT
+from .protocol import LIBRARY
 
 
+FINAL = ["validation", "accuracy", "chance", "rows"]
+ABOVE_CHANCE = 3.0
+DETAILS = ["decision", "chosen", "overhead", *FINAL]
 RUN = ["world", "task", "arm", "seed", "learning_rate", "steps", "settings"]
-SUMMARY = ["arm", "mean", "std", "gain", "steps_to_parity", "seconds_to_parity", "tasks", "seeds"]
+PARITY = ["steps_to_parity", "seconds_to_parity"]
+SUMMARY = ["arm", "learning_rate", "mean", "std", "gain", "gain_se", "worse", *PARITY, "tasks", "seeds"]
 
 
 def curves(results: Iterable[dict]) -> pd.DataFrame:
@@ -23,13 +27,14 @@ def curves(results: Iterable[dict]) -> pd.DataFrame:
         {name: job[name] for name in RUN[:-1]}
         | {"settings": json.dumps(dict(job["settings"]), sort_keys=True)}
         | {"decision": result["decision"], "chosen": ";".join(result["chosen"]), "overhead": result["overhead"]}
+        | {name: result.get("final", {}).get(name, math.nan) for name in FINAL}
         | {"step": point["step"], "seconds": result["overhead"] + point["seconds"], "value": point["value"]}
         for result in results
         for job in [result["job"]]
         for point in result["curve"]
         if job["arm"] != LIBRARY
     ]
-    return pd.DataFrame(rows, columns=[*RUN, "decision", "chosen", "overhead", "step", "seconds", "value"])
+    return pd.DataFrame(rows, columns=[*RUN, *DETAILS, "step", "seconds", "value"])
 
 
 def first_reach(x: Sequence[float], values: Sequence[float], goal: float, higher_is_better: bool = True) -> float:
@@ -67,7 +72,7 @@ def value_at(x: Sequence[float], values: Sequence[float], where: float) -> float
     return values[-1]
 
 
-def runs(points: pd.DataFrame, higher_is_better: bool = True) -> pd.DataFrame:
+def runs(points: pd.DataFrame, higher_is_better: bool = True, same_rate: bool = True) -> pd.DataFrame:
     """
     Returns one row for each run, compared with scratch on the same task, seed and learning rate.
 
@@ -81,17 +86,19 @@ def runs(points: pd.DataFrame, higher_is_better: bool = True) -> pd.DataFrame:
             From [`curves`].
         higher_is_better (`bool`, *optional*, defaults to `True`):
             Direction of the metric.
+        same_rate (`bool`, *optional*, defaults to `True`):
+            Whether scratch must have the run's learning rate; else `points` has scratch at one rate, its own.
     """
     groups = {key: group.sort_values("step") for key, group in points.groupby(RUN, sort=False)}
-    scratch = {(key[1], key[3], key[4]): group for key, group in groups.items() if key[2] == "scratch"}
+    compared = [RUN.index(name) for name in ("task", "seed", *["learning_rate"] * same_rate)]
+    scratch = {tuple(key[i] for i in compared): group for key, group in groups.items() if key[2] == "scratch"}
     rows = []
     for key, group in groups.items():
-        row = dict(zip(RUN, key, strict=True)) | group.iloc[0][["decision", "chosen", "overhead"]].to_dict()
+        row = dict(zip(RUN, key, strict=True)) | group.iloc[0][DETAILS].to_dict()
         row |= {"final": group["value"].iloc[-1], "seconds": group["seconds"].iloc[-1]}
-        reference = scratch.get((key[1], key[3], key[4]))
+        reference = scratch.get(tuple(key[i] for i in compared))
         rows.append(row | ({} if reference is None else _compare(group, reference, higher_is_better)))
-    names = [*RUN, "decision", "chosen", "overhead", "final", "seconds"]
-    return pd.DataFrame(rows, columns=[*names, "gain", "steps_to_parity", "seconds_to_parity", "equal_seconds"])
+    return pd.DataFrame(rows, columns=[*RUN, *DETAILS, "final", "seconds", "gain", *PARITY, "equal_seconds"])
 
 
 def _compare(run: pd.DataFrame, scratch: pd.DataFrame, higher_is_better: bool) -> dict[str, float]:
@@ -111,15 +118,17 @@ def counted(parity: pd.Series, least: float = 1.0) -> pd.Series:
     return parity.replace(math.inf, least)
 
 
-def main_runs(table: pd.DataFrame, learning_rate: float) -> pd.DataFrame:
-    """The runs of the main table: the arms as they are, at the reference learning rate."""
-    return table[(table["learning_rate"] == learning_rate) & (table["settings"] == "{}")]
+def main_runs(table: pd.DataFrame, learning_rate: float | Mapping[str, float]) -> pd.DataFrame:
+    """The runs, or points, of the main table: the arms as they are, at one learning rate or each at its own."""
+    rate = table["arm"].map(learning_rate) if isinstance(learning_rate, Mapping) else learning_rate
+    return table[(table["learning_rate"] == rate) & (table["settings"] == "{}")]
 
 
 def summary(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """
-    Returns one row for each arm: `mean` and `std` over seeds of the mean over tasks, and means over tasks and seeds of
-    `gain` and of both parities (never reached counts as 1).
+    Returns one row for each arm: `mean` and `std` over seeds of the mean over tasks; means over tasks and seeds of
+    `gain` and of both parities (never reached counts as 1); `gain_se`, the standard error of the mean of the paired
+    differences; `worse`, the number of runs that end worse than scratch.
 
     Args:
         table (`pd.DataFrame`):
@@ -131,8 +140,9 @@ def summary(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     for arm in [arm for arm in arms if arm in set(table["arm"])]:
         part = table[table["arm"] == arm]
         seeds = part.groupby("seed")["final"].mean()
-        parity = {name: counted(part[name]).mean() for name in ("steps_to_parity", "seconds_to_parity")}
-        values = {"arm": arm, "mean": seeds.mean(), "std": seeds.std(), "gain": part["gain"].mean(), **parity}
+        values = {"arm": arm, "learning_rate": part["learning_rate"].iloc[0], "mean": seeds.mean(), "std": seeds.std()}
+        values |= {"gain": part["gain"].mean(), "gain_se": part["gain"].sem(), "worse": (part["gain"] < 0).sum()}
+        values |= {name: counted(part[name]).mean() for name in PARITY}
         rows.append(values | {"tasks": part["task"].nunique(), "seeds": len(seeds)})
     return pd.DataFrame(rows, columns=SUMMARY)
 
@@ -140,9 +150,9 @@ def summary(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
 def by_task(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Returns one row for each task and arm, means over seeds; `reached` is the share of runs that reach parity."""
     table = table.assign(reached=table["steps_to_parity"] < math.inf)
-    for name in ("steps_to_parity", "seconds_to_parity"):
+    for name in PARITY:
         table = table.assign(**{name: counted(table[name])})
-    columns = {name: (name, "mean") for name in ("gain", "steps_to_parity", "seconds_to_parity", "reached")}
+    columns = {name: (name, "mean") for name in ("gain", *PARITY, "reached")} | {"gain_se": ("gain", "sem")}
     columns |= {"equal_seconds": ("equal_seconds", "mean"), "overhead": ("overhead", "mean")}
     grouped = table.groupby(["task", "arm"]).agg(mean=("final", "mean"), std=("final", "std"), **columns)
     order = {arm: index for index, arm in enumerate(arms)}
@@ -150,10 +160,14 @@ def by_task(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
 
 
 def learning_rates(table: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
-    """Returns the final value of scratch and mashup by learning rate and task; no rows without a sweep."""
-    part = table[(table["settings"] == "{}") & table["arm"].isin(SWEPT) & table["seed"].isin(seeds)]
-    table = part.groupby(["learning_rate", "arm", "task"])["final"].mean().reset_index()
-    return table if table["learning_rate"].nunique() > 1 else table[:0]
+    """
+    Returns the final value, and that on validation rows where the world has them, by learning rate, arm and task, of
+    the arms with a sweep.
+    """
+    part = table[(table["settings"] == "{}") & table["seed"].isin(seeds)]
+    part = part[part.groupby("arm")["learning_rate"].transform("nunique") > 1]
+    means = part.groupby(["learning_rate", "arm", "task"])[["final", "validation"]].mean().reset_index()
+    return means if means["validation"].notna().any() else means.drop(columns="validation")
 
 
 def selection_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +193,22 @@ def method_ranks(table: pd.DataFrame, higher_is_better: bool = True) -> pd.DataF
 
 def _k(settings: dict) -> int:
     return settings.get("top_k", 0)
+
+
+def above_chance(table: pd.DataFrame) -> pd.DataFrame:
+    """
+    Returns by how many standard errors of a guess scratch's accuracy ends above chance, mean over seeds, by task, and
+    whether the task `counts`; no rows where a world has no chance.
+
+    Args:
+        table (`pd.DataFrame`):
+            From [`runs`], those of the main table.
+    """
+    part = table[(table["arm"] == "scratch") & table["chance"].notna()]
+    means = part.groupby("task")[["accuracy", "chance", "rows"]].mean().reset_index()
+    error = (means["chance"] * (1 - means["chance"]) / means["rows"]) ** 0.5
+    means["standard_errors"] = (means["accuracy"] - means["chance"]) / error
+    return means.assign(counts=means["standard_errors"] >= ABOVE_CHANCE)
 
 
 def regret(table: pd.DataFrame, higher_is_better: bool = True) -> pd.DataFrame:

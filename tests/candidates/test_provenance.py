@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mashup_callback import MashupCallback
-from mashup_callback.provenance import card_datasets, dataset_names
+from mashup_callback.candidates.provenance import card_datasets, dataset_names
 from tests.tiny import rows, save_random_adapter, sft_trainer
 
 

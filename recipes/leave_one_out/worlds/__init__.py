@@ -6,7 +6,16 @@ from pathlib import Path
 from .base import World
 
 
-WORLDS = ("quickstart", "stdlib", "minilm", "paper", "lots_of_loras", "quickstart_full")
+WORLDS = (
+    "quickstart",
+    "stdlib",
+    "minilm",
+    "smollm2_code",
+    "smollm2_bigbench",
+    "paper",
+    "lots_of_loras",
+    "quickstart_full",
+)
 
 __all__ = ["WORLDS", "World", "load_world"]
 

@@ -14,6 +14,8 @@ from mashup_callback import MashupCallback
 
 
 ARMS = ("scratch", "mashup", "paper", "best_single", "random", "all", "eva", "lora_ga", "oracle")
+# Only where a world has such an adapter.
+EVERY_ARM = (*ARMS, "format")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Budget:
         methods (`tuple[str, ...]`): Merge methods of the study of method and k.
         top_ks (`tuple[int, ...]`): Values of k of that study.
         oracle_steps (`int`): Steps after which the oracle compares subsets.
+        tuned (`tuple[str, ...]`): Arms whose learning rate is chosen on validation rows, from `learning_rates`; with
+            them the main table has each arm at its own rate. The world needs [`World.final`].
     """
 
     tasks: tuple[str, ...]
@@ -50,6 +54,7 @@ class Budget:
     methods: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = ()
     oracle_steps: int = 30
+    tuned: tuple[str, ...] = ()
 
 
 class World(ABC):
@@ -76,6 +81,10 @@ class World(ABC):
     def all_tasks(self, budget: Budget) -> tuple[str, ...]:
         """Tasks with an adapter in the library; those that are held out are among them."""
         return budget.tasks
+
+    def controls(self) -> tuple[str, ...]:
+        """Adapters that the protocol trains besides the library, for the arms that need them."""
+        return ()
 
     def steps(self, task: str) -> int:
         """Optimizer steps of a run on the task."""
@@ -128,6 +137,13 @@ class World(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, target: str) -> float:
         """Measures the model on the target's test rows; draws no random number and leaves the model as it was."""
+
+    def final(self, model: nn.Module, target: str) -> dict[str, float]:
+        """
+        Measures the trained model once more: `validation`, by which a learning rate is chosen, is the metric on rows
+        that are neither trained nor tested on; `accuracy`, `chance` and `rows` say whether the task was learned.
+        """
+        return {}
 
 
 def silenced(trainer: Trainer) -> Trainer:

