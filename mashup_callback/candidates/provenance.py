@@ -10,7 +10,7 @@ import yaml
 
 from ..errors import AdapterError
 from ..formats.files import read_limited
-from ..scoring.race.race import Score
+from ..scoring.race import Score
 
 
 CARD_NAME = "README.md"

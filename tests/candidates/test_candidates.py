@@ -7,10 +7,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mashup_callback import candidates as module
-from mashup_callback.candidates import Spec, find_candidates, parse_spec
+from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
 from mashup_callback.factors import LoraFactors
-from mashup_callback.formats.adapter import save_adapter
+from mashup_callback.formats.adapter import adapter_hash, read_adapter, save_adapter
+from mashup_callback.scoring import preparing
+from mashup_callback.scoring.halving import Score
 
 
 def write_adapter(directory: Path, value: float = 1.0, alpha: float = 2.0) -> Path:
@@ -197,6 +198,68 @@ def test_rejected_candidates_do_not_count_towards_the_maximum(runs):
     assert names(find_candidates("runs", max_candidates=2), "runs") == ["a", "a/checkpoint-10"]
 
 
+LAYERS = {"layers.0.q_proj": (4, 3)}
+
+
+def hashed_files(monkeypatch) -> list[str]:
+    """Collects the directories whose weights are opened to be hashed."""
+    opened = []
+
+    def open_regular(path):
+        opened.append(path.parent.name)
+        return open_before(path)
+
+    open_before = local.open_regular
+    monkeypatch.setattr(local, "open_regular", open_regular)
+    return opened
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """Twelve good adapters that come after 150 unfit ones: of another base, broken, or with an unfit configuration."""
+    for number in range(150):
+        directory = tmp_path / "mixed" / f"a-{number:03d}"
+        factors = LoraFactors(torch.ones(2, 5), torch.ones(3, 2), 1.0)
+        save_adapter(directory, {"layers.0.q_proj": factors}, base_model="org/other")
+        if number % 3 == 1:
+            os.truncate(directory / "adapter_model.safetensors", 50)
+        if number % 3 == 2:
+            (directory / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    for number in range(12):
+        write_adapter(tmp_path / "mixed" / f"good-{number:02d}", 1.0 + number)
+    return tmp_path / "mixed"
+
+
+def test_unfit_candidates_do_not_count_towards_the_maximum(mixed, monkeypatch):
+    opened = hashed_files(monkeypatch)
+    found = find_candidates(mixed, max_candidates=10, check=fits(LAYERS))
+    alone = find_candidates(str(mixed / "good-*"), max_candidates=10, check=fits(LAYERS))
+    assert [item for item in found if not item.reason] == [item for item in alone if not item.reason]
+    assert names(found, mixed) == [f"good-{number:02d}" for number in range(10)]
+    assert {name: reasons(found, mixed)[name] for name in ("good-10", "good-11")} == dict.fromkeys(
+        ("good-10", "good-11"), "beyond max_candidates=10"
+    )
+    assert len(found) == 162
+    # Only those that remain are hashed, each once in each of the two searches.
+    assert sorted(opened) == sorted(2 * [f"good-{number:02d}" for number in range(10)])
+
+
+def test_without_a_check_nothing_is_judged(mixed):
+    assert len(names(find_candidates(mixed), mixed)) > 12
+
+
+def test_the_hash_travels_to_the_score_cache(mixed, monkeypatch):
+    first, second = find_candidates(str(mixed / "good-0[01]"), check=fits(LAYERS))
+    known = adapter_hash(read_adapter(first))
+    assert known == adapter_hash(read_adapter(first.path)) != adapter_hash(read_adapter(second))
+    with monkeypatch.context() as patch:
+        patch.setattr("mashup_callback.formats.adapter._read_unchanged", None)
+        assert adapter_hash(read_adapter(first)) == known
+    # A file that has changed since it was hashed is hashed anew.
+    save_into(first.path, 99.0)
+    assert adapter_hash(read_adapter(first)) == adapter_hash(read_adapter(first.path)) != known
+
+
 def test_own_output_and_mashups_are_skipped(runs):
     write_adapter(runs / "b" / "mashup" / "adapter", 7.0)
     assert names(find_candidates("runs/b/*/*"), "runs") == []
@@ -249,7 +312,7 @@ def test_unreadable_directories_are_rejected(runs, monkeypatch):
         return os_scandir(path)
 
     os_scandir = os.scandir
-    monkeypatch.setattr(module.os, "scandir", scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
     found = find_candidates("runs")
     assert "Permission denied" in reasons(found, "runs")["b"]
     assert names(found, "runs") == ["a", "a/checkpoint-2", "a/checkpoint-10"]
@@ -300,13 +363,13 @@ def test_a_glob_may_start_above_or_at_home(runs, monkeypatch):
     assert names(find_candidates("~/runs/b*"), runs) == ["b/checkpoint-1"]
 
 
-def test_split_weights_are_rejected_with_that_reason(runs):
-    weights = runs / "a/adapter_model.safetensors"
-    weights.rename(weights.with_name("adapter_model-00001-of-00002.safetensors"))
-    (runs / "a/adapter_model.safetensors.index.json").write_text("{}")
-    assert "its weights are split over several files" in reasons(find_candidates("runs/a"), runs)["a"]
-
-
-def test_a_file_is_refused_before_anything_is_looked_for(runs):
-    with pytest.raises(ValueError, match="is a file, expected the directory"):
-        module.check_specs("runs/a/adapter_config.json")
+def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monkeypatch):
+    found = [Candidate("org/name", repo_id="org/name", revision=digit * 40, run=digit) for digit in "ab"]
+    scores = [Score(candidate) for candidate in found]
+    everywhere = lambda value: [value, {**value, ("org/name", "a" * 40): ("a", "it is broken there")}]  # noqa: E731
+    monkeypatch.setattr(preparing, "exchange", everywhere)
+    agreed = preparing.admitted_by_all(scores)
+    assert [(score.candidate.revision[0], score.candidate.run, score.status) for score in agreed] == [
+        ("a", "a", "rejected"),
+        ("b", "b", "scored"),
+    ]

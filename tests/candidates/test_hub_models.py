@@ -29,6 +29,11 @@ from mashup_callback.hub import Hub
 from mashup_callback.hub_download import arriving
 from mashup_callback.full.weights import fit_checkpoint
 from tests.full_model import full_trainer
+from mashup_callback import MashupCallback
+from mashup_callback.full import merge as full_merge
+from mashup_callback.candidates import Hub, arriving, find_candidates, fits
+from mashup_callback.full.weights import fit_checkpoint
+from tests.full_model import full_trainer
 from tests.tiny import llama, losses, sft_trainer, tokenizer
 
 def train(make, output, *specs, **settings):
@@ -39,8 +44,8 @@ def train(make, output, *specs, **settings):
 
 def find(*specs, fetch=False, **limits):
     model, vocabulary, hub = llama(), tokenizer().get_vocab(), Hub()
-    check = lambda checkpoint: fit_checkpoint(model, checkpoint, vocabulary)
-    found = find_candidates(specs, "acme/base", check_model=check, search_models=True, hub=hub, **limits)
+    check = fits({}, check_model=lambda checkpoint: fit_checkpoint(model, checkpoint, vocabulary))
+    found = find_candidates(specs, "acme/base", check=check, relations=("adapter", "finetune"), hub=hub, **limits)
     if fetch:
         with arriving(found, hub) as coming:
             found = list(coming)
@@ -200,7 +205,7 @@ def test_a_model_that_was_downloaded_before_is_used_offline(hub, run_client, mod
 # --- from the search to the trained model, and back to the Hub -------------------------------------------------------
 
 TRAINING = """
-callback, result = train(full_trainer, sys.argv[1], "hub:author=acme", on_error="raise", top_k=2)
+callback, result = train(full_trainer, *sys.argv[1:], on_error="raise", top_k=2)
 finish(**result)
 """
 
@@ -211,7 +216,7 @@ def test_a_search_offers_fine_tunes_to_full_training(hub, run_client, models, tm
     hub.seed("acme/adapter", contents(tmp_path / "adapter", CARD.replace(b"license", b"library_name: peft\nlicense")))
     hub.seed("acme/elsewhere", contents(models / "model-0", CARD.replace(b"acme/base", b"acme/other")))
     environment = hub.environment(tmp_path / "hf_home")
-    online = run_client(PRELUDE + TRAINING, tmp_path / "online", env=environment, timeout=180)
+    online = run_client(PRELUDE + TRAINING, tmp_path / "online", "hub:author=acme", env=environment, timeout=180)
     rows = {row["name"]: row for row in online["report"]["candidates"]}
     assert set(rows) == {"acme/0", "acme/1", "acme/adapter"}
     assert [rows[f"acme/{index}"]["weight"] for index in range(2)] == [0.5, 0.5]
@@ -229,7 +234,9 @@ def test_a_search_offers_fine_tunes_to_full_training(hub, run_client, models, tm
 
     hub.reset_log()
     environment["HF_HUB_OFFLINE"] = "1"
-    offline = run_client(PRELUDE + TRAINING, tmp_path / "offline", env=environment, timeout=180)
+    # A search needs the Hub, what it found does not.
+    names = ["acme/0", "acme/1", "acme/adapter"]
+    offline = run_client(PRELUDE + TRAINING, tmp_path / "offline", *names, env=environment, timeout=180)
     assert hub.requests == []
     assert offline["losses"] == online["losses"]
 
