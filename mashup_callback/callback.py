@@ -5,7 +5,6 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,12 @@ from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import agreed, joint
 from .errors import OutOfStepError, UsageError
-from .model.layers import find_trainee
-from .model.tensors import FullTrainee
 from .pipeline import MashupRun, mashup_directory
 from .report import FAILED_NAME, REPORT_NAME, MashupReport
-from .scoring.metrics import ScoreMetric, TrainerLoss
+from .scoring import ScoreMetric
 from .sharing.push import describe_on_push, push_mashup
 from .storage import StorageError, refuse_foreign
+from .trainee import find_trainee
 
 
 if TYPE_CHECKING:
@@ -132,31 +130,26 @@ class MashupCallback(TrainerCallback):
         if not self._is_due(state, model):
             return
         with joint():
-            trainee = find_trainee(model, overwrite=self.config.overwrite)
+            trainee = find_trainee(model, self.config, self._directory)
         with joint():
             self._check_directory(self._directory)
-        config = self.config
-        if self._trainer is not None:
-            if isinstance(trainee, FullTrainee):
-                raise UsageError("`bind` needs a LoRA trainee. For full fine-tuning pass a callable `metric`.")
-            config = replace(config, metric=TrainerLoss(self._trainer, trainee))
-        run = MashupRun(config, args, model, trainee, processing_class)
+        run = MashupRun(self.config, args, model, trainee, self._trainer)
         try:
             with joint():
-                run.go(self.specs, train_dataloader)
+                run.run(self.specs, train_dataloader)
         except (UsageError, OutOfStepError):
             # A user's own mistake would only hide behind a run from scratch; and out of step, no process can go on
-            # with the model, not even from the fresh initialisation.
+            # with the model, not even from the fresh initialization.
             raise
         except Exception as error:
             # Whatever a stage raises, the user asked for training first: `on_error` decides.
             if self.config.on_error == "raise":
                 raise
             # What was made so far may fill the disk.
-            run.workspace.close()
+            trainee.close()
             run.give_up(agreed(f"{type(error).__name__}: {error}"))
         finally:
-            run.workspace.close()
+            trainee.close()
         self.report = run.report
         self._done = weakref.ref(model)
         _log(self.report, args, state, control)

@@ -21,6 +21,7 @@ from .lowrank import private_rng
 
 
 SPACES = ("delta", "core", "factors")
+MERGEKIT_NAME = "mergekit.yaml"
 DEFAULT_PARAMETERS: Mapping[str, Mapping[str, Any]] = {"slerp": {"t": 0.5}}
 """Values for parameters that mergekit requires and that have one neutral choice."""
 
@@ -67,6 +68,11 @@ class MergeRule:
     def passes_lone_input(self) -> bool:
         """Whether mergekit copies a tensor that only one model has, where interpolating with zero has no meaning."""
         return self.spec.optional_tensor_policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the method merges updates of a base model."""
+        return self.spec.contract.base == BasePolicy.REQUIRED
 
     @property
     def input_range(self) -> tuple[int, float]:

@@ -1,36 +1,34 @@
-"""One way through the stages: candidates, sample, scoring, selection, merging, guard, swap, report."""
+"""The stages of a mashup in order: candidates, sample, scoring, selection, guard, report, swap."""
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from .candidates import Candidate, Hub, find_candidates, fits
-from .candidates.provenance import warn_of_same_data
+from .candidates import Candidate, Hub, find_candidates, same_data
 from .config import MashupConfig
-from .distributed import agreed, decided, is_first_on_machine, is_main_process
-from .full.trainee import FittedModel, handle_models
-from .guard import Verdict, choose
-from .lora.trainee import FittedMerge, swap
-from .model.layers import Trainee, base_model_name, layer_shapes
-from .model.tensors import FullTrainee
-from .report import MashupReport, candidate_rows, environment, merge_info
-from .scoring.cache import shared_fingerprint
-from .scoring.halving import rungs
-from .scoring.race import Score, score_candidates
-from .scoring.sample import Rows, draw_sample
+from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
+from .guard import Decision, choose
+from .model.layers import base_model_name
+from .report import CandidateRow, MashupReport, environment
+from .scoring import Rows, Score, draw_sample, make_metric, race_rounds, score_candidates
 from .selection import select
-from .sharing.save import publish, publish_failure
-from .storage import Workspace
+from .sharing import save_failure, save_mashup
+from .trainee import Trainee
+from .verification import check_swap
 
+
+if TYPE_CHECKING:
+    # The Trainer imports datasets, and importing the callback should not.
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,27 +44,24 @@ class MashupRun:
         config: MashupConfig,
         args: TrainingArguments,
         model: nn.Module,
-        trainee: Trainee | FullTrainee,
-        tokenizer: Any = None,
+        trainee: Trainee,
+        trainer: "Trainer | None" = None,
     ) -> None:
         self.config, self.args, self.model, self.trainee = config, args, model, trainee
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
-        self.workspace = Workspace(self.directory)
-        self.models = handle_models(model, trainee, self.workspace, config, tokenizer)
+        self.metric = make_metric(config.metric, trainer, trainee)
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
         self.sample: dict[str, int] = {}
-        self.base: str | None = None
         self.report: MashupReport | None = None
-        # Takes the swap back; None while the model is as it was.
-        self.undo: Callable[[], None] | None = None
+        self.swapped = False
 
-    def go(self, specs: Sequence[str], dataloader: DataLoader) -> None:
+    def run(self, specs: Sequence[str], dataloader: DataLoader) -> None:
         config = self.config
         with self._timed("candidates"):
-            candidates = decided(lambda: self._find(specs))
+            candidates = in_turns(lambda: self._find(specs))
         with self._timed("sample"):
             sample = draw_sample(
                 dataloader,
@@ -74,31 +69,31 @@ class MashupRun:
                 batch_size=config.batch_size or self.args.train_batch_size,
                 seed=config.seed,
                 guard_rows=config.guard_dataset,
-                labeled=not callable(config.metric),
+                labeled=self.metric.labeled,
             )
             self.sample = sample.counts()
-            if not callable(config.metric):
-                self.base = shared_fingerprint(self.model)
         with self._timed("scoring"):
-            self.scores = warn_of_same_data(self._score(candidates, sample.selection), dataloader.dataset)
+            self.scores = _warned(self._score(candidates, sample.selection), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
         if not selection.scores:
             raise RuntimeError(self._why_none())
         with self._timed("merging"):
-            verdict = choose(self.model, self.trainee, selection, sample.held_out, config, self.models.merger)
-        self.report = self._outcome(verdict)
-        self._swap(verdict.chosen and verdict.chosen.fitted)
-        self._check(verdict, sample.held_out)
-        self._finish(lambda: publish(self.directory, self.report, verdict.chosen or verdict.merge, self.trainee))
+            decision = choose(self.model, self.trainee, selection, sample.held_out, self.metric, config)
+        # Before the swap, so that a failure after it cannot call a merged run "scratch".
+        self.report = self._outcome(decision)
+        with self._timed("swap"):
+            self._swap(decision, sample.held_out)
+        self.report = agreed(replace(self.report, timings=self._seconds(), hub=self.hub.traffic()))
+        self._save(lambda: save_mashup(self.directory, self.report, self._writer(decision)))
 
     def give_up(self, reason: str) -> None:
-        if self.undo is not None:
-            # The report was made before the swap and is true.
+        """Reports a failure: as scratch, unless the merge is in the model by now."""
+        if self.swapped:
             logger.warning("Training starts from the mashup, but something failed after it was written: %s", reason)
             return
-        logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
+        logger.warning("No mashup, training starts from the fresh initialization: %s", reason)
         self.report = self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
-        self._publish(lambda: publish_failure(self.directory, self.report, self.trainee))
+        self._save(lambda: save_failure(self.directory, self.report))
 
     def _find(self, specs: Sequence[str]) -> list[Candidate]:
         config = self.config
@@ -110,8 +105,8 @@ class MashupRun:
             max_download_gb=config.max_download_gb,
             allow_licenses=config.allow_licenses,
             allow_authors=config.allow_authors,
-            check=fits(layer_shapes(self.model), self.base_model, self.models.check),
-            relations=("adapter",) if self.models.merger is None else ("adapter", "finetune"),
+            check=self.trainee.check,
+            relations=self.trainee.relations,
             hub=self.hub,
         )
 
@@ -121,58 +116,51 @@ class MashupRun:
             self.model,
             candidates,
             rows,
-            config.metric,
+            "probe" if config.metric == "probe" else self.metric,
             search=config.search,
             keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
             base_model=self.base_model,
             max_seconds=config.max_seconds,
             hub=self.hub,
-            admit_model=self.models.admit,
+            admit=self.trainee.admit,
             learning_rate=self.args.learning_rate,
-            fingerprint=self.base,
         )
 
-    def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
-        with self._timed("swap"):
-            if fitted is not None and not self.config.dry_run:
-                self.undo = swap(self.model, self.trainee, fitted)
-
-    def _check(self, verdict: Verdict, held_out: Rows) -> None:
-        """Compares the loss on one held-out batch with what the guard found; much worse, the swap is taken back."""
-        if self.undo is None or not verdict.can_be_checked(self.config):
+    def _swap(self, decision: Decision, held_out: Rows) -> None:
+        """Writes what was chosen, and takes it back where the model is then clearly worse than the fresh one."""
+        if decision.init is None or self.config.dry_run:
             return
-        with self._timed("swap"):
-            found = verdict.after_swap(self.model, held_out, self.config)
-        self.report = replace(self.report, swapped_loss=_finite(found.loss), expected_loss=_finite(found.expected))
-        if not found.differs:
+        self.trainee.write(decision.init.update)
+        self.swapped = True
+        if not self.metric.repeatable:
             return
-        text = f"after the swap the loss on one held-out batch is {found.loss:.4f}, expected {found.expected:.4f}"
-        if self.config.guard and found.is_worse_than_fresh:
-            self.undo()
-            self.undo = None
-            text += f", and {found.fresh:.4f} before it: the swap was taken back"
-            self.report = replace(self.report, decision="scratch")
-        logger.warning("The model does not compute what the guard judged: %s", text)
-        self.report = replace(self.report, reason=f"{self.report.reason}; {text}")
+        found = check_swap(self.model, decision, held_out, self.metric)
+        changes: dict[str, Any] = {"swapped_loss": _finite(found.loss), "expected_loss": _finite(found.expected)}
+        if found.differs:
+            text = str(found)
+            if self.config.guard and found.is_worse_than_fresh:
+                self.trainee.undo()
+                self.swapped = False
+                text += f", and {found.fresh:.4f} before it: the swap was taken back"
+                changes["decision"] = "scratch"
+            logger.warning("The model does not compute what the guard judged: %s", text)
+            changes["reason"] = f"{decision.reason}; {text}"
+        self.report = replace(self.report, **changes)
 
-    def _finish(self, write: Callable[[], Any]) -> None:
-        self.report = agreed(replace(self.report, timings=self._seconds(), hub=self.hub.traffic()))
-        self._publish(write)
-
-    def _outcome(self, verdict: Verdict) -> MashupReport:
-        shown = verdict.chosen or verdict.merge
-        weights = dict(zip(map(id, shown.selection.scores), shown.selection.weights, strict=True))
+    def _outcome(self, decision: Decision) -> MashupReport:
+        shown = decision.init or decision.merge
+        gain, error = decision.gain
         return self._report(
-            decision=verdict.decision,
-            reason=verdict.reason,
-            base_loss=_finite(verdict.base_loss),
-            merged_loss=_finite(verdict.merge.loss),
-            single_loss=_finite(verdict.single.loss),
-            gain=_finite(verdict.gain[0]),
-            gain_se=_finite(verdict.gain[1]),
-            candidates=candidate_rows(self.scores, weights),
-            rungs=rungs(self.scores),
-            merge=merge_info(shown),
+            decision=decision.name,
+            reason=decision.reason,
+            base_loss=_finite(decision.fresh.mean_loss),
+            merged_loss=_finite(decision.merge.loss),
+            single_loss=_finite(decision.single.loss),
+            gain=_finite(gain),
+            gain_se=_finite(error),
+            candidates=candidate_rows(self.scores, shown.selection.weight_of()),
+            rounds=race_rounds(self.scores),
+            merge=shown.info,
         )
 
     def _report(self, **values: Any) -> MashupReport:
@@ -190,16 +178,21 @@ class MashupRun:
             )
         )
 
-    def _publish(self, write: Callable[[], Any]) -> None:
-        if is_main_process():
-            self.report.show()
-            try:
-                write()
-            except Exception as error:
-                if self.config.on_error == "raise":
-                    raise
-                # The model is as the report says; only its record on disk is missing.
-                logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
+    def _writer(self, decision: Decision) -> Callable[[Path], None]:
+        update = (decision.init or decision.merge).update
+        return lambda draft: self.trainee.save(update, draft, self.base_model)
+
+    def _save(self, write: Callable[[], Any]) -> None:
+        if not is_main_process():
+            return
+        self.report.show()
+        try:
+            write()
+        except Exception as error:
+            if self.config.on_error == "raise":
+                raise
+            # The model is as the report says; only its record on disk is missing.
+            logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
 
     def _seconds(self) -> dict[str, float]:
         return {name: round(seconds, 4) for name, seconds in self.timings.items()}
@@ -222,6 +215,40 @@ class MashupRun:
 def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
     """Returns where a run's report and merge are written."""
     return Path(config.report_dir or Path(args.output_dir) / "mashup")
+
+
+def candidate_rows(scores: Sequence[Score], weights: Mapping[tuple, float]) -> tuple[CandidateRow, ...]:
+    """Returns the report's rows; `weights` has the weights in the merge by the key of the candidate."""
+    return tuple(
+        CandidateRow(
+            name=score.candidate.name,
+            status=score.status,
+            revision=score.candidate.revision,
+            reason=score.reason,
+            loss=score.loss,
+            accuracy=None if score.losses is None else score.losses.accuracy,
+            probe_loss=score.probe_loss,
+            rows=score.rows,
+            tokens=score.tokens,
+            weight=weights.get(score.candidate.key),
+            rank=None if score.source is None else score.source.rank,
+            license=score.candidate.license,
+            bytes=score.candidate.bytes,
+            seconds=round(score.seconds, 4),
+            warnings=score.warnings,
+            repo_id=score.candidate.repo_id,
+        )
+        for score in scores
+    )
+
+
+def _warned(scores: Sequence[Score], dataset: Any) -> list[Score]:
+    """Returns the scores with a warning on each candidate whose model card names the data that is trained on."""
+    shared = [same_data(score.candidate.path, dataset) if score.source else None for score in scores]
+    return [
+        replace(score, warnings=(*score.warnings, warning)) if warning else score
+        for score, warning in zip(scores, shared, strict=True)
+    ]
 
 
 def _finite(loss: float) -> float | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scoring.race import Score
+from .scoring import Score
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,11 @@ class Selection:
     def first(self, count: int, weights: str | Sequence[float] = "equal") -> "Selection":
         """Returns the best `count` candidates of this selection, weighted anew."""
         return _weighted(self.scores[:count], weights, self.ranked)
+
+    def weight_of(self) -> dict[tuple, float]:
+        """Returns the weights by the key of the candidate."""
+        keys = [score.candidate.key for score in self.scores]
+        return dict(zip(keys, self.weights, strict=True))
 
     def without(
         self, names: Collection[str], top_k: int | None, weights: str | Sequence[float] = "equal"

@@ -1,8 +1,8 @@
 """What is trained, as the stages see it: the protocols of a trainee, of what a candidate is and of what it changes."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from .candidates import Candidate
-from .report import MashupReport, MergeInfo
+from .config import MashupConfig
+from .full.trainee import FullTrainee
+from .full.weights import find_trained_weights
+from .lora.source import AdapterSource
+from .lora.targets import find_adapter
+from .lora.trainee import LoraTrainee
+from .model.layers import weight_norms
+from .report import MergeInfo
+from .storage import Workspace
 
 
 class Update(Protocol):
@@ -52,7 +60,7 @@ class Trainee(Protocol):
 
     relations: tuple[str, ...]
 
-    def check(self, candidate: Candidate, description: Any) -> Any:
+    def check(self, description: Any) -> Any:
         """Returns a candidate's description as it fits the model, by its headers alone; raises `AdapterError`."""
 
     def admit(self, candidate: Candidate) -> Source:
@@ -78,28 +86,41 @@ class Trainee(Protocol):
     def discard(self, update: Update) -> None:
         """Forgets an update that was not chosen, with the files that were made for it."""
 
-    def save(self, update: Update, directory: Path, report: MashupReport) -> None:
-        """Writes an update as an adapter or a model, with its card."""
+    def save(self, update: Update, directory: Path, base_model: str | None) -> None:
+        """Writes an update as an adapter or a model; never takes a candidate's files."""
 
     def close(self) -> None:
         """Removes the temporary files of the run."""
 
 
-@dataclass(frozen=True, eq=False)
-class Init:
+def find_trainee(
+    model: nn.Module, config: MashupConfig | None = None, directory: str | os.PathLike = "mashup"
+) -> Trainee:
     """
-    Something that training could start from.
+    Finds what is trained, a LoRA adapter or the model's own weights, and checks that a merge can be written into it.
 
     Args:
-        sources (`tuple[Source, ...]`): The candidates in it.
-        weights (`tuple[float, ...]`): Their weights.
-        update (`Update`): What it changes.
-        info (`MergeInfo`): How it was merged.
-        losses (`RowLosses`): Its losses on the held-out rows.
-    """
+        model (`torch.nn.Module`):
+            A `PeftModel`, a model with an adapter added by transformers' `add_adapter`, or one without adapters.
+        config (`MashupConfig`, *optional*):
+            The settings; the defaults if None.
+        directory (`str` or `os.PathLike`, *optional*, defaults to `"mashup"`):
+            Where the mashup will be written; temporary files go beside it.
 
-    sources: tuple[Source, ...]
-    weights: tuple[float, ...]
-    update: Update
-    info: MergeInfo
-    losses: Any
+    Raises:
+        ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialization
+            alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained.
+    """
+    config, workspace = config or MashupConfig(), Workspace(Path(directory))
+    adapter = find_adapter(model, config.overwrite)
+    if adapter is not None:
+        return LoraTrainee(model, adapter, config, workspace)
+    names = find_trained_weights(model)
+    if not names:
+        raise ValueError(
+            "The model trains no LoRA layers, and none of its own weights. A mashup is written into what is trained: "
+            "give the Trainer a `peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, call "
+            "`model.add_adapter`, or leave the weights trainable for full fine-tuning."
+        )
+    norms = weight_norms(model)
+    return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms))

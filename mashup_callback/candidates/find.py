@@ -3,17 +3,18 @@
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError
-from ..formats.adapter import Adapter, check_adapter, read_adapter
-from ..formats.checkpoint import Checkpoint, read_checkpoint
+from ..formats.adapter import Adapter, read_adapter
+from ..formats.checkpoint import is_checkpoint, read_checkpoint
 from ..formats.files import quote
 from .candidate import Candidate
 from .download import cached, snapshot
@@ -26,7 +27,7 @@ from .spec import FORMS, Spec, parse_spec
 # Repositories that are looked at, and candidates that are checked, at the same time.
 _THREADS = 8
 
-Check = Callable[[Adapter | Checkpoint], Any]
+Check = Callable[[Any], Any]
 # A candidate that was named or listed, and what finds out which can be used.
 _Named = tuple[Candidate, Callable[[], list[Candidate]]]
 
@@ -113,31 +114,6 @@ def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple
     return tuple(map(os.fspath, entries))
 
 
-def fits(
-    layers: Mapping[str, tuple[int, int]],
-    base_model: str | None = None,
-    check_model: Callable[[Checkpoint], Checkpoint] | None = None,
-) -> Check:
-    """
-    Returns a `check` for [`find_candidates`].
-
-    Args:
-        layers (`Mapping[str, tuple[int, int]]`):
-            Linear layers of the model that is trained, name -> (in_features, out_features), which adapters must fit.
-        base_model (`str`, *optional*):
-            Name of the model.
-        check_model (`Callable`, *optional*):
-            Checks full models, of which all are accepted by default.
-    """
-
-    def check(source: Adapter | Checkpoint) -> Adapter | Checkpoint:
-        if source.candidate.kind == "model":
-            return check_model(source) if check_model else source
-        return check_adapter(source, layers, base_model)
-
-    return check
-
-
 def read_source(candidate: Candidate, check: Check | None = None) -> Any:
     """
     Reads the description of a candidate whose files are on this machine, and returns what `check` makes of it.
@@ -145,8 +121,30 @@ def read_source(candidate: Candidate, check: Check | None = None) -> Any:
     Raises:
         AdapterError: The reason why it cannot be used.
     """
-    source = read_checkpoint(candidate) if candidate.kind == "model" else read_adapter(candidate)
-    return check(source) if check else source
+    if candidate.reason is not None:
+        raise AdapterError(candidate.reason)
+    if candidate.path is None:
+        raise AdapterError(f"{candidate.name} has not been downloaded yet")
+    description = _READERS[candidate.kind](candidate)
+    return check(description) if check else description
+
+
+def _read_adapter(candidate: Candidate) -> Adapter:
+    adapter = read_adapter(candidate.path)
+    same = (candidate.bytes, candidate.modified) == (adapter.stamp.size, adapter.stamp.modified)
+    return replace(adapter, known_digest=candidate.digest) if same else adapter
+
+
+_READERS = {"adapter": _read_adapter, "model": lambda candidate: read_checkpoint(candidate.path)}
+
+
+def as_candidate(source: Candidate | str | os.PathLike) -> Candidate:
+    """Returns a candidate as it is, and a directory as the candidate that it is."""
+    if isinstance(source, Candidate):
+        return source
+    path = Path(source)
+    kind = "model" if is_checkpoint(path) else "adapter"
+    return Candidate(os.fspath(source), kind, path, run=os.path.realpath(path))
 
 
 def _resolved(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Spec]:

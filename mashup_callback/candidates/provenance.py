@@ -1,8 +1,6 @@
 """Which data a candidate says it was trained on: a candidate that saw the target's data makes the guard optimistic."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import yaml
 
 from ..errors import AdapterError
 from ..formats.files import read_limited
-from ..scoring.race import Score
 
 
 CARD_NAME = "README.md"
@@ -19,18 +16,21 @@ _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 _HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
 
 
-def warn_of_same_data(scores: Sequence[Score], dataset: Any) -> list[Score]:
+def same_data(directory: Path | None, dataset: Any) -> str | None:
     """
-    Returns the scores with a warning on each candidate whose model card names the data set that is trained on.
+    Returns a warning where the model card in a directory names the data set that is trained on.
 
     Args:
-        scores (`Sequence[Score]`):
-            The scores.
+        directory (`Path`, *optional*):
+            The candidate's.
         dataset (`Any`):
             What the Trainer trains on; its names are known if it comes from `datasets.load_dataset`.
     """
     target = dataset_names(dataset)
-    return [_warned(score, target & card_datasets(score.candidate.path)) for score in scores] if target else [*scores]
+    shared = target & card_datasets(directory) if target else set()
+    if not shared:
+        return None
+    return f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"
 
 
 def dataset_names(dataset: Any) -> set[str]:
@@ -58,10 +58,3 @@ def card_datasets(directory: Path | None) -> set[str]:
 
 def _short(name: str) -> str:
     return name.rpartition("/")[2].lower()
-
-
-def _warned(score: Score, shared: set[str]) -> Score:
-    if not shared or score.adapter is None:
-        return score
-    warning = f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"
-    return replace(score, adapter=replace(score.adapter, warnings=(*score.adapter.warnings, warning)))

@@ -20,7 +20,6 @@ from ..formats.checkpoint import Checkpoint, describe_checkpoint
 from ..formats.checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from ..formats.files import read_limited
 from ..formats.header import FileStamp, TensorInfo, header_length, parse_header
-from ..formats.vocabulary import TOKENIZER_NAME, VOCABULARY_NAME
 from .candidate import Candidate
 from .hub import RECOVERABLE, Hub, describe
 from .local import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
@@ -145,7 +144,7 @@ class RemoteFiles:
             AdapterError: The reason why it cannot be used.
         """
         if self.candidate.kind == "model":
-            checkpoint = describe_checkpoint(self.candidate, self)
+            checkpoint = describe_checkpoint(self)
             size = sum(stamp.size for stamp in checkpoint.stamps.values())
             files = tuple(dict.fromkeys([*self.candidate.files, *checkpoint.stamps]))
             return replace(self.candidate, bytes=size, files=files), checkpoint
@@ -153,7 +152,7 @@ class RemoteFiles:
         # Before the header of one that is unfit is asked for.
         parse_config(config)
         header, size = self._start(ADAPTER_WEIGHTS_NAME)
-        return replace(self.candidate, bytes=size), parse_adapter(self.candidate, config, header, size)
+        return replace(self.candidate, bytes=size), parse_adapter(config, header, size)
 
     def has(self, name: str) -> bool:
         return path_in_repository(self.candidate, name) in self.paths
@@ -274,8 +273,7 @@ def _description_in(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
     weights = next((name for name in (INDEX_NAME, WEIGHTS_NAME) if name in there), None)
     if CONFIG_NAME not in there or weights is None:
         return ()
-    tokenizer = [name for name in (TOKENIZER_NAME, VOCABULARY_NAME) if name in there]
-    return (CONFIG_NAME, weights, *tokenizer[:1])
+    return (CONFIG_NAME, weights)
 
 
 def _why_nothing(paths: Sequence[str], below: str) -> str:

@@ -14,27 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..candidates.candidate import Candidate
 from ..errors import AdapterError
 from ..factors import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .adapter_modules import ModuleShape, adapter_modules, contradictions, match_modules
-from .adapter_writer import save_adapter
+from .base import BaseModel
 from .files import open_regular, quote, read_limited
 from .header import DTYPE_NAMES, FileStamp, TensorInfo, parse_header, read_header
 
-
-__all__ = [
-    "Adapter",
-    "ModuleShape",
-    "adapter_hash",
-    "adapter_modules",
-    "check_adapter",
-    "load_factors",
-    "parse_adapter",
-    "read_adapter",
-    "save_adapter",
-]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Trained factors are of order one; a factor this large is broken or hostile, and its square still fits float32.
@@ -47,20 +34,22 @@ class Adapter:
     A LoRA adapter whose description has been read and found sound.
 
     Args:
-        candidate (`Candidate`): Where it came from.
+        path (`Path`, *optional*): Its directory; None where it is on the Hub.
         config (`AdapterConfig`): Its configuration.
         modules (`Mapping[str, ModuleShape]`): The layers it changes, by name in the base model.
         dtype (`str`): Data type of its tensors, for example `"bfloat16"`.
         stamp (`FileStamp`): State of the weights file when it was read.
         warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
+        known_digest (`str`, *optional*): SHA-256 of the weights file, where it was taken before.
     """
 
-    candidate: Candidate
+    path: Path | None
     config: AdapterConfig
     modules: Mapping[str, ModuleShape]
     dtype: str
     stamp: FileStamp = field(repr=False)
     warnings: tuple[str, ...] = ()
+    known_digest: str | None = None
 
     @property
     def rank(self) -> int:
@@ -70,64 +59,59 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights file, taken once."""
-        found = self.candidate
-        if found.digest is not None and (found.bytes, found.modified) == (self.stamp.size, self.stamp.modified):
-            return found.digest
+        if self.known_digest is not None:
+            return self.known_digest
         return hashlib.sha256(_read_unchanged(self)).hexdigest()
 
     @property
     def weights(self) -> Path:
         """The weights file."""
-        return _directory(self.candidate) / WEIGHTS_NAME
+        if self.path is None:
+            raise AdapterError("it has not been downloaded yet")
+        return self.path / WEIGHTS_NAME
+
+    def fit(self, base: BaseModel) -> "Adapter":
+        """Returns it with the layers named as the model names them; raises `AdapterError` where it does not fit."""
+        return check_adapter(self, base.layers, base.name)
 
 
-def read_adapter(candidate: Candidate | str | os.PathLike) -> Adapter:
+def read_adapter(path: str | os.PathLike) -> Adapter:
     """
     Reads the description of an adapter: its configuration and the header of its weights, but no tensor.
 
     Args:
-        candidate (`Candidate` or path):
-            A candidate with a local path, or a directory holding `adapter_config.json` and
-            `adapter_model.safetensors`. Pickled weights (`adapter_model.bin`) are never opened.
+        path (`str` or `os.PathLike`):
+            A directory with `adapter_config.json` and `adapter_model.safetensors`. Pickled weights
+            (`adapter_model.bin`) are never opened.
 
     Raises:
         AdapterError: The reason why it cannot be used.
     """
-    if not isinstance(candidate, Candidate):
-        candidate = Candidate(name=os.fspath(candidate), path=Path(candidate), run=os.path.realpath(candidate))
-    directory = _directory(candidate)
-    config = parse_config(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES))
-    tensors, stamp = read_header(directory / WEIGHTS_NAME)
-    return _described(candidate, config, tensors, stamp)
+    path = Path(path)
+    config = parse_config(read_limited(path / CONFIG_NAME, MAX_CONFIG_BYTES))
+    tensors, stamp = read_header(path / WEIGHTS_NAME)
+    return _described(path, config, tensors, stamp)
 
 
-def parse_adapter(candidate: Candidate, config: bytes, header: bytes, file_size: int) -> Adapter:
+def parse_adapter(config: bytes, header: bytes, file_size: int) -> Adapter:
     """
-    Reads the description of an adapter that is somewhere else, exactly as `read_adapter` reads a local one.
+    Reads the description of an adapter that is on the Hub, exactly as [`read_adapter`] reads a local one.
 
-    Args:
-        candidate (`Candidate`):
-            Where it is.
-        config (`bytes`):
-            Content of its `adapter_config.json`.
-        header (`bytes`):
-            The first bytes of its weights file, at least through the end of the header.
-        file_size (`int`):
-            Size of the weights file in bytes.
+    `header` is the beginning of its weights file, at least through the end of the header, and `file_size` in bytes.
 
     Raises:
         AdapterError: The reason why it cannot be used.
     """
     stamp = FileStamp(file_size, modified=0)
-    return _described(candidate, parse_config(config), parse_header(header, file_size), stamp)
+    return _described(None, parse_config(config), parse_header(header, file_size), stamp)
 
 
 def _described(
-    candidate: Candidate, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
+    path: Path | None, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
 ) -> Adapter:
     dtype = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
     modules = adapter_modules(config, tensors)
-    return Adapter(candidate, config, modules, dtype, stamp, contradictions(config, modules))
+    return Adapter(path, config, modules, dtype, stamp, contradictions(config, modules))
 
 
 def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_model: str | None = None) -> Adapter:
@@ -203,14 +187,6 @@ def adapter_hash(adapter: Adapter) -> str:
         AdapterError: If the file changed since it was read.
     """
     return hashlib.sha256(json.dumps([adapter.config.effective(), adapter.digest]).encode()).hexdigest()
-
-
-def _directory(candidate: Candidate) -> Path:
-    if candidate.kind != "adapter" or candidate.reason:
-        raise AdapterError(candidate.reason or f"a {candidate.kind} is not a LoRA adapter")
-    if candidate.path is None:
-        raise AdapterError(f"{candidate.name} has not been downloaded yet")
-    return candidate.path
 
 
 def _short_name(base_model: str) -> str:

@@ -1,7 +1,8 @@
-"""The base model as the descriptions of candidates are compared with it, and reading a description of either kind."""
+"""The base model as the descriptions of candidates are compared with it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
@@ -17,14 +18,15 @@ class BaseModel:
 
     Args:
         layers (`Mapping[str, tuple[int, int]]`): Linear layers, name -> (in_features, out_features).
-        tensors (`ModelTensors`, *optional*): All weights; None where no full checkpoint can take their place.
-        refusal (`str`): Why not.
+        tensors (`ModelTensors`, *optional*): All weights; None where they are not known, and full checkpoints are not
+            compared with them.
+        refusal (`str`): Why no full checkpoint can take their place; empty where one can.
         name (`str`, *optional*): Hub name or path, to warn about adapters that record another one.
     """
 
     layers: Mapping[str, tuple[int, int]]
     tensors: ModelTensors | None = None
-    refusal: str = "only adapters are wanted here"
+    refusal: str = ""
     name: str | None = None
 
     @classmethod
@@ -38,9 +40,10 @@ class BaseModel:
 
 
 class Description(Protocol):
-    """The description of a candidate: an [`Adapter`] or a [`Checkpoint`]."""
+    """What is known of a candidate without reading a tensor: an [`Adapter`] or a [`Checkpoint`]."""
 
-    candidate: "Candidate"
+    path: Path | None
+    warnings: tuple[str, ...]
 
     def fit(self, base: BaseModel) -> "Description":
         """Returns it with the names that the model has; raises `AdapterError` where it does not fit."""

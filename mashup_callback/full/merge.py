@@ -1,12 +1,11 @@
 """Merge full checkpoints with mergekit, out of core: from disk to disk, a tensor at a time."""
 
-import importlib.metadata
 import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, read_checkpoint
 from ..methods import MergeRule
 
 
@@ -46,49 +44,6 @@ class ModelInput:
         return model if self.lora is None else {**model, "lora": {"path": str(self.lora.resolve())}}
 
 
-@dataclass(frozen=True, eq=False)
-class MergedModel:
-    """
-    A merge of full models, on disk.
-
-    Args:
-        path (`Path`): Its directory: `config.json` and shards.
-        recipe (`str`): mergekit's configuration of the merge, as YAML; empty for one model as it is.
-        owned (`bool`): Whether the files were made for this merge; otherwise they are a candidate's.
-        method (`str`): mergekit's method.
-        parameters (`Mapping[str, Any]`): Parameters given to mergekit, without the weights.
-        weights (`tuple[float, ...]`): One weight for each input.
-        mergekit_version (`str`): Version of mergekit that merged.
-    """
-
-    path: Path
-    recipe: str
-    method: str
-    parameters: Mapping[str, Any]
-    weights: tuple[float, ...]
-    owned: bool = True
-    mergekit_version: str = field(default_factory=lambda: importlib.metadata.version("mergekit"))
-
-    space = SPACE
-    rank = 0
-    kept_energy: Mapping[str, float] = field(default_factory=dict)
-    total_kept_energy = 1.0
-
-    def move_to(self, directory: Path) -> None:
-        """Moves the files to a directory on the same disk."""
-        for file in sorted(self.path.iterdir()):
-            file.rename(directory / file.name)
-
-    def copied(self, directory: Path) -> "MergedModel":
-        """Returns the same with a copy of its files, of those that make up a model."""
-        names = [CONFIG_NAME, INDEX_NAME, "generation_config.json", *read_checkpoint(self.path).stamps]
-        directory.mkdir(parents=True)
-        for name in names:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, directory / name)
-        return replace(self, path=directory, owned=True)
-
-
 def merge_models(
     inputs: Sequence[ModelInput],
     output_dir: Path,
@@ -97,10 +52,9 @@ def merge_models(
     method: str = "linear",
     parameters: Mapping[str, Any] | None = None,
     base: Path | None = None,
-    tokenizer: Path | None = None,
     out_dtype: str | None = None,
     seed: int = 42,
-) -> MergedModel:
+) -> str:
     """
     Merge full models of one architecture with mergekit.
 
@@ -122,13 +76,14 @@ def merge_models(
             mergekit's parameters; one value for all inputs or a sequence with one for each.
         base (`Path`, *optional*):
             Directory of the base model, for methods that need one.
-        tokenizer (`Path`, *optional*):
-            Directory whose tokenizer says which rows the merged embeddings have, where vocabularies differ.
         out_dtype (`str`, *optional*):
             Data type of the merge; mergekit's choice by default.
         seed (`int`, *optional*, defaults to 42):
             Seed of methods that draw random numbers. The global generators are seeded with it: wrap the call to keep
             them.
+
+    Returns:
+        `str`: mergekit's configuration of the merge, as YAML.
 
     Raises:
         ValueError: The settings do not fit together.
@@ -138,7 +93,7 @@ def merge_models(
     rule.check_count(len(inputs))
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists, expected a path that nothing has yet. Choose another path.")
-    config = merge_config(rule, inputs, weights, base, tokenizer, out_dtype)
+    config = merge_config(rule, inputs, weights, base, out_dtype)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     cache = Path(tempfile.mkdtemp(prefix=".loras-", dir=output_dir.parent))
     try:
@@ -148,8 +103,7 @@ def merge_models(
         raise
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-    recipe = yaml.safe_dump(config, sort_keys=False)
-    return MergedModel(output_dir, recipe, method, dict(rule.parameters), tuple(weights))
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def merge_config(
@@ -157,7 +111,6 @@ def merge_config(
     inputs: Sequence[ModelInput],
     weights: Sequence[float],
     base: Path | None = None,
-    tokenizer: Path | None = None,
     out_dtype: str | None = None,
 ) -> dict[str, Any]:
     """
@@ -166,7 +119,7 @@ def merge_config(
     Args:
         rule (`MergeRule`):
             The method and its parameters.
-        inputs, weights, base, tokenizer, out_dtype:
+        inputs, weights, base, out_dtype:
             As in [`merge_models`].
 
     Raises:
@@ -183,8 +136,6 @@ def merge_config(
         config["base_model"] = _base(rule, inputs, base).reference()
     if shared:
         config["parameters"] = shared
-    if tokenizer is not None:
-        config["tokenizer"] = {"source": ModelInput(tokenizer).reference()}
     return config | ({"out_dtype": out_dtype} if out_dtype else {})
 
 

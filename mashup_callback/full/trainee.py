@@ -1,151 +1,169 @@
-"""Full fine-tuning: the trainee without adapters, and what its weights could be replaced with."""
+"""All weights of a model as the trainee: what fits them, how candidates are merged on disk, and the swap."""
 
-import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..candidates.candidate import Candidate
+from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import decided
-from ..formats.adapter import Adapter, load_factors, save_adapter
-from ..formats.checkpoint import Checkpoint, check_checkpoint, read_checkpoint, read_tensor
-from ..formats.vocabulary import Vocabulary
-from ..lora.extraction import Extractor
-from ..model.layers import Trainee, base_model_name
+from ..formats.adapter import Adapter, load_factors
+from ..formats.adapter_writer import save_adapter
+from ..formats.base import BaseModel, Description
+from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_checkpoint, read_tensor
+from ..methods import MERGEKIT_NAME, MergeRule
+from ..model.layers import base_model_name
 from ..model.parameters import read_parameters
-from ..model.tensors import FullTrainee
-from ..selection import Selection
+from ..report import MergeInfo
 from ..storage import Workspace
-from .weights import FullUpdate, admit_checkpoint, fit_checkpoint
+from ..swap import swap
+from .merge import check_space, merge_models
+from .sources import AdapterOnBase, CheckpointSource
+from .weights import CheckpointTensors, FullUpdate, restore_weights, save_weights
 from .writer import is_model_on_disk, save_model
 
 
-if TYPE_CHECKING:
-    from .merge import MergedModel
-
-logger = logging.getLogger(__name__)
+Source = CheckpointSource | AdapterOnBase
 
 
-@dataclass(frozen=True, eq=False)
-class FittedModel:
+class FullTrainee:
     """
-    A merge of full models in the form that the trainee has.
-
-    Args:
-        replacement (`FullUpdate`): The weights that it trains.
-        lost_energy (`float`): Share of the merge's squared distance from the model in weights that are frozen.
-        lost_layers (`tuple[str, ...]`): These weights.
-    """
-
-    replacement: FullUpdate
-    lost_energy: float = 0.0
-    lost_layers: tuple[str, ...] = ()
-
-
-class ModelMerger:
-    """
-    Merges full checkpoints and adapters for a model of which all weights are trained.
+    A model of which the weights themselves are trained.
 
     Args:
         model (`torch.nn.Module`):
             The model.
-        trainee (`FullTrainee`):
-            Its weights.
-        workspace (`Workspace`):
-            Where merges go.
+        names (`frozenset[str]`):
+            The weights that are trained; frozen ones are never written.
         config (`MashupConfig`):
             The settings.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer of the training data.
+        workspace (`Workspace`):
+            Where merges go.
+        adapter_source (`Callable`):
+            Makes of an adapter that fits the model something to score.
     """
+
+    relations = ("adapter", "finetune")
 
     def __init__(
         self,
         model: nn.Module,
-        trainee: FullTrainee,
-        workspace: Workspace,
+        names: frozenset[str],
         config: MashupConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        workspace: Workspace,
+        adapter_source: Callable[[Adapter], Any],
     ) -> None:
-        self.model, self.trainee, self.workspace, self.config = model, trainee, workspace, config
-        self.tokenizer = tokenizer
-        self._base: Path | None = None
-        self._base_is_own = False
-        self._adapters: dict[str, Path] = {}
+        self.model, self.names, self.config, self.workspace = model, names, config, workspace
+        self.base = BaseModel.of(model, config.base_model)
+        if self.base.refusal:
+            raise ValueError(self.base.refusal)
+        self.tensors = self.base.tensors
+        self._sources = {
+            "adapter": lambda found: AdapterOnBase(found, adapter_source(found)),
+            "model": CheckpointSource,
+        }
+        self._adapters: dict[Path, Path] = {}
+        self._before: dict[str, Any] | None = None
 
-    def merge(self, selection: Selection, method: str, parameters: Mapping[str, Any]) -> "tuple[MergedModel, Any]":
-        """
-        Merges the selected candidates on disk; a single checkpoint is taken as it is.
+    def check(self, description: Description) -> Description:
+        """Returns a candidate's description as it fits the model; raises `AdapterError`."""
+        return description.fit(self.base)
 
-        Args:
-            selection (`Selection`):
-                What to merge.
-            method (`str`):
-                A method registered in mergekit.
-            parameters (`Mapping[str, Any]`):
-                Its parameters.
+    def admit(self, candidate: Candidate) -> Source:
+        """Returns a candidate on disk as something to score."""
+        return self._sources[candidate.kind](read_source(candidate, self.check))
 
-        Returns:
-            `tuple[MergedModel, FittedModel]`: The merge, and what the trainee can hold of it.
-        """
-        # Imported here so that importing the callback does not import mergekit.
-        from .merge import MergedModel
-
-        sources = [score.adapter for score in selection.scores]
-        if len(sources) == 1 and isinstance(sources[0], Checkpoint):
-            merged = MergedModel(sources[0].path, "", "linear", {}, (1.0,), owned=False)
-            return merged, self._fit(sources[0])
+    def merge(
+        self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+    ) -> tuple[FullUpdate, MergeInfo]:
+        """Merges candidates on disk; a single checkpoint is taken as it is."""
         if len(sources) == 1:
             method, parameters = "linear", {}
-        merged = self._merge(sources, selection.weights, method, parameters)
-        return merged, self.fitted(merged.path)
+        if len(sources) == 1 and (checkpoint := sources[0].alone()) is not None:
+            update = FullUpdate(checkpoint, self.names & frozenset(checkpoint.tensors))
+        else:
+            update = self._merged(sources, weights, method, parameters)
+        return update, self._info(update.checkpoint, method, parameters)
 
-    def fitted(self, path: Path) -> FittedModel:
-        """Returns what the trainee can hold of a merge on disk."""
-        vocabulary = vocabulary_of(self.tokenizer)
-        return self._fit(check_checkpoint(read_checkpoint(path), self.trainee.tensors, vocabulary))
+    def written(self, update: FullUpdate) -> AbstractContextManager[None]:
+        """Returns a context in which the model has an update's weights."""
+        return update.applied(self.model)
 
-    def kept(self, merged: "MergedModel") -> "MergedModel":
-        """Returns a merge with files of its own: a candidate that is used as it is is copied."""
-        from .merge import check_space
+    def write(self, update: FullUpdate) -> None:
+        """Fills the weights one at a time; of the old ones, this process's share is kept."""
+        self._before = save_weights(self.model, update.names)
+        swap(self.model, CheckpointTensors(update), self.undo)
 
-        if merged.owned:
-            return merged
+    def undo(self) -> None:
+        """Gives the weights back what they were before [`FullTrainee.write`]."""
+        restore_weights(self.model, self._before or {}, masters=True)
+
+    def keep(self, update: FullUpdate) -> FullUpdate:
+        """Returns the update with files of its own: those of a candidate are copied."""
+        if update.owned:
+            return update
         path = self.workspace.new("copy")
-        decided(partial(check_space, self.workspace.path(), self.trainee.tensors.bytes))
-        return decided(lambda: merged.copied(path))
+        decided(partial(check_space, self.workspace.path(), self.tensors.bytes))
+        decided(lambda: _copy_model(update.checkpoint, path))
+        return replace(update, checkpoint=replace(update.checkpoint, path=path), owned=True)
 
-    def discard(self, merged: "MergedModel") -> None:
-        """Removes a merge that is not used from the disk; a candidate's own files stay."""
-        if merged.owned:
-            decided(lambda: shutil.rmtree(merged.path, ignore_errors=True))
+    def discard(self, update: FullUpdate) -> None:
+        """Removes a merge that is not used; a candidate's own files stay."""
+        if update.owned:
+            decided(lambda: shutil.rmtree(update.checkpoint.path, ignore_errors=True))
 
-    def _merge(
-        self, sources: Sequence[Adapter | Checkpoint], weights: Sequence[float], method: str, parameters: Mapping
-    ) -> "MergedModel":
-        from ..methods import MergeRule
-        from .merge import ModelInput, check_space, merge_models
+    def save(self, update: FullUpdate, directory: Path, base_model: str | None) -> None:
+        """Moves a merge's files to a directory on the same disk; a candidate that is not used stays where it is."""
+        if not update.owned:
+            return
+        for file in sorted(update.checkpoint.path.iterdir()):
+            file.rename(directory / file.name)
+        if update.recipe:
+            (directory / MERGEKIT_NAME).write_text(update.recipe, encoding="utf-8")
 
-        tensors = self.trainee.tensors
-        resized = any(isinstance(source, Checkpoint) and source.resized for source in sources)
-        adapters = [source for source in sources if isinstance(source, Adapter)]
-        needs_base = bool(adapters) or resized or MergeRule.create(method).spec.contract.base.name == "REQUIRED"
+    def close(self) -> None:
+        """Removes the temporary files of the run, and lets go of the old weights."""
+        self._before = None
+        self.workspace.close()
+
+    def base_directory(self) -> Path:
+        """Returns where the model is on disk as it is in memory now; it is written there if need be."""
+        return self._base[0]
+
+    def adapter_directory(self, adapter: Adapter) -> Path:
+        """Returns a copy of an adapter, written from checked tensors as mergekit has peft load it."""
+        if adapter.path not in self._adapters:
+            path = self.workspace.new("adapter")
+            decided(lambda: save_adapter(path, load_factors(adapter), base_model=None))
+            self._adapters[adapter.path] = path
+        return self._adapters[adapter.path]
+
+    @cached_property
+    def _base(self) -> tuple[Path, bool]:
+        """Where the model is on disk, and whether it was written there by this run."""
+        found = decided(lambda: _directory_of(base_model_name(self.model)))
+        if found is not None and is_model_on_disk(self.model, found):
+            return found, False
+        decided(partial(check_space, self.workspace.path(), self.tensors.bytes))
+        return save_model(self.model, self.workspace.new("base")), True
+
+    def _merged(
+        self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+    ) -> FullUpdate:
+        on_base = sum(source.needs_base for source in sources)
         output = self.workspace.new("merge")
-        decided(partial(check_space, self.workspace.path(), tensors.bytes * (1 + len(adapters))))
-        base = self._base_directory(resized) if needs_base else None
-        inputs = [
-            ModelInput(source.path) if isinstance(source, Checkpoint) else ModelInput(base, self._adapter(source))
-            for source in sources
-        ]
-        merged = decided(
+        decided(partial(check_space, self.workspace.path(), self.tensors.bytes * (1 + on_base)))
+        base = self.base_directory() if on_base or MergeRule.create(method).needs_base else None
+        inputs = [source.merge_input(self) for source in sources]
+        recipe = decided(
             lambda: merge_models(
                 inputs,
                 output,
@@ -153,120 +171,52 @@ class ModelMerger:
                 method=method,
                 parameters=parameters,
                 base=base,
-                tokenizer=base if resized else None,
-                out_dtype=str(tensors.dtype).removeprefix("torch."),
+                out_dtype=str(self.tensors.dtype).removeprefix("torch."),
                 seed=self.config.seed,
             )
         )
-        return replace(merged, recipe=self._named(merged.recipe, sources))
+        checkpoint = read_checkpoint(output).fit(self.base)
+        return FullUpdate(checkpoint, self.names & frozenset(checkpoint.tensors), self._named(recipe), owned=True)
 
-    def _named(self, recipe: str, sources: Sequence[Adapter | Checkpoint]) -> str:
+    def _named(self, recipe: str) -> str:
         """Returns mergekit's configuration with what others know the inputs by, not where they were for this merge."""
-        hub = [source.candidate for source in sources if source.candidate.repo_id]
-        names = {str(path): name for (name, _), path in self._adapters.items()}
-        names |= {str(item.path): f"{item.repo_id}@{item.revision}" for item in hub if not item.subfolder}
-        if self._base_is_own:
-            names[str(self._base)] = self.config.base_model or base_model_name(self.model) or "path/to/the/base/model"
+        names = {str(copy): str(path) for path, copy in self._adapters.items()}
+        if "_base" in vars(self) and self._base[1]:
+            names[str(self._base[0])] = self.base.name or "path/to/the/base/model"
         for path, name in names.items():
-            recipe = recipe.replace(path, name or path)
+            recipe = recipe.replace(path, name)
         return recipe
 
-    def _base_directory(self, with_tokenizer: bool) -> Path:
-        """Returns where the model is on disk as it is in memory now; it is written there if need be."""
-        from .merge import check_space
-
-        if self._base is None or (with_tokenizer and not self._base_is_own):
-            found = decided(lambda: _directory_of(base_model_name(self.model)))
-            self._base_is_own = with_tokenizer or found is None or not is_model_on_disk(self.model, found)
-            self._base = found
-            if self._base_is_own:
-                decided(partial(check_space, self.workspace.path(), self.trainee.tensors.bytes))
-                self._base = save_model(self.model, self.workspace.new("base"))
-                decided(lambda: self.tokenizer and self.tokenizer.save_pretrained(self._base))
-        return self._base
-
-    def _adapter(self, adapter: Adapter) -> Path:
-        # mergekit has peft load it: what peft gets is written by us from checked tensors, not by a stranger.
-        key = adapter.candidate.key
-        if key not in self._adapters:
-            path = self.workspace.new("adapter")
-            decided(lambda: save_adapter(path, load_factors(adapter), base_model=None))
-            self._adapters[key] = path
-        return self._adapters[key]
-
-    def _fit(self, checkpoint: Checkpoint) -> FittedModel:
-        names = self.trainee.names & frozenset(checkpoint.tensors)
-        frozen = tuple(name for name in checkpoint.tensors if name not in names)
+    def _info(self, checkpoint: Checkpoint, method: str, parameters: Mapping[str, Any]) -> MergeInfo:
+        frozen = tuple(name for name in checkpoint.tensors if name not in self.names)
         lost = self._distance(checkpoint, frozen)
-        total = lost + (self._distance(checkpoint, sorted(names)) if lost else 0.0)
-        return FittedModel(FullUpdate(checkpoint, names), lost / total if total else 0.0, frozen if lost else ())
+        total = lost + (self._distance(checkpoint, sorted(self.names & set(checkpoint.tensors))) if lost else 0.0)
+        return MergeInfo(
+            method=method,
+            space="weights",
+            parameters=dict(parameters),
+            rank=0,
+            kept_energy=1.0,
+            kept_energy_by_module={},
+            lost_energy=lost / total if total else 0.0,
+            lost_layers=frozen if lost else (),
+            mergekit_version=version("mergekit"),
+        )
 
     def _distance(self, checkpoint: Checkpoint, names: Sequence[str]) -> float:
         """Squared distance of a checkpoint's tensors from the model's, in float64."""
         total = 0.0
         for name in names:
             value = read_parameters(self.model, [name])[name].cpu()
-            found = read_tensor(checkpoint, name)
-            rows = min(len(value), len(found)) if value.ndim else None
-            total += (found[:rows].double() - value[:rows].double()).square().sum().item()
+            total += (read_tensor(checkpoint, name).double() - value.double()).square().sum().item()
         return total
 
 
-@dataclass(frozen=True, eq=False)
-class ModelHandling:
-    """
-    What full checkpoints need.
-
-    Args:
-        merger (`ModelMerger`, *optional*): What merges them, where all weights are trained.
-        admit (`Callable[[Candidate], Adapter | Checkpoint]`): Makes of one on disk what is scored: the weights as they
-            are, or a low-rank update.
-        check (`Callable[[Checkpoint], Checkpoint]`): Checks by its description alone that one fits; raises an
-            `AdapterError` otherwise.
-    """
-
-    merger: ModelMerger | None
-    admit: Callable[[Candidate], Adapter | Checkpoint]
-    check: Callable[[Checkpoint], Checkpoint]
-
-
-def handle_models(
-    model: nn.Module,
-    trainee: Trainee | FullTrainee,
-    workspace: Workspace,
-    config: MashupConfig,
-    tokenizer: Any = None,
-) -> ModelHandling:
-    """
-    Returns what full checkpoints need.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model that is trained.
-        trainee (`Trainee` or `FullTrainee`):
-            What is trained in it.
-        workspace (`Workspace`):
-            Where merges and extracted adapters go.
-        config (`MashupConfig`):
-            The settings.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The Trainer's processing class.
-    """
-    vocabulary = vocabulary_of(tokenizer)
-    if isinstance(trainee, FullTrainee):
-        merger = ModelMerger(model, trainee, workspace, config, tokenizer if vocabulary is not None else None)
-        return ModelHandling(
-            merger,
-            admit=lambda candidate: admit_checkpoint(model, candidate, vocabulary),
-            check=lambda checkpoint: fit_checkpoint(model, checkpoint, vocabulary),
-        )
-    extractor = Extractor(model, trainee, workspace, config.min_kept_energy, vocabulary)
-    return ModelHandling(None, extractor, extractor.check)
-
-
-def vocabulary_of(tokenizer: Any) -> Vocabulary | None:
-    """Returns the tokens of a Trainer's processing class, None where it has none (image processors)."""
-    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+def _copy_model(checkpoint: Checkpoint, directory: Path) -> None:
+    directory.mkdir(parents=True)
+    for name in (CONFIG_NAME, INDEX_NAME, "generation_config.json", *checkpoint.stamps):
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)
 
 
 def _directory_of(name: str | None) -> Path | None:

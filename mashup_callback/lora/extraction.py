@@ -37,7 +37,7 @@ def extract(
             f"{min_kept_energy:.1%}: raise the rank, lower `min_kept_energy` to accept it, or train all weights"
         )
     decided(lambda: save_adapter(path, factors, base_model=None))
-    adapter = read_adapter(dataclasses.replace(checkpoint.candidate, kind="adapter", path=path))
+    adapter = read_adapter(path)
     warning = f"rank {rank} keeps {kept:.1%} of its full update"
     return dataclasses.replace(adapter, warnings=(*adapter.warnings, warning))
 
@@ -50,8 +50,8 @@ def low_rank_update(
     Approximates a checkpoint's update of the model's weights by factors (Eckart-Young), one tensor at a time.
 
     The model's adapters are left out, and so is what other weights than those with a rank changed. Every process must
-    call it. Returns the factors by layer, scaling 1.0, and the share of the squared Frobenius norm of the whole update,
-    embeddings and all, that they keep.
+    call it. Returns the factors by layer, with scaling 1.0, and the share of the squared Frobenius norm of the whole
+    update, embeddings and all, that they keep.
 
     Raises:
         AdapterError: No layer has an update.

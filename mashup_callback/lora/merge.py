@@ -9,22 +9,19 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..candidates import Candidate, as_candidate, read_source
 from ..factors import Factors, LoraFactors
+from ..formats.adapter import Adapter, load_factors
+from ..formats.adapter_writer import save_adapter
 from ..lowrank import trainable
-from ..methods import SPACES, MergeRule, check_merge, merge_methods
+from ..methods import SPACES, MergeRule, check_merge
+from ..storage import refuse_foreign, refuse_overlap
 from .spaces import ModuleMerge
 
-
-if TYPE_CHECKING:
-    from ..candidates import Candidate
-    from ..formats.adapter import Adapter
-
-
-__all__ = ["MergedAdapter", "check_merge", "merge_adapters", "merge_factors", "merge_methods"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +141,7 @@ def merge_factors(
 
 
 def merge_adapters(
-    adapters: "Sequence[str | Path | Candidate]",
+    adapters: Sequence[str | Path | Candidate],
     *,
     weights: str | Sequence[float] = "equal",
     method: str = "linear",
@@ -177,27 +174,24 @@ def merge_adapters(
         ValueError: If the settings do not fit together, an adapter cannot be used, or `output_dir` holds other
             files or an input.
     """
-    from ..formats.adapter import load_factors, save_adapter
-    from ..storage import refuse_foreign, refuse_overlap
-
     if weights == "softmax":
         raise ValueError('weights="softmax" needs the losses of the adapters. Give numbers or "equal" here.')
     check_merge(method, parameters, weights, space, len(adapters))
     read = _read_fitting(adapters)
     if output_dir is not None:
-        refuse_overlap(output_dir, [adapter.candidate.path for adapter in read])
+        refuse_overlap(output_dir, [adapter.path for _, adapter in read])
         refuse_foreign(output_dir)
     numbers = [1 / len(read)] * len(read) if weights == "equal" else weights
-    inputs = [_naming(adapter.candidate.name, load_factors, adapter) for adapter in read]
+    inputs = [_naming(name, load_factors, adapter) for name, adapter in read]
     merged = merge_factors(
         inputs, weights=numbers, method=method, parameters=parameters, space=space, ranks=rank, seed=seed
     )
-    bases = list(dict.fromkeys(adapter.config.base_model for adapter in read))
+    bases = list(dict.fromkeys(adapter.config.base_model for _, adapter in read))
     if len(bases) > 1:
         logger.warning("The merged adapters name different base models: %s. Only their shapes were compared.", bases)
     if output_dir is None:
         return merged
-    revisions = {adapter.config.revision for adapter in read}
+    revisions = {adapter.config.revision for _, adapter in read}
     saved = save_adapter(
         Path(output_dir),
         _trainable(merged.factors, rank or max(merged.rank, 1), seed),
@@ -207,17 +201,14 @@ def merge_adapters(
     return dataclasses.replace(merged, path=saved)
 
 
-def _read_fitting(adapters: "Sequence[str | Path | Candidate]") -> "list[Adapter]":
+def _read_fitting(adapters: Sequence[str | Path | Candidate]) -> list[tuple[str, Adapter]]:
     """Reads adapters and raises `ValueError`, with the name, for one that cannot be read or does not fit the first."""
-    from ..candidates import Candidate
-    from ..formats.adapter import read_adapter
-
-    names = [adapter.name if isinstance(adapter, Candidate) else str(adapter) for adapter in adapters]
-    read = [_naming(name, read_adapter, adapter) for name, adapter in zip(names, adapters, strict=True)]
+    candidates = [as_candidate(adapter) for adapter in adapters]
+    read = [(candidate.name, _naming(candidate.name, read_source, candidate)) for candidate in candidates]
     sizes: dict[str, tuple[str, int, int]] = {}
-    for adapter in read:
+    for name, adapter in read:
         for module, shape in adapter.modules.items():
-            name, found = adapter.candidate.name, (shape.in_features, shape.out_features)
+            found = (shape.in_features, shape.out_features)
             first, *expected = sizes.setdefault(module, (name, *found))
             if expected != [*found]:
                 raise ValueError(

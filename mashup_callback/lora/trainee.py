@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..candidates import Candidate
+from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import decided, joint
 from ..factors import Factors, LoraFactors
 from ..formats.adapter_writer import save_adapter
-from ..formats.base import BaseModel, Description, read_description
+from ..formats.base import BaseModel, Description
 from ..lowrank import trainable
 from ..model.layers import weight_norms
 from ..model.parameters import write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
+from ..swap import swap, written
 from .extraction import extract
 from .merge import MergedAdapter, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import Target, TrainedAdapter
-from .trainee import swap, written
 
 
 class LoraTrainee:
@@ -56,7 +56,7 @@ class LoraTrainee:
 
     def admit(self, candidate: Candidate) -> AdapterSource:
         """Returns a candidate on disk as something to score: a full checkpoint as the low-rank part of its update."""
-        return self._sources[candidate.kind](self.check(read_description(candidate)))
+        return self._sources[candidate.kind](read_source(candidate, self.check))
 
     def merge(
         self, sources: Sequence[AdapterSource], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
