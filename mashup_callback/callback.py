@@ -19,11 +19,12 @@ from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import agreed, joint
 from .errors import OutOfStepError, UsageError
+from .lora.trainee import WrittenAdapter
 from .model.layers import find_trainee
 from .model.tensors import FullTrainee
 from .pipeline import MashupRun, mashup_directory
 from .report import FAILED_NAME, REPORT_NAME, MashupReport
-from .scoring.metrics import ScoreMetric, TrainerLoss
+from .scoring import ScoreMetric, TrainerLoss
 from .sharing.push import describe_on_push, push_mashup
 from .storage import StorageError, refuse_foreign
 
@@ -139,7 +140,7 @@ class MashupCallback(TrainerCallback):
         if self._trainer is not None:
             if isinstance(trainee, FullTrainee):
                 raise UsageError("`bind` needs a LoRA trainee. For full fine-tuning pass a callable `metric`.")
-            config = replace(config, metric=TrainerLoss(self._trainer, trainee))
+            config = replace(config, metric=TrainerLoss(self._trainer, WrittenAdapter(model, trainee)))
         run = MashupRun(config, args, model, trainee, processing_class)
         try:
             with joint():

@@ -14,15 +14,13 @@ from .errors import AdapterError, OutOfStepError, UsageError
 from .formats.adapter import Adapter, load_factors
 from .formats.checkpoint import check_unchanged
 from .full.trainee import FittedModel, ModelMerger
+from .full.weights import described
+from .lora.source import LoraUpdate
 from .lora.trainee import FittedMerge, fit
 from .model.isolation import undisturbed
 from .model.layers import Trainee
 from .model.tensors import FullTrainee
-from .scoring.evaluation import bare, evaluate
-from .scoring.losses import RowLosses, paired_gain
-from .scoring.metrics import TrainerLoss
-from .scoring.race import Score
-from .scoring.sample import Rows
+from .scoring import RowLosses, Rows, Score, evaluate, make_metric, paired_gain
 from .selection import Selection
 
 
@@ -101,11 +99,11 @@ class Verdict:
 
     def can_be_checked(self, config: MashupConfig) -> bool:
         """Whether the metric gives the same number twice: a user's score may draw random numbers."""
-        return not callable(config.metric) or isinstance(config.metric, TrainerLoss)
+        return make_metric(config.metric).repeatable
 
     def after_swap(self, model: nn.Module, held_out: Rows, config: MashupConfig) -> "AfterSwap":
         """Evaluates the model as it is trained on one held-out batch; every process must call it."""
-        metric = config.metric if callable(config.metric) else "loss"
+        metric = make_metric(config.metric)
         with undisturbed(model):
             found = evaluate(model, held_out.first(*place()), metric, share=True)
         seen = found.tokens > 0
@@ -204,10 +202,8 @@ def choose(
 def _gone(score: Score) -> str | None:
     """Returns why a candidate cannot be read any more as it was when it was scored."""
     try:
-        if isinstance(score.adapter, Adapter):
-            load_factors(score.adapter)
-        else:
-            check_unchanged(score.adapter)
+        found = described(score.source)
+        load_factors(found) if isinstance(found, Adapter) else check_unchanged(found)
     except (AdapterError, OSError) as error:
         return str(error)
     return None
@@ -217,7 +213,7 @@ def _choose(arms: "_Arms", selection: Selection) -> Verdict:
     model, config, merger = arms.model, arms.config, arms.merger
     with undisturbed(model):
         base = evaluate(model, arms.held_out, arms.metric, share=True)
-        with bare(model, arms.metric):
+        with arms.metric.base(model):
             single = arms.start(selection.first(1), "linear", {})
             merge = arms.grow(selection) if config.top_k == "auto" else arms.best_method(selection)
     if len(merge.selection.scores) == 1:
@@ -244,7 +240,7 @@ class _Arms:
     ) -> None:
         self.model, self.trainee, self.held_out, self.config = model, trainee, held_out, config
         self.merger = merger
-        self.metric = config.metric if callable(config.metric) else "loss"
+        self.metric = make_metric(config.metric)
 
     def start(self, selection: Selection, method: str, parameters: dict) -> Start:
         if isinstance(self.trainee, FullTrainee):
@@ -253,7 +249,7 @@ class _Arms:
         else:
             merged = decided(lambda: self._merged(selection, method, parameters))
             fitted, merged = fit(merged.factors, self.trainee), merged.within(self.trainee.targets)
-            update = fitted.factors
+            update = LoraUpdate(fitted.factors)
         losses = evaluate(self.model, self.held_out, self.metric, update, share=True)
         return Start(selection, merged, fitted, losses)
 
@@ -262,7 +258,7 @@ class _Arms:
         from .lora.merge import merge_factors
 
         return merge_factors(
-            [load_factors(score.adapter) for score in selection.scores],
+            [load_factors(score.source.adapter) for score in selection.scores],
             weights=selection.weights,
             method=method,
             parameters=parameters,

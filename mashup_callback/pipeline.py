@@ -16,21 +16,23 @@ from transformers import TrainingArguments
 from .candidates import Candidate, find_candidates
 from .config import MashupConfig
 from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
+from .formats.checkpoint import Checkpoint
 from .full.trainee import FittedModel, handle_models
+from .full.weights import CheckpointSource
 from .guard import Verdict, choose
 from .hub import Hub
+from .lora.source import AdapterSource
 from .lora.trainee import FittedMerge, swap
-from .model.layers import Trainee, base_model_name, layer_shapes
+from .model.layers import Trainee, base_model_name, layer_shapes, weight_norms
+from .model.parameters import is_sharded
 from .model.tensors import FullTrainee
 from .provenance import warn_of_same_data
 from .report import MashupReport, candidate_rows, environment, merge_info
-from .scoring.cache import shared_fingerprint
-from .scoring.halving import rungs
-from .scoring.race import Score, score_candidates
-from .scoring.sample import Rows, draw_sample
+from .scoring import Rows, Score, admit_as_is, draw_sample, make_metric, race_rounds, score_candidates
 from .selection import select
 from .sharing.save import publish, publish_failure
 from .storage import Workspace
+from .trainee import Source
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,6 @@ class MashupRun:
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
         self.sample: dict[str, int] = {}
-        self.base: str | None = None
         self.report: MashupReport | None = None
         # Takes the swap back; None while the model is as it was.
         self.undo: Callable[[], None] | None = None
@@ -75,11 +76,9 @@ class MashupRun:
                 batch_size=config.batch_size or self.args.train_batch_size,
                 seed=config.seed,
                 guard_rows=config.guard_dataset,
-                labeled=not callable(config.metric),
+                labeled=make_metric(config.metric).labeled,
             )
             self.sample = sample.counts()
-            if not callable(config.metric):
-                self.base = shared_fingerprint(self.model)
         with self._timed("scoring"):
             self.scores = warn_of_same_data(self._score(candidates, sample.selection), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
@@ -129,10 +128,23 @@ class MashupRun:
             base_model=self.base_model,
             max_seconds=config.max_seconds,
             hub=self.hub,
-            admit_model=self.models.admit,
+            admit=self._admission(),
             learning_rate=self.args.learning_rate,
-            fingerprint=self.base,
         )
+
+    def _admission(self) -> Callable[[Candidate], Source]:
+        as_is, norms = (
+            admit_as_is(self.model, self.base_model),
+            {} if is_sharded(self.model) else weight_norms(self.model),
+        )
+
+        def admit(candidate: Candidate) -> Source:
+            if candidate.kind != "model":
+                return as_is(candidate)
+            found = self.models.admit(candidate)
+            return CheckpointSource(found) if isinstance(found, Checkpoint) else AdapterSource(found, norms)
+
+        return admit
 
     def _swap(self, fitted: FittedMerge | FittedModel | None) -> None:
         with self._timed("swap"):
@@ -173,7 +185,7 @@ class MashupRun:
             gain=_finite(verdict.gain[0]),
             gain_se=_finite(verdict.gain[1]),
             candidates=candidate_rows(self.scores, weights),
-            rungs=rungs(self.scores),
+            rounds=race_rounds(self.scores),
             merge=merge_info(shown),
         )
 

@@ -10,7 +10,7 @@ import yaml
 
 from .errors import AdapterError
 from .formats.files import read_limited
-from .scoring.race import Score
+from .scoring import Score
 
 
 CARD_NAME = "README.md"
@@ -61,7 +61,7 @@ def _short(name: str) -> str:
 
 
 def _warned(score: Score, shared: set[str]) -> Score:
-    if not shared or score.adapter is None:
+    if not shared or score.source is None:
         return score
     warning = f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"
-    return replace(score, adapter=replace(score.adapter, warnings=(*score.adapter.warnings, warning)))
+    return replace(score, warnings=(*score.warnings, warning))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scoring.race import Score
+from .scoring import Score
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,9 @@ class Source(Protocol):
     def fingerprint(self) -> str | None:
         """Returns a hash of what it computes, by which its scores are cached; None where they are not."""
 
+    def release(self) -> None:
+        """Forgets what was read and kept in memory; it is read again when it is needed."""
+
 
 class Trainee(Protocol):
     """

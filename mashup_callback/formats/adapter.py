@@ -32,6 +32,7 @@ __all__ = [
     "load_factors",
     "parse_adapter",
     "read_adapter",
+    "read_weights",
     "save_adapter",
 ]
 
@@ -157,7 +158,10 @@ def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_
 
 @torch.no_grad()
 def load_factors(
-    adapter: Adapter, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    adapter: Adapter,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    data: bytes | None = None,
 ) -> dict[str, LoraFactors]:
     """
     Loads an adapter's tensors.
@@ -169,6 +173,8 @@ def load_factors(
             Where to put the tensors.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Data type of the factors.
+        data (`bytes`, *optional*):
+            From `read_weights`, where the file has been read already.
 
     Returns:
         `dict[str, LoraFactors]`: A (rank, in_features) and B (out_features, rank) by module name.
@@ -177,7 +183,7 @@ def load_factors(
         AdapterError: If the file changed since it was read, or values are not finite or absurdly large.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
-    data = _read_unchanged(adapter)
+    data = read_weights(adapter) if data is None else data
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -185,16 +191,16 @@ def load_factors(
     return {name: _load_module(name, shape, tensors, device, dtype) for name, shape in adapter.modules.items()}
 
 
-def adapter_hash(adapter: Adapter) -> str:
+def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
     """
-    Returns a SHA-256 in hex that is the same for adapters that compute the same: of the weights file and the
-    configuration's effective fields.
+    Returns a SHA-256 in hex that is the same for adapters that compute the same: of the weights file (`data`, where it
+    has been read already) and the configuration's effective fields.
 
     Raises:
         AdapterError: If the file changed since it was read.
     """
     digest = hashlib.sha256(json.dumps(adapter.config.effective()).encode())
-    digest.update(_read_unchanged(adapter))
+    digest.update(read_weights(adapter) if data is None else data)
     return digest.hexdigest()
 
 
@@ -213,7 +219,8 @@ def _short_name(base_model: str) -> str:
     return (cached[-1].split("--")[-1] if cached else parts[-1]).lower()
 
 
-def _read_unchanged(adapter: Adapter) -> bytes:
+def read_weights(adapter: Adapter) -> bytes:
+    """Returns the content of the weights file; raises `AdapterError` if it changed since its header was read."""
     with os.fdopen(open_regular(adapter.weights), "rb") as file:
         try:
             data, stamp = file.read(adapter.stamp.size + 1), FileStamp.of(file.fileno())

@@ -24,7 +24,7 @@ from ..model.parameters import read_parameters
 from ..model.tensors import FullTrainee
 from ..selection import Selection
 from ..storage import Workspace
-from .weights import FullUpdate, admit_checkpoint, fit_checkpoint
+from .weights import FullUpdate, admit_checkpoint, described, fit_checkpoint
 from .writer import is_model_on_disk, save_model
 
 
@@ -99,7 +99,7 @@ class ModelMerger:
         # Imported here so that importing the callback does not import mergekit.
         from .merge import MergedModel
 
-        sources = [score.adapter for score in selection.scores]
+        sources = [described(score.source) for score in selection.scores]
         if len(sources) == 1 and isinstance(sources[0], Checkpoint):
             merged = MergedModel(sources[0].path, "", "linear", {}, (1.0,), owned=False)
             return merged, self._fit(sources[0])

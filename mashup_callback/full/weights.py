@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,6 +66,14 @@ class CheckpointSource:
 
     def fingerprint(self) -> str | None:
         return None
+
+    def release(self) -> None:
+        """Nothing is kept: tensors are read one at a time."""
+
+
+def described(source: Any) -> Adapter | Checkpoint:
+    """Returns the description in a source."""
+    return source.checkpoint if isinstance(source, CheckpointSource) else source.adapter
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -182,3 +182,22 @@ def checksum(values: Mapping[str, torch.Tensor]) -> str:
 def _digest(digest: "hashlib._Hash", name: str, value: torch.Tensor) -> None:
     digest.update(name.encode())
     digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+class WrittenAdapter:
+    """A trainee with its model, as [`TrainerLoss`] takes it."""
+
+    def __init__(self, model: nn.Module, trainee: Trainee) -> None:
+        self.model, self.trainee = model, trainee
+
+    @contextmanager
+    def written(self, update: Any) -> Iterator[None]:
+        """Context in which the trainee holds an update, cut to its ranks and layers."""
+        # Imported here so that importing the callback does not import mergekit.
+        from .merge import merge_factors
+
+        known = {name: factors for name, factors in update.factors.items() if name in self.trainee.targets}
+        if any(factors.rank > self.trainee.ranks[name] for name, factors in known.items()):
+            known = merge_factors([known], weights=[1.0], ranks=self.trainee.ranks).factors
+        with held(self.model, self.trainee, known):
+            yield
