@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import MashupConfig
     from .lora.merge import MergedAdapter, merge_adapters
     from .report import MashupReport
-    from .scoring.race import Score, score_candidates
+    from .scoring import Score, score_candidates
     from .sharing.push import push_mashup
 
 __version__ = "0.1.0"
@@ -21,11 +21,11 @@ _HOME = {
     "MashupConfig": "config",
     "MashupReport": "report",
     "MergedAdapter": "lora.merge",
-    "Score": "scoring.race",
+    "Score": "scoring",
     "find_candidates": "candidates",
     "merge_adapters": "lora.merge",
     "push_mashup": "sharing.push",
-    "score_candidates": "scoring.race",
+    "score_candidates": "scoring",
 }
 
 __all__ = [

@@ -18,7 +18,7 @@ from .cli_output import find_table, one_line, rank_table, show_result
 if TYPE_CHECKING:
     from torch import nn
 
-    from .scoring.sample import Rows
+    from .scoring import Rows
 
 # Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
 
@@ -137,7 +137,7 @@ def rank(
         from .config import MashupConfig
         from .model.layers import layer_shapes
         from .report import candidate_rows
-        from .scoring.race import score_candidates
+        from .scoring import score_candidates
 
         MashupConfig(metric=metric, search=search)
         drawn = load_rows(dataset, split=split, subset=subset, sample_size=sample_size, seed=seed)
@@ -246,7 +246,7 @@ def cache(
 ) -> None:
     """Show where scores are kept between runs and how many there are, or remove them."""
     with _quiet_stdout():
-        from .scoring.cache import ScoreCache
+        from .scoring import ScoreCache
 
         scores = ScoreCache()
         removed = scores.clear() if clear else 0
@@ -265,7 +265,7 @@ def _quiet_stdout() -> Iterator[None]:
 
 def _base_loss(model: "nn.Module", rows: "Rows", metric: str) -> float:
     from .model.isolation import undisturbed
-    from .scoring.evaluation import evaluate
+    from .scoring import evaluate
 
     with undisturbed(model):
         return evaluate(model, rows, metric).mean_loss

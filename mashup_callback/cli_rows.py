@@ -8,7 +8,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from .scoring.sample import Rows
+from .scoring import Rows, token_budget
 
 
 _FORMS = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
@@ -87,7 +87,9 @@ def sft_rows(
             report_to="none",
         )
         loader = SFTTrainer(model, args=args, train_dataset=rows).get_train_dataloader()
-    return Rows([loader.dataset[index] for index in range(len(loader.dataset))], loader.collate_fn, batch_size)
+    return Rows(
+        [loader.dataset[index] for index in range(len(loader.dataset))], loader.collate_fn, batch_size, token_budget()
+    )
 
 
 def _load(dataset: str, split: str, subset: str | None) -> Dataset:

@@ -19,7 +19,7 @@ from .short_names import told_apart
 
 if TYPE_CHECKING:
     from .guard import Start
-    from .scoring.race import Score
+    from .scoring import Score
 
 # In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
 MARK = {"producer": "mashup_callback"}
@@ -107,7 +107,7 @@ class MergeInfo:
 
 
 @dataclass(frozen=True)
-class Rung:
+class RaceRound:
     """
     One comparison of a race.
 
@@ -138,7 +138,7 @@ class MashupReport:
         swapped_loss (`float`, *optional*): Loss on one held-out batch after the swap, with the model as it is trained.
         expected_loss (`float`, *optional*): What the guard found on that batch for what was written.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
-        rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
+        rounds (`tuple[RaceRound, ...]`): Comparisons on growing samples, the first one first.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
         base_model (`str`, *optional*): Name of the base model.
         dry_run (`bool`): Whether the model was left alone whatever the decision.
@@ -160,7 +160,7 @@ class MashupReport:
     swapped_loss: float | None = None
     expected_loss: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
-    rungs: tuple[Rung, ...] = ()
+    rounds: tuple[RaceRound, ...] = ()
     merge: MergeInfo | None = None
     base_model: str | None = None
     dry_run: bool = False
@@ -261,9 +261,9 @@ class MashupReport:
                 status += f", loss {row.probe_loss:.4f} after a few steps"
             table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
         table.add_section()
-        if len(self.rungs) > 1:
-            steps = (f"{rung.entered} on {rung.rows} rows" for rung in self.rungs)
-            table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rungs[-1].kept} left")
+        if len(self.rounds) > 1:
+            steps = (f"{step.entered} on {step.rows} rows" for step in self.rounds)
+            table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rounds[-1].kept} left")
             table.add_section()
         for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
             table.add_row(name, _number(loss), "", "", "held-out rows")
@@ -285,11 +285,11 @@ def candidate_rows(scores: "Sequence[Score]", weights: Mapping[int, float]) -> t
             rows=score.rows,
             tokens=score.tokens,
             weight=weights.get(id(score)),
-            rank=None if score.adapter is None else score.adapter.rank,
+            rank=None if score.source is None else score.source.rank,
             license=score.candidate.license,
             bytes=score.candidate.bytes,
             seconds=round(score.seconds, 4),
-            warnings=() if score.adapter is None else score.adapter.warnings,
+            warnings=score.warnings,
             repo_id=score.candidate.repo_id,
         )
         for score in scores

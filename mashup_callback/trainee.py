@@ -1,7 +1,7 @@
 """What is trained, as the stages see it: the protocols of a trainee, of what a candidate is and of what it changes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .candidates import Candidate
+from .candidates import Candidate, read_source
 from .config import MashupConfig
+from .formats.base import BaseModel
+from .full.sources import CheckpointSource
 from .full.trainee import FullTrainee
 from .full.weights import find_trained_weights
 from .lora.source import AdapterSource
@@ -45,6 +47,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> str | None:
         """Returns a hash of what it computes, by which its scores are cached; None where they are not."""
+
+    def release(self) -> None:
+        """Forgets what was read and kept in memory; it is read again when it is needed."""
 
 
 class Trainee(Protocol):
@@ -124,3 +129,14 @@ def find_trainee(
         )
     norms = weight_norms(model)
     return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms))
+
+
+def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candidate], Source]:
+    """
+    Returns what makes of a candidate on disk something to score on any model, trained or not: an adapter is added to
+    its layers, a full checkpoint takes the place of its weights.
+    """
+    base = BaseModel.of(model, base_model)
+    norms = weight_norms(model)
+    sources = {"adapter": lambda found: AdapterSource(found, norms), "model": CheckpointSource}
+    return lambda candidate: sources[candidate.kind](read_source(candidate, lambda found: found.fit(base)))

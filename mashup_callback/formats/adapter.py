@@ -61,7 +61,7 @@ class Adapter:
         """SHA-256 of the weights file, taken once."""
         if self.known_digest is not None:
             return self.known_digest
-        return hashlib.sha256(_read_unchanged(self)).hexdigest()
+        return hashlib.sha256(read_weights(self)).hexdigest()
 
     @property
     def weights(self) -> Path:
@@ -150,7 +150,10 @@ def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_
 
 @torch.no_grad()
 def load_factors(
-    adapter: Adapter, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    adapter: Adapter,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    data: bytes | None = None,
 ) -> dict[str, LoraFactors]:
     """
     Loads an adapter's tensors.
@@ -162,6 +165,8 @@ def load_factors(
             Where to put the tensors.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Data type of the factors.
+        data (`bytes`, *optional*):
+            From `read_weights`, where the file has been read already.
 
     Returns:
         `dict[str, LoraFactors]`: A (rank, in_features) and B (out_features, rank) by module name.
@@ -170,7 +175,7 @@ def load_factors(
         AdapterError: If the file changed since it was read, or values are not finite or absurdly large.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
-    data = _read_unchanged(adapter)
+    data = read_weights(adapter) if data is None else data
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -178,15 +183,16 @@ def load_factors(
     return {name: _load_module(name, shape, tensors, device, dtype) for name, shape in adapter.modules.items()}
 
 
-def adapter_hash(adapter: Adapter) -> str:
+def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
     """
-    Returns a SHA-256 in hex that is the same for adapters that compute the same: of the weights file and the
-    configuration's effective fields.
+    Returns a SHA-256 in hex that is the same for adapters that compute the same: of the weights file (`data`, where it
+    has been read already) and the configuration's effective fields.
 
     Raises:
         AdapterError: If the file changed since it was read.
     """
-    return hashlib.sha256(json.dumps([adapter.config.effective(), adapter.digest]).encode()).hexdigest()
+    digest = adapter.digest if data is None else hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(json.dumps([adapter.config.effective(), digest]).encode()).hexdigest()
 
 
 def _short_name(base_model: str) -> str:
@@ -196,7 +202,8 @@ def _short_name(base_model: str) -> str:
     return (cached[-1].split("--")[-1] if cached else parts[-1]).lower()
 
 
-def _read_unchanged(adapter: Adapter) -> bytes:
+def read_weights(adapter: Adapter) -> bytes:
+    """Returns the content of the weights file; raises `AdapterError` if it changed since its header was read."""
     with os.fdopen(open_regular(adapter.weights), "rb") as file:
         try:
             data, stamp = file.read(adapter.stamp.size + 1), FileStamp.of(file.fileno())

@@ -77,10 +77,8 @@ class LoraTrainee:
 
     def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
         """Returns a context in which the adapter holds an update of any rank, cut to its own."""
-        known = {name: factors for name, factors in update.factors.items() if name in self.adapter.targets}
-        if any(factors.rank > self.adapter.ranks[name] for name, factors in known.items()):
-            known = merge_factors([known], weights=[1.0], ranks=self.adapter.ranks).factors
-        return written(self.model, self.adapter.values(fit(known, self.adapter)), self._before)
+        held = fit(cut_to(update.factors, self.adapter), self.adapter)
+        return written(self.model, self.adapter.values(held), self._before)
 
     def write(self, update: LoraUpdate) -> None:
         """Fills A and B in place."""
@@ -137,6 +135,14 @@ class LoraTrainee:
             lost_layers=lost_layers,
             mergekit_version=held.mergekit_version,
         )
+
+
+def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
+    """Returns the best approximation of updates in the layers and the ranks of the trained adapter."""
+    known = {name: update for name, update in factors.items() if name in adapter.targets}
+    if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
+        return known
+    return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from mashup_callback.scoring import Rows, as_rows, draw_sample
 from mashup_callback.scoring.private_copy import private_copy
-from mashup_callback.scoring.sample import Rows, _drawn, as_rows, draw_sample
+from mashup_callback.scoring.sample import _drawn
 
 
 class Stream(IterableDataset):
