@@ -137,7 +137,7 @@ class ModelMerger:
         tensors = self.trainee.tensors
         resized = any(isinstance(source, Checkpoint) and source.resized for source in sources)
         adapters = [source for source in sources if isinstance(source, Adapter)]
-        needs_base = bool(adapters) or resized or MergeRule.create(method).spec.contract.base.name == "REQUIRED"
+        needs_base = bool(adapters) or resized or MergeRule.create(method).needs_base
         output = self.workspace.new("merge")
         decided(partial(check_space, self.workspace.path(), tensors.bytes * (1 + len(adapters))))
         base = self._base_directory(resized) if needs_base else None
