@@ -49,6 +49,7 @@ class MashupRun:
         trainee: Trainee | FullTrainee,
         tokenizer: Any = None,
     ) -> None:
+        config = config.resolved(args.seed)
         self.config, self.args, self.model, self.trainee = config, args, model, trainee
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
