@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .arguments import MashupArguments
     from .callback import MashupCallback
     from .candidates import Candidate, find_candidates
     from .config import MashupConfig
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Candidate": "candidates",
+    "MashupArguments": "arguments",
     "MashupCallback": "callback",
     "MashupConfig": "config",
     "MashupReport": "report",
@@ -30,6 +32,7 @@ _HOME = {
 
 __all__ = [
     "Candidate",
+    "MashupArguments",
     "MashupCallback",
     "MashupConfig",
     "MashupReport",

@@ -129,11 +129,12 @@ class MashupCallback(TrainerCallback):
         self._directory = mashup_directory(self.config, args)
         if not self._is_due(state, model):
             return
+        config = self.config.resolved(args.seed)
         with joint():
-            trainee = find_trainee(model, self.config, self._directory)
+            trainee = find_trainee(model, config, self._directory)
         with joint():
             self._check_directory(self._directory)
-        run = MashupRun(self.config, args, model, trainee, self._trainer)
+        run = MashupRun(config, args, model, trainee, self._trainer)
         try:
             with joint():
                 run.run(self.specs, train_dataloader)

@@ -116,7 +116,7 @@ def find_trainee(
         ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialization
             alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained.
     """
-    config, workspace = config or MashupConfig(), Workspace(Path(directory))
+    config, workspace = config or MashupConfig(seed=42), Workspace(Path(directory))
     adapter = find_adapter(model, config.overwrite)
     if adapter is not None:
         return LoraTrainee(model, adapter, config, workspace)
