@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 class MashupCallback(TrainerCallback):
     r"""
-    Starts training from a merge of the best of your past adapters instead of from a fresh initialisation.
+    Starts training from a merge of the best of your past adapters instead of from a fresh initialization.
 
     At the beginning of training the candidates are scored by their loss on a small sample of the training data, the
     best are merged with mergekit, and the merge is written into the adapter that is being trained, unless a fresh

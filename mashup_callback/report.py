@@ -130,7 +130,7 @@ class MashupReport:
     Args:
         decision (`str`): What training starts from: `"merged"`, `"single"` (the best candidate alone) or `"scratch"`.
         reason (`str`): Why.
-        base_loss (`float`, *optional*): Held-out loss of the fresh initialisation.
+        base_loss (`float`, *optional*): Held-out loss of the fresh initialization.
         merged_loss (`float`, *optional*): Held-out loss of the merge.
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
         gain (`float`, *optional*): How far below `base_loss` the start is, or the best one that was refused.
@@ -265,7 +265,7 @@ class MashupReport:
             steps = (f"{step.entered} on {step.rows} rows" for step in self.rounds)
             table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rounds[-1].kept} left")
             table.add_section()
-        for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
+        for name, loss in (("fresh initialization", self.base_loss), ("best single", self.single_loss)):
             table.add_row(name, _number(loss), "", "", "held-out rows")
         table.add_row("merge", _number(self.merged_loss), "", "", f"held-out rows, {self.seconds:.1f} s in all")
         return table

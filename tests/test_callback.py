@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
 from mashup_callback.factors import LoraFactors
-from mashup_callback.lora.trainee import FittedMerge, swap
+from mashup_callback.lora.source import LoraUpdate
+from mashup_callback.lora.trainee import LoraTrainee
 from tests.tiny import (
     LINEAR,
     llama,
@@ -59,7 +60,7 @@ def test_scratch_is_bit_identical_to_no_callback(tmp_path, library):
     alone = sft_trainer(tmp_path / "without", peft_config=config)
     alone.train()
     assert callback.report.decision == "scratch"
-    assert "better than a fresh initialisation" in callback.report.reason
+    assert "better than a fresh initialization" in callback.report.reason
     assert losses(trainer) == losses(alone)
     weights = lora_parameters(alone.model)
     assert all(torch.equal(value, weights[name]) for name, value in lora_parameters(trainer.model).items())
@@ -288,7 +289,7 @@ def test_first_run_of_a_team_trains_from_scratch(tmp_path, caplog):
     callback = MashupCallback(str(tmp_path / "runs/*"))
     sft_trainer(tmp_path / "out", callbacks=[callback]).train()
     assert callback.report.decision == "scratch" and "no candidate was found" in callback.report.reason
-    assert "training starts from the fresh initialisation" in caplog.text
+    assert "training starts from the fresh initialization" in caplog.text
     with pytest.raises(RuntimeError, match="no candidate was found"):
         sft_trainer(tmp_path / "o2", callbacks=[MashupCallback(str(tmp_path / "runs/*"), on_error="raise")]).train()
 
@@ -433,7 +434,7 @@ def test_report_that_cannot_be_saved_does_not_hide_the_swap(tmp_path, library, m
     def fail(*args):
         raise ValueError("no place")
 
-    monkeypatch.setattr("mashup_callback.pipeline.publish", fail)
+    monkeypatch.setattr("mashup_callback.pipeline.save_mashup", fail)
     callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert callback.report.decision in ("merged", "single")
@@ -444,20 +445,20 @@ def test_failure_after_the_swap_says_what_is_in_the_model(tmp_path, library, mon
     def fail(*args):
         raise ValueError("the other process is gone")
 
-    monkeypatch.setattr("mashup_callback.pipeline.MashupRun._publish", fail)
+    monkeypatch.setattr("mashup_callback.pipeline.MashupRun._save", fail)
     callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert any(value.any() for name, value in after.values.items() if "lora_B" in name)
     assert callback.report.decision in ("merged", "single") and callback.report.merge is not None
     assert "something failed after it was written" in caplog.text and "the other process is gone" in caplog.text
-    assert "fresh initialisation: " not in caplog.text
+    assert "fresh initialization: " not in caplog.text
 
 
 def test_failed_swap_is_scratch(tmp_path, library, monkeypatch):
     def fail(found, values):
         raise RuntimeError("it does not hold")
 
-    monkeypatch.setattr("mashup_callback.lora.trainee._check_written", fail)
+    monkeypatch.setattr("mashup_callback.swap._check_written", fail)
     callback = MashupCallback(str(library / "trained-*"))
     _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
     assert callback.report.decision == "scratch" and "it does not hold" in callback.report.reason
@@ -473,13 +474,14 @@ def test_loss_after_the_swap_is_what_the_guard_found(tmp_path, library):
 
 @pytest.mark.parametrize(("factor", "decision"), [(-3.0, "scratch"), (0.5, "merged")])
 def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatch, caplog, factor, decision):
-    def swap_other(model, trainee, fitted):
-        other = {n: LoraFactors(f.A, factor * f.B, f.scaling) for n, f in fitted.factors.items()}
-        return swap(model, trainee, FittedMerge(other))
+    def write_other(self, update):
+        other = {n: LoraFactors(f.A, factor * f.B, f.scaling) for n, f in update.factors.items()}
+        write(self, LoraUpdate(other))
 
-    monkeypatch.setattr("mashup_callback.pipeline.swap", swap_other)
+    write = LoraTrainee.write
+    monkeypatch.setattr(LoraTrainee, "write", write_other)
     # In float32 on a CPU there is next to no rounding.
-    monkeypatch.setattr("mashup_callback.guard.AfterSwap.tolerance", 0.005)
+    monkeypatch.setattr("mashup_callback.verification._tolerance", lambda model: 0.005 / 5)
     monkeypatch.setattr("mashup_callback.guard._decide", lambda *args: "merged")
     callback = MashupCallback(str(library / "trained-*"))
     _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
@@ -493,7 +495,7 @@ def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatc
 
 def test_method_that_fails_loses(tmp_path, library, monkeypatch, caplog):
     methods = {"linear": {}, "ties": {"density": "none"}}
-    monkeypatch.setattr("mashup_callback.guard.AUTO_METHODS", methods)
+    monkeypatch.setattr("mashup_callback.initialization.AUTO_METHODS", methods)
     settings = {"merge_method": "auto", "on_error": "raise", "guard": False}
     callback = MashupCallback(str(library / "trained-*"), **settings)
     sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()

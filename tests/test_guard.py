@@ -1,4 +1,4 @@
-"""What is better than a fresh initialisation, by how much it must be, and candidates that are lost on the way."""
+"""What is better than a fresh initialization, by how much it must be, and candidates that are lost on the way."""
 
 import math
 import shutil
@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mashup_callback import MashupCallback, MashupConfig, score_candidates
 from mashup_callback import pipeline as run
-from mashup_callback.guard import Start, _decide, _reason
-from mashup_callback.scoring.losses import RowLosses, paired_gain
+from mashup_callback.guard import _decide, _reason
+from mashup_callback.initialization import Init
+from mashup_callback.scoring import RowLosses, paired_gain
 from mashup_callback.selection import Selection
 from tests.full_model import full_trainer, save_models
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
@@ -26,7 +27,7 @@ def row_losses(loss, tokens=TOKENS):
 
 
 def start(loss, count=1):
-    return Start(Selection((None,) * count, (1.0,) * count), None, None, row_losses(loss))
+    return Init(Selection((None,) * count, (1.0,) * count), None, None, row_losses(loss))
 
 
 BASE = [6.0, 9.0, 8.5, 17.0]
@@ -75,7 +76,7 @@ def test_what_is_not_better_by_the_margin_is_not_better(merge, single, margin, e
 
 
 def test_one_held_out_row_gives_no_error_and_any_gain_counts():
-    one = Start(Selection((None, None), (1.0, 1.0)), None, None, row_losses([2.9], [2.0]))
+    one = Init(Selection((None, None), (1.0, 1.0)), None, None, row_losses([2.9], [2.0]))
     assert _decide(row_losses([3.0], [2.0]), one, one, MashupConfig()) == "merged"
 
 

@@ -163,7 +163,7 @@ def _base_warning(report: MashupReport) -> str | None:
 def _scratch_warning(report: MashupReport) -> str | None:
     if report.decision != "scratch":
         return None
-    return "on held-out rows this merge was not better than a fresh initialisation."
+    return "on held-out rows this merge was not better than a fresh initialization."
 
 
 def _usage(base_model: str | None, task_type: str | None) -> str:
@@ -187,7 +187,7 @@ def _full_usage(task_type: str | None) -> str:
 
 def _decision(report: MashupReport) -> str:
     if report.decision == "scratch":
-        return f"Start of training: a fresh initialisation ({_code(report.reason)})."
+        return f"Start of training: a fresh initialization ({_code(report.reason)})."
     merge = report.merge
     start = "a merge of past adapters" if report.decision == "merged" else "the best past adapter"
     text = f"Start of training: {start}."
@@ -223,7 +223,7 @@ def _result_table(report: MashupReport) -> str:
     metric = report.config.get("metric", "loss")
     label = "loss per token" if metric in ("loss", "token_accuracy") else _code(metric)
     losses = (
-        ("fresh initialisation", report.base_loss),
+        ("fresh initialization", report.base_loss),
         ("best single adapter", report.single_loss),
         ("merge", report.merged_loss),
     )

@@ -16,7 +16,7 @@ SHOWN = 30
 
 def plot_ranking(report: "MashupReport", path: Path) -> bool:
     """
-    Draws the candidates' losses with those of the fresh initialisation and the merge, as a PNG.
+    Draws the candidates' losses with those of the fresh initialization and the merge, as a PNG.
 
     Args:
         report (`MashupReport`):
@@ -43,7 +43,7 @@ def plot_ranking(report: "MashupReport", path: Path) -> bool:
     axes.barh([_label(names[id(row)]) for row in rows], [row.loss for row in rows], color=colors)
     axes.invert_yaxis()
     for loss, color, label in (
-        (report.base_loss, "black", "fresh initialisation, held out"),
+        (report.base_loss, "black", "fresh initialization, held out"),
         (report.single_loss, "tab:orange", "best single, held out"),
         (report.merged_loss, "tab:green", "merge, held out"),
     ):

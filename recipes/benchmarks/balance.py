@@ -26,9 +26,10 @@ from mashup_callback import score_candidates
 from mashup_callback.factors import Factors, LoraFactors
 from mashup_callback.formats.adapter import load_factors
 from mashup_callback.lora.merge import merge_factors
-from mashup_callback.lora.trainee import fit, swap
+from mashup_callback.lora.source import LoraUpdate
+from mashup_callback.lora.trainee import fit
 from mashup_callback.lowrank import balanced
-from mashup_callback.model.layers import find_trainee
+from mashup_callback.trainee import find_trainee
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
@@ -83,7 +84,7 @@ def train(merge: Factors | None, balance: str, data: tuple[list, list], seed: in
     if merge is not None:
         trainee = find_trainee(model)
         with patch("mashup_callback.lowrank.balanced", BALANCES[balance]):
-            swap(model, trainee, fit(merge, trainee))
+            trainee.write(LoraUpdate(fit(merge, trainee.adapter)))
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], rate, weight_decay=0)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(data[0]) // 10, len(data[0]))
     losses = []

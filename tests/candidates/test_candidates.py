@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
 from mashup_callback.factors import LoraFactors
 from mashup_callback.formats.adapter import adapter_hash, read_adapter, save_adapter
-from mashup_callback.scoring import preparing
-from mashup_callback.scoring.halving import Score
+from mashup_callback.scoring import Score, race
 
 
 def write_adapter(directory: Path, value: float = 1.0, alpha: float = 2.0) -> Path:
@@ -367,8 +366,8 @@ def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monke
     found = [Candidate("org/name", repo_id="org/name", revision=digit * 40, run=digit) for digit in "ab"]
     scores = [Score(candidate) for candidate in found]
     everywhere = lambda value: [value, {**value, ("org/name", "a" * 40): ("a", "it is broken there")}]  # noqa: E731
-    monkeypatch.setattr(preparing, "exchange", everywhere)
-    agreed = preparing.admitted_by_all(scores)
+    monkeypatch.setattr(race, "exchange", everywhere)
+    agreed = race._on_all_processes(scores)
     assert [(score.candidate.revision[0], score.candidate.run, score.status) for score in agreed] == [
         ("a", "a", "rejected"),
         ("b", "b", "scored"),

@@ -28,7 +28,7 @@ SOURCES = (
 )
 REPORT = MashupReport(
     decision="merged",
-    reason="0.5 below a fresh initialisation",
+    reason="0.5 below a fresh initialization",
     base_loss=2.0,
     merged_loss=1.4321,
     single_loss=1.5432,
@@ -72,7 +72,7 @@ def test_card_says_what_was_merged_and_how_good_it_is():
         f"acme/one/tree/{SHA}",
         f"acme/two/tree/{SHA}/sub/folder",
     ]
-    for name, loss in (("fresh initialisation", "2.0000"), ("best single adapter", "1.5432"), ("merge", "1.4321")):
+    for name, loss in (("fresh initialization", "2.0000"), ("best single adapter", "1.5432"), ("merge", "1.4321")):
         assert cells[cells.index(name) + 1] == loss
     assert "acme/three" not in card
     assert f"mashup merge acme/one@{SHA} acme/two/sub/folder@{SHA} --weights=0.75,0.25 --method=linear" in card
@@ -135,7 +135,7 @@ def test_local_base_is_left_out_unless_named(tmp_path, monkeypatch):
 
 def test_card_of_a_merge_that_lost():
     lost = replace(REPORT, decision="scratch", reason="nothing is better")
-    assert "not better than a fresh initialisation" in mashup_card(lost)
+    assert "not better than a fresh initialization" in mashup_card(lost)
 
 
 MARKUP = ("`", "``", "```\n", "|", "\\|", "\\", "\n", "\n---\n", "# h", ": [", "\u202e", "a", " ", "<!-", "<b>")
