@@ -29,18 +29,7 @@ _MASHUP = {"mashup"}
 
 
 def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
-    """
-    Returns what a path or glob leads to, in natural order, a run's final adapter before its checkpoints.
-
-    Args:
-        spec (`Spec`):
-            A local path.
-        excluded (`Sequence[str]`):
-            Real paths of directories that are skipped with all that is in them.
-
-    Raises:
-        ValueError: If a path that is no glob does not exist, or is a file.
-    """
+    """Returns what a path or glob leads to in natural order, without what is in the excluded real paths."""
     path = Path(os.path.expanduser(spec.path))
     if os.path.lexists(path):
         return _expand_literal(path, excluded)
