@@ -79,7 +79,7 @@ class ModelMerger:
         self.tokenizer = tokenizer
         self._base: Path | None = None
         self._base_is_own = False
-        self._adapters: dict[str, Path] = {}
+        self._adapters: dict[tuple[str, str | None], Path] = {}
 
     def merge(self, selection: Selection, method: str, parameters: Mapping[str, Any]) -> "tuple[MergedModel, Any]":
         """

@@ -8,10 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mashup_callback import preparing
-from mashup_callback.adapters import adapter_hash, read_adapter, save_adapter
+from mashup_callback.adapters import adapter_hash, load_factors, read_adapter, save_adapter
 from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
 from mashup_callback.factors import LoraFactors
+from mashup_callback.full_training import ModelMerger
 from mashup_callback.racing import Score
+from mashup_callback.workspace import Workspace
 
 
 def write_adapter(directory: Path, value: float = 1.0, alpha: float = 2.0) -> Path:
@@ -373,3 +375,15 @@ def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monke
         ("a", "a", "rejected"),
         ("b", "b", "scored"),
     ]
+
+
+def test_two_revisions_of_an_adapter_are_two_inputs_of_a_full_merge(tmp_path):
+    merger = ModelMerger(None, None, Workspace(tmp_path / "mashup"), None)
+    sources = []
+    for digit in "ab":
+        path = write_adapter(tmp_path / digit, float(int(digit, 16)))
+        sources.append(read_adapter(Candidate("org/name", path=path, repo_id="org/name", revision=digit * 40)))
+    saved = [merger._adapter(source) for source in (*sources, sources[0])]
+    values = [load_factors(read_adapter(path))["layers.0.q_proj"].A[0, 0].item() for path in saved]
+    assert values == [10.0, 11.0, 10.0]
+    assert saved[0] == saved[2] != saved[1]
