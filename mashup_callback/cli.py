@@ -186,7 +186,7 @@ def merge(
     A run's checkpoints are left out where its final adapter is found with them.
     """
     with _quiet_stdout():
-        from .candidates import Hub, check_specs, download, find_candidates
+        from .candidates import Hub, check_specs, download_candidate, find_candidates
 
         check_specs(specs)
         from .config import MashupConfig
@@ -194,7 +194,7 @@ def merge(
 
         hub = Hub()
         found = finished(find_candidates(specs, base_model, hub=hub))
-        adapters = usable([download(candidate, hub) for candidate in found])
+        adapters = usable([download_candidate(candidate, hub) for candidate in found])
         config = MashupConfig(
             top_k=len(adapters),
             weights=weights,

@@ -143,7 +143,7 @@ def test_model_with_transformers_own_adapter(tmp_path, library):
     arguments = TrainingArguments(
         str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
     )
-    tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
+    tokens = [{"input_ids": list(range(7, 20 + n)), "labels": list(range(7, 20 + n))} for n in range(16)]
     before, after = Snapshot(), Snapshot()
     Trainer(model, arguments, train_dataset=tokens, callbacks=[before, callback, after]).train()
     assert callback.report.decision != "scratch"

@@ -7,10 +7,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mashup_callback import MashupConfig
 from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
 from mashup_callback.factors import LoraFactors
-from mashup_callback.formats.adapter import adapter_hash, read_adapter, save_adapter
+from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
+from mashup_callback.formats.adapter_writer import save_adapter
 from mashup_callback.scoring import Score, race
+from mashup_callback.storage import Workspace
+from tests.tiny import llama
 
 
 def write_adapter(directory: Path, value: float = 1.0, alpha: float = 2.0) -> Path:
@@ -372,3 +376,12 @@ def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monke
         ("a", "a", "rejected"),
         ("b", "b", "scored"),
     ]
+
+
+def test_two_revisions_of_an_adapter_are_two_inputs_of_a_full_merge(tmp_path):
+    trainee = FullTrainee(llama(), frozenset(), MashupConfig(), Workspace(tmp_path / "mashup"), lambda found: found)
+    sources = [read_adapter(write_adapter(tmp_path / digit, float(int(digit, 16)))) for digit in "ab"]
+    saved = [trainee.adapter_directory(source) for source in (*sources, sources[0])]
+    values = [load_factors(read_adapter(path))["layers.0.q_proj"].A[0, 0].item() for path in saved]
+    assert values == [10.0, 11.0, 10.0]
+    assert saved[0] == saved[2] != saved[1]
