@@ -12,6 +12,7 @@ from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, l
 from mashup_callback.factors import LoraFactors
 from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
 from mashup_callback.formats.adapter_writer import save_adapter
+from mashup_callback.full.trainee import FullTrainee
 from mashup_callback.scoring import Score, race
 from mashup_callback.storage import Workspace
 from tests.tiny import llama
