@@ -104,7 +104,12 @@ def test_the_report_gives_the_error_and_noise_is_scratch(tmp_path, library):
 
 @pytest.fixture
 def losing(monkeypatch):
-    """Lets a function do something to the best candidate's directory after scoring; gives the names it was done to."""
+    """
+    Lets a function do something to the best candidate's directory after scoring; gives the names it was done to.
+
+    No room is left to keep what was read of a candidate in memory.
+    """
+    monkeypatch.setattr("mashup_callback.lora.source.KEPT_BYTES", 0)
 
     def arrange(harm):
         names = []
@@ -141,6 +146,21 @@ def test_the_next_best_takes_the_place_of_a_lost_adapter(tmp_path, library, losi
     assert len(lost) == 1 and merged <= {row.name for row in left} and left[0].name in merged
     assert len(merged) == 2 or settings["top_k"] == "auto"
     assert f"{lost[0]} was left out: " in report.reason
+
+
+def test_what_is_kept_in_memory_is_merged_though_its_files_are_gone(tmp_path, library, losing, monkeypatch):
+    merged = {}
+    for kind, kept in (("kept", 2**32), ("whole", 0)):
+        shutil.copytree(library, tmp_path / kind)
+        if kept:
+            losing(shutil.rmtree)
+        monkeypatch.setattr("mashup_callback.lora.source.KEPT_BYTES", kept)
+        callback = MashupCallback(str(tmp_path / kind / "trained-*"), on_error="raise", guard=False, top_k=2)
+        sft_trainer(tmp_path / f"out-{kind}", callbacks=[callback]).train()
+        monkeypatch.undo()
+        merged[kind] = load_file(tmp_path / f"out-{kind}/mashup/adapter_model.safetensors")
+        assert "left out" not in callback.report.reason
+    assert all(torch.equal(value, merged["whole"][name]) for name, value in merged["kept"].items())
 
 
 def test_the_next_best_takes_the_place_of_a_lost_checkpoint(tmp_path, losing):

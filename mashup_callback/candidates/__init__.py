@@ -1,7 +1,7 @@
 """Where candidates come from: the grammar, local directories and the Hub."""
 
 from .candidate import Candidate
-from .download import arriving, download
+from .download import arriving, download_candidate
 from .find import as_candidate, check_specs, find_candidates, read_source
 from .hub import Hub
 from .local import WEIGHTS_NAME
@@ -17,7 +17,7 @@ __all__ = [
     "arriving",
     "as_candidate",
     "check_specs",
-    "download",
+    "download_candidate",
     "find_candidates",
     "hub_name",
     "parse_spec",
