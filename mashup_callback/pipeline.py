@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +16,20 @@ from transformers import TrainingArguments
 from .candidates import Candidate, Hub, find_candidates, fits
 from .config import MashupConfig
 from .distributed import agreed, decided, is_first_on_machine, is_main_process
+from .formats.adapter_writer import save_adapter
 from .full.trainee import FittedModel, handle_models
-from .guard import Verdict, choose
+from .guard import Start, Verdict, choose
 from .lora.trainee import FittedMerge, swap
 from .model.layers import Trainee, base_model_name, layer_shapes
 from .model.tensors import FullTrainee
 from .provenance import warn_of_same_data
-from .report import MashupReport, candidate_rows, environment, merge_info
+from .report import CandidateRow, MashupReport, MergeInfo, environment
 from .scoring.cache import shared_fingerprint
 from .scoring.halving import rungs
 from .scoring.race import Score, score_candidates
 from .scoring.sample import Rows, draw_sample
 from .selection import select
-from .sharing.save import publish, publish_failure
+from .sharing.save import MERGEKIT_NAME, save_failure, save_mashup
 from .storage import Workspace
 
 
@@ -90,7 +91,8 @@ class MashupRun:
         self.report = self._outcome(verdict)
         self._swap(verdict.chosen and verdict.chosen.fitted)
         self._check(verdict, sample.held_out)
-        self._finish(lambda: publish(self.directory, self.report, verdict.chosen or verdict.merge, self.trainee))
+        shown = verdict.chosen or verdict.merge
+        self._finish(lambda: save_mashup(self.directory, self.report, lambda draft: self._save(shown, draft)))
 
     def give_up(self, reason: str) -> None:
         if self.undo is not None:
@@ -99,7 +101,7 @@ class MashupRun:
             return
         logger.warning("No mashup, training starts from the fresh initialisation: %s", reason)
         self.report = self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
-        self._publish(lambda: publish_failure(self.directory, self.report, self.trainee))
+        self._publish(lambda: save_failure(self.directory, self.report))
 
     def _find(self, specs: Sequence[str]) -> list[Candidate]:
         config = self.config
@@ -156,6 +158,17 @@ class MashupRun:
         logger.warning("The model does not compute what the guard judged: %s", text)
         self.report = replace(self.report, reason=f"{self.report.reason}; {text}")
 
+    def _save(self, start: Start, draft: Path) -> None:
+        if isinstance(self.trainee, FullTrainee):
+            # A candidate that is not used stays where it is; one that is used was copied.
+            if start.merged.owned:
+                start.merged.move_to(draft)
+                if start.merged.recipe:
+                    (draft / MERGEKIT_NAME).write_text(start.merged.recipe, encoding="utf-8")
+            return
+        task_type = getattr(self.trainee.config.task_type, "value", self.trainee.config.task_type)
+        save_adapter(draft, start.fitted.factors, base_model=self.report.base_model, task_type=task_type)
+
     def _finish(self, write: Callable[[], Any]) -> None:
         self.report = agreed(replace(self.report, timings=self._seconds(), hub=self.hub.traffic()))
         self._publish(write)
@@ -173,7 +186,7 @@ class MashupRun:
             gain_se=_finite(verdict.gain[1]),
             candidates=candidate_rows(self.scores, weights),
             rungs=rungs(self.scores),
-            merge=merge_info(shown),
+            merge=merge_info(shown.merged, shown.fitted.lost_energy, shown.fitted.lost_layers),
         )
 
     def _report(self, **values: Any) -> MashupReport:
@@ -228,3 +241,43 @@ def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
 def _finite(loss: float) -> float | None:
     # JSON has no numbers for these.
     return loss if math.isfinite(loss) else None
+
+
+def candidate_rows(scores: Sequence[Score], weights: Mapping[int, float]) -> tuple[CandidateRow, ...]:
+    """Returns the report's rows; `weights` has the weights in the merge by `id` of the score."""
+    return tuple(
+        CandidateRow(
+            name=score.candidate.name,
+            status=score.status,
+            revision=score.candidate.revision,
+            reason=score.reason,
+            loss=score.loss,
+            accuracy=None if score.losses is None else score.losses.accuracy,
+            probe_loss=score.probe_loss,
+            rows=score.rows,
+            tokens=score.tokens,
+            weight=weights.get(id(score)),
+            rank=None if score.adapter is None else score.adapter.rank,
+            license=score.candidate.license,
+            bytes=score.candidate.bytes,
+            seconds=round(score.seconds, 4),
+            warnings=() if score.adapter is None else score.adapter.warnings,
+            repo_id=score.candidate.repo_id,
+        )
+        for score in scores
+    )
+
+
+def merge_info(merged: Any, lost_energy: float = 0.0, lost_layers: tuple[str, ...] = ()) -> MergeInfo:
+    """Returns what the report says about a merge, and of what the trainee cannot hold of it."""
+    return MergeInfo(
+        method=merged.method,
+        space=merged.space,
+        parameters=dict(merged.parameters),
+        rank=merged.rank,
+        kept_energy=merged.total_kept_energy,
+        kept_energy_by_module=dict(merged.kept_energy),
+        lost_energy=lost_energy,
+        lost_layers=lost_layers,
+        mergekit_version=merged.mergekit_version,
+    )
