@@ -1,14 +1,12 @@
 """The settings for YAML and the command line."""
 
-import json
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import Any
 
 from .callback import MashupCallback
 from .config import MashupConfig
 
 
-# A command line gives these as text: "auto" or a number, JSON, and numbers with commas between them.
+# Parsers know no unions, so that these are text: see `MashupConfig.from_texts`.
 _TEXTS = ("top_k", "metric", "merge_parameters", "weights")
 _PYTHON_ONLY = ("guard_dataset",)
 
@@ -57,36 +55,8 @@ class MashupArguments(_Settings):  # type: ignore[valid-type, misc]
     def config(self) -> MashupConfig:
         """Returns the settings."""
         names = [item.name for item in fields(MashupConfig) if item.name not in _PYTHON_ONLY]
-        values = {name: getattr(self, f"mashup_{name}") for name in names}
-        return MashupConfig(**values | {name: _parsed(name, values[name]) for name in _TEXTS})
+        return MashupConfig.from_texts({name: getattr(self, f"mashup_{name}") for name in names})
 
     def callback(self) -> MashupCallback | None:
         """Returns the callback, None if there are no candidates."""
         return MashupCallback(self.mashup_candidates, config=self.config()) if self.mashup_candidates else None
-
-
-def _parsed(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if name == "top_k":
-        return int(value) if value.strip().isdecimal() else value.strip()
-    if name == "weights":
-        return parse_weights(value)
-    return parse_parameters(value) if name == "merge_parameters" else value
-
-
-def parse_weights(text: str) -> str | list[str]:
-    """Returns the numbers in a text, as they are written, or the text itself where it is a name."""
-    return (
-        text
-        if text.strip("[]() ").isidentifier()
-        else [part for part in text.strip("[]() ").split(",") if part.strip()]
-    )
-
-
-def parse_parameters(text: str) -> Any:
-    """Returns what JSON holds; raises `ValueError` where it is none."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`merge_parameters` is not valid JSON ({error}): {text!r}") from error

@@ -47,7 +47,7 @@ def one_line(error: Exception) -> str:
 
 def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the candidates that were found as a table."""
-    table = Table("candidate", "revision", "rank", "bytes", "licence", "status")
+    table = Table("candidate", "revision", "rank", "bytes", "license", "status")
     for row in rows:
         cells = (row["revision"], row["rank"], row["bytes"], row["license"], row["reason"] or "usable")
         table.add_row(_text(row["name"]), *map(_text, cells))

@@ -1,6 +1,7 @@
 """The settings of a mashup."""
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -185,6 +186,22 @@ class MashupConfig:
                 hint = f"Did you mean `{near[0]}`?" if near else f"The settings are {', '.join(names)}."
                 raise TypeError(f"MashupCallback got an unknown setting `{name}`. {hint}")
         return cls(**settings) if config is None else replace(config, **settings)
+
+    @classmethod
+    def from_texts(cls, values: Mapping[str, Any]) -> "MashupConfig":
+        """Returns the settings that a command line has given, where a number, JSON and a list of numbers are text."""
+        parsed = dict(values)
+        top_k, weights, parameters = (parsed.get(name) for name in ("top_k", "weights", "merge_parameters"))
+        if isinstance(top_k, str):
+            parsed["top_k"] = int(top_k) if top_k.strip().isdecimal() else top_k.strip()
+        if isinstance(weights, str) and not weights.strip("[]() ").isidentifier():
+            parsed["weights"] = [part for part in weights.strip("[]() ").split(",") if part.strip()]
+        if isinstance(parameters, str):
+            try:
+                parsed["merge_parameters"] = json.loads(parameters)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`merge_parameters` is not valid JSON ({error}): {parameters!r}") from error
+        return cls(**parsed)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON can hold them: callables by their name, rows by their number."""

@@ -22,7 +22,7 @@ from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap, written
 from .extraction import extract
-from .merge import MergedAdapter, merge_factors
+from .merge import merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import Target, TrainedAdapter
 
@@ -73,7 +73,7 @@ class LoraTrainee:
                 seed=self.config.seed,
             )
         )
-        return LoraUpdate(fit(merged.factors, self.adapter)), self._info(merged)
+        return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.targets)
 
     def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
         """Returns a context in which the adapter holds an update of any rank, cut to its own."""
@@ -120,21 +120,6 @@ class LoraTrainee:
         path = self.workspace.new("extracted")
         adapter = extract(self.model, checkpoint, self.adapter.ranks, self.config.min_kept_energy, path)
         return self._adapter_source(adapter.fit(self.base))
-
-    def _info(self, merged: MergedAdapter) -> MergeInfo:
-        lost_energy, lost_layers = merged.outside(self.adapter.targets)
-        held = merged.within(self.adapter.targets)
-        return MergeInfo(
-            method=held.method,
-            space=held.space,
-            parameters=dict(held.parameters),
-            rank=held.rank,
-            kept_energy=held.total_kept_energy,
-            kept_energy_by_module=dict(held.kept_energy),
-            lost_energy=lost_energy,
-            lost_layers=lost_layers,
-            mergekit_version=held.mergekit_version,
-        )
 
 
 def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
