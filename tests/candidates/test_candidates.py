@@ -8,10 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mashup_callback import MashupConfig
-from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
+from mashup_callback.candidates import Candidate, Spec, find_candidates, local, parse_spec
 from mashup_callback.factors import LoraFactors
 from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
 from mashup_callback.formats.adapter_writer import save_adapter
+from mashup_callback.formats.base import BaseModel
 from mashup_callback.full.trainee import FullTrainee
 from mashup_callback.scoring import Score, race
 from mashup_callback.storage import Workspace
@@ -236,8 +237,8 @@ def mixed(tmp_path) -> Path:
 
 def test_unfit_candidates_do_not_count_towards_the_maximum(mixed, monkeypatch):
     opened = hashed_files(monkeypatch)
-    found = find_candidates(mixed, max_candidates=10, check=fits(LAYERS))
-    alone = find_candidates(str(mixed / "good-*"), max_candidates=10, check=fits(LAYERS))
+    found = find_candidates(mixed, max_candidates=10, check=BaseModel(LAYERS).check)
+    alone = find_candidates(str(mixed / "good-*"), max_candidates=10, check=BaseModel(LAYERS).check)
     assert [item for item in found if not item.reason] == [item for item in alone if not item.reason]
     assert names(found, mixed) == [f"good-{number:02d}" for number in range(10)]
     assert {name: reasons(found, mixed)[name] for name in ("good-10", "good-11")} == dict.fromkeys(
@@ -253,7 +254,7 @@ def test_without_a_check_nothing_is_judged(mixed):
 
 
 def test_the_hash_travels_to_the_score_cache(mixed, monkeypatch):
-    first, second = find_candidates(str(mixed / "good-0[01]"), check=fits(LAYERS))
+    first, second = find_candidates(str(mixed / "good-0[01]"), check=BaseModel(LAYERS).check)
     known = adapter_hash(read_adapter(first))
     assert known == adapter_hash(read_adapter(first.path)) != adapter_hash(read_adapter(second))
     with monkeypatch.context() as patch:
