@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
-from mashup_callback.factors import LoraFactors
+from mashup_callback.lowrank import LoraFactors
 from mashup_callback.lora.trainee import FittedMerge, swap
 from tests.tiny import (
     LINEAR,

@@ -11,9 +11,8 @@ from torch import nn
 
 from ..distributed import is_main_process
 from ..errors import CheckpointError
-from ..formats.checkpoint import INDEX_NAME, WEIGHTS_NAME, check_checkpoint, read_checkpoint, read_tensor
-from ..model.parameters import read_parameters
-from ..model.tensors import ModelTensors, describe_model
+from ..formats import INDEX_NAME, MODEL_WEIGHTS_NAME, BaseModel, read_checkpoint, read_tensor
+from ..model import ModelTensors, describe_model, read_parameters
 
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -37,7 +36,7 @@ def save_model(model: nn.Module, directory: Path) -> Path:
     weight_map = {}
     for index, names in enumerate(shards):
         values = read_parameters(model, names)
-        file = WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = MODEL_WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def is_model_on_disk(model: nn.Module, directory: Path) -> bool:
     """
     tensors = describe_model(model)
     try:
-        checkpoint = check_checkpoint(read_checkpoint(directory), tensors)
+        checkpoint = read_checkpoint(directory).fit(BaseModel({}, tensors))
     except CheckpointError:
         return False
     same = True

@@ -9,13 +9,9 @@ from torch import nn
 
 from ..distributed import decided, is_main_process
 from ..errors import AdapterError, CheckpointError
-from ..factors import LoraFactors
-from ..formats.adapter import Adapter, read_adapter
-from ..formats.adapter_writer import save_adapter
-from ..formats.checkpoint import Checkpoint, read_tensor
-from ..lowrank import truncate_dense
-from ..model.layers import layer_shape, linear_layers
-from ..model.parameters import read_parameters
+from ..formats import Adapter, Checkpoint, read_adapter, read_tensor, write_adapter
+from ..lowrank import LoraFactors, truncate_dense
+from ..model import layer_shape, linear_layers, read_parameters
 
 
 def extract(
@@ -36,7 +32,7 @@ def extract(
             f"rank {rank} keeps {kept:.1%} of its update's squared norm, less than min_kept_energy="
             f"{min_kept_energy:.1%}: raise the rank, lower `min_kept_energy` to accept it, or train all weights"
         )
-    decided(lambda: save_adapter(path, factors, base_model=None))
+    decided(lambda: write_adapter(path, factors, base_model=None))
     adapter = read_adapter(path)
     warning = f"rank {rank} keeps {kept:.1%} of its full update"
     return dataclasses.replace(adapter, warnings=(*adapter.warnings, warning))

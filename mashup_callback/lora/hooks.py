@@ -12,8 +12,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..errors import BypassedError, NotTiledError
-from ..factors import Factors, LoraFactors
 from ..formats.adapter_modules import ModuleShape
+from ..lowrank import Factors, LoraFactors
 from ..model.layers import linear_layers
 from ..model.parameters import clean_name
 from ..scoring.losses import output_head

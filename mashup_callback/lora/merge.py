@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from ..candidates import Candidate, as_candidate, read_source
-from ..factors import Factors, LoraFactors
-from ..formats.adapter import Adapter, load_factors
-from ..formats.adapter_writer import save_adapter
-from ..lowrank import trainable
+from ..formats import Adapter, load_factors
+from ..lowrank import Factors, LoraFactors, trainable
 from ..methods import SPACES, MergeRule, check_merge
 from ..storage import refuse_foreign, refuse_overlap
 from .spaces import ModuleMerge
+from .writer import save_adapter
 
 
 logger = logging.getLogger(__name__)

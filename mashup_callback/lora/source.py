@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..factors import Factors
-from ..formats.adapter import Adapter, adapter_hash, load_factors
-from ..model.layers import refuse_huge
+from ..formats import Adapter, adapter_hash, load_factors
+from ..lowrank import Factors
+from ..model import refuse_huge
 from .hooks import applied
 
 

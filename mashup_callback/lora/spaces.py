@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..factors import LoraFactors
-from ..lowrank import (
-    Truncation,
-    private_rng,
-    shared_cores,
-    truncate_core,
-    truncate_dense,
-)
+from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, truncate_core, truncate_dense
 from ..methods import MergeRule
 
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
-from mashup_callback.factors import LoraFactors
+from mashup_callback.lowrank import LoraFactors
 from mashup_callback.formats.adapter import adapter_hash, read_adapter, save_adapter
 from mashup_callback.scoring import preparing
 from mashup_callback.scoring.halving import Score
