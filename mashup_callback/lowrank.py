@@ -1,18 +1,16 @@
 """
-Algebra of low-rank updates: a shared orthonormal basis for several adapters, and best rank-r factors of a merge.
+Low-rank updates and their algebra: a shared orthonormal basis for several adapters, best rank-r factors of a merge.
 
 k updates `delta_i = B_i A_i` of one layer live in the span of their stacked factors. With the QR decompositions
 `[B_1 .. B_k] = Q_b R_b` and `[A_1; ..; A_k]ᵀ = Q_a R_a`, each update is `Q_b C_i Q_aᵀ` with the small core
 `C_i = R_b,i R_a,iᵀ`: inner products and norms of the updates are those of the cores (Core Space, arXiv 2509.17786).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-
-from .factors import LoraFactors
 
 
 RANK_TOLERANCE = 1e-6
@@ -23,14 +21,68 @@ EXACT_SVD_SIZE = 512
 
 
 @dataclass(frozen=True, eq=False)
-class SharedBasis:
+class LoraFactors:
     """
-    Orthonormal bases of the column and row spaces that several updates of one layer share.
+    The LoRA update of one linear layer, `delta = scaling * B @ A`.
 
     Args:
-        left (`torch.Tensor` of shape `(out_features, p)`): Orthonormal columns, `Q_b`.
-        right (`torch.Tensor` of shape `(in_features, q)`): Orthonormal columns, `Q_a`.
+        A (`torch.Tensor` of shape `(rank, in_features)`):
+            Down projection, peft's `lora_A.weight`.
+        B (`torch.Tensor` of shape `(out_features, rank)`):
+            Up projection, peft's `lora_B.weight`.
+        scaling (`float`):
+            Factor on the product: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
+
+    Raises:
+        ValueError: If the shapes do not share one rank.
     """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(
+                f"A has shape {tuple(self.A.shape)} and B {tuple(self.B.shape)}; expected (rank, in_features) and "
+                "(out_features, rank) with one rank. Transpose or slice them first."
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `A`, an upper bound on the rank of the update."""
+        return self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Size of the layer's input."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the layer's output."""
+        return self.B.shape[0]
+
+    def delta(self) -> torch.Tensor:
+        """The dense update, of shape `(out_features, in_features)` and in the factors' dtype."""
+        return self.scaling * (self.B @ self.A)
+
+    def norm(self) -> float:
+        """Frobenius norm of the update, without forming the dense matrix."""
+        return abs(self.scaling) * product_norm(self.A, self.B)
+
+    def norm_bound(self) -> float:
+        """The product of the factors' norms, a bound on the norm of the update at a fraction of the cost."""
+        return abs(self.scaling) * self.A.norm().item() * self.B.norm().item()
+
+
+Factors = Mapping[str, LoraFactors]
+"""The updates of one adapter: module name in the base model (`"model.layers.0.self_attn.q_proj"`) -> its factors."""
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBasis:
+    """Orthonormal bases of the column and row spaces that several updates of one layer share, `Q_b` and `Q_a`."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -38,16 +90,21 @@ class SharedBasis:
 
 @dataclass(frozen=True, eq=False)
 class Truncation:
-    """
-    Rank-r factors of a merged update, and how much of it they hold.
-
-    Args:
-        factors (`LoraFactors`): Factors with scaling 1.0, the singular values shared evenly between `A` and `B`.
-        kept_energy (`float`): Share of the update's squared Frobenius norm that the factors keep, 0 to 1.
-    """
+    """Rank-r factors of an update with scaling 1.0, and the share of its squared Frobenius norm that they keep."""
 
     factors: LoraFactors
     kept_energy: float
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in float64, on the CPU if it is on an Apple GPU, which has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def product_norm(A: torch.Tensor, B: torch.Tensor) -> float:
+    """Frobenius norm of `B @ A`, `sqrt(tr(BᵀB · AAᵀ))`, in float64 because the trace adds terms of either sign."""
+    A, B = in_float64(A.detach()), in_float64(B.detach())
+    return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().item()
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -70,17 +127,10 @@ def private_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 def shared_cores(inputs: Sequence[LoraFactors], principal: bool = False) -> tuple[SharedBasis, list[torch.Tensor]]:
     """
-    Express the updates of one layer as small matrices in one orthonormal basis.
+    Express the updates of one layer, `left @ core @ right.T`, as small cores in one orthonormal basis.
 
-    Args:
-        inputs (sequence of `LoraFactors`): Updates of the same layer; ranks and scalings may differ.
-        principal (`bool`, *optional*, defaults to `False`): Take the singular vectors of the stacks as the basis. It
-            then depends on neither the order of the inputs nor the QR's triangular shape, which matters to methods
-            that look at single entries.
-
-    Returns:
-        `tuple[SharedBasis, list[torch.Tensor]]`: The basis, and a core of shape `(p, q)` for each input such that
-        `left @ core @ right.T` is its update. p and q are at most the sum of the ranks.
+    A `principal` basis, of singular vectors, depends on neither the order of the inputs nor the triangular shape of
+    QR, which matters to methods that look at single entries.
     """
     dtype = exact_dtype(inputs[0].A.device)
     orthonormal = _principal_basis if principal else torch.linalg.qr
@@ -92,17 +142,7 @@ def shared_cores(inputs: Sequence[LoraFactors], principal: bool = False) -> tupl
 
 
 def truncate_core(basis: SharedBasis, core: torch.Tensor, rank: int) -> Truncation:
-    """
-    Best approximation of `left @ core @ right.T` by factors of at most `rank` (Eckart-Young), from the core's SVD.
-
-    Args:
-        basis (`SharedBasis`): Basis the core is expressed in.
-        core (`torch.Tensor` of shape `(p, q)`): Update to approximate.
-        rank (`int`): Largest rank of the result, which is lower where the update's own rank is.
-
-    Returns:
-        `Truncation`: float32 factors and the energy they keep.
-    """
+    """Best float32 factors of at most `rank` for `left @ core @ right.T` (Eckart-Young), from the core's SVD."""
     U, S, Vh = torch.linalg.svd(core.to(basis.left.dtype), full_matrices=False)
     keep = min(rank, _numerical_rank(S))
     root = S[:keep].sqrt()
@@ -113,20 +153,12 @@ def truncate_core(basis: SharedBasis, core: torch.Tensor, rank: int) -> Truncati
 
 def truncate_dense(update: torch.Tensor, rank: int, width: int, seed: int = 0) -> Truncation:
     """
-    Best approximation of a dense update by factors of at most `rank`.
+    Best float32 factors of at most `rank` for a dense update, from a full SVD where the matrix is small.
 
-    Small matrices get a full SVD. Larger ones get a randomised one with eight power iterations and `width + rank`
-    directions: on sign-elected and sparsified merges of 1024 x 1024 it missed at most 5e-6 of the energy that a full
-    SVD keeps, in a tenth of the time. `kept_energy` is measured on the factors returned, so it is exact either way.
-
-    Args:
-        update (`torch.Tensor` of shape `(out_features, in_features)`): Dense update.
-        rank (`int`): Largest rank of the result, which is lower where the update's own rank is.
-        width (`int`): Sum of the ranks of the merged adapters, beyond which the spectrum is flat.
-        seed (`int`, *optional*, defaults to 0): Seed of the randomised SVD; the global generators are untouched.
-
-    Returns:
-        `Truncation`: float32 factors and the energy they keep.
+    Larger ones get a randomized SVD with eight power iterations and `width + rank` directions, where `width` is the
+    sum of the ranks of the merged adapters: on sign-elected and sparsified merges of 1024 x 1024 it missed at most
+    5e-6 of the energy that a full SVD keeps, in a tenth of the time. `kept_energy` is measured on the factors
+    returned, so it is exact either way.
     """
     update = update.float()
     directions = width + rank
@@ -147,13 +179,8 @@ def balanced(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
     """
     Rewrite an update so that it trains like a fresh adapter, whatever the balance of its factors.
 
-    Args:
-        update (`LoraFactors`): Update to rewrite.
-        fresh (`torch.Tensor` of shape `(rank, in_features)`): Freshly initialized down projection.
-
-    Returns:
-        `LoraFactors`: The same update with scaling 1.0 and no zero directions; `A` has the norm of as many rows of
-        `fresh`, or that of `B` where these are zero.
+    The scaling is 1.0 and there are no zero directions; `A` has the norm of as many rows of the freshly initialized
+    down projection, or that of `B` where these are zero.
     """
     basis, (core,) = shared_cores([update])
     even = truncate_core(basis, core, update.rank).factors
@@ -163,16 +190,7 @@ def balanced(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
 
 
 def trainable(update: LoraFactors, fresh: LoraFactors) -> LoraFactors:
-    """
-    Write an update into a fresh adapter: balanced, with its scaling, and ranks that are not filled stay fresh.
-
-    Args:
-        update (`LoraFactors`): Update to write, of at most the rank of `fresh`.
-        fresh (`LoraFactors`): The fresh adapter.
-
-    Returns:
-        `LoraFactors`: The same update. Where a rank is not filled, the column of `B` is zero.
-    """
+    """Write an update of no larger rank into a fresh adapter: ranks not filled keep `A` and a zero column of `B`."""
     update = balanced(update, fresh.A)
     A, B = fresh.A.clone(), torch.zeros_like(fresh.B)
     A[: update.rank] = update.A.to(A)

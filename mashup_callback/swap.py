@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .distributed import exchange, joint
-from .model.parameters import stream_parameters, write_parameters
+from .model import stream_parameters, write_parameters
 
 
 def swap(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Callable[[], None]) -> None:

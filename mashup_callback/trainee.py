@@ -11,14 +11,11 @@ from torch import nn
 
 from .candidates import Candidate, read_source
 from .config import MashupConfig
-from .formats.base import BaseModel
+from .formats import BaseModel
+from .full import FullTrainee, find_trained_weights
 from .full.sources import CheckpointSource
-from .full.trainee import FullTrainee
-from .full.weights import find_trained_weights
-from .lora.source import AdapterSource
-from .lora.targets import find_adapter
-from .lora.trainee import LoraTrainee
-from .model.layers import weight_norms
+from .lora import AdapterSource, LoraTrainee, find_adapter
+from .model import weight_norms
 from .report import MergeInfo
 from .storage import Workspace
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
-from mashup_callback.factors import LoraFactors
 from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.lora.trainee import LoraTrainee
+from mashup_callback.lowrank import LoraFactors
 from tests.tiny import (
     LINEAR,
     llama,

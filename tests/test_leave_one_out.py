@@ -12,7 +12,7 @@ import torch
 from peft import EvaConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from mashup_callback.factors import LoraFactors
+from mashup_callback.lowrank import LoraFactors
 from recipes.leave_one_out import arms, cli, outputs, tables
 from recipes.leave_one_out import jobs as jobs_module
 from recipes.leave_one_out.controls import assert_initialised, randomised

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mashup_callback.factors import in_float64
+from mashup_callback.lowrank import in_float64
 from mashup_callback.report import CandidateRow, MashupReport, MergeInfo, environment
 from mashup_callback.sharing.save import plot_ranking
 

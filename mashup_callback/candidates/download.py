@@ -17,11 +17,9 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..distributed import in_turns, is_main_process, place
 from ..errors import AdapterError, HubError
-from ..formats.checkpoint_files import INDEX_NAME, MAX_JSON_BYTES, parse_index, shard_names
-from ..formats.files import read_limited
+from ..formats import INDEX_NAME, MAX_JSON_BYTES, WEIGHTS_NAME, parse_index, read_limited, shard_names
 from .candidate import Candidate
 from .hub import RECOVERABLE, Hub, describe
-from .local import WEIGHTS_NAME
 from .search import COMMIT, path_in_repository
 
 

@@ -13,9 +13,7 @@ from typing import Any
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError
-from ..formats.adapter import Adapter, read_adapter
-from ..formats.checkpoint import is_checkpoint, read_checkpoint
-from ..formats.files import quote
+from ..formats import Adapter, is_checkpoint, quote, read_adapter, read_checkpoint
 from .candidate import Candidate
 from .download import cached, snapshot
 from .hub import RECOVERABLE, Hub, describe

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from ..errors import HubError
-from ..formats.files import quote
+from ..formats import quote
 
 
 logger = logging.getLogger(__name__)

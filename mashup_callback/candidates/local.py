@@ -12,15 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import AdapterError
-from ..formats.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
-from ..formats.files import open_regular, read_limited
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, open_regular, parse_config, read_limited
 from .candidate import Candidate
 from .spec import FORMS, Spec, is_glob
 
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 # A directory of runs holds runs, and these hold adapters and checkpoints.
 _DEPTH = 2
 SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")

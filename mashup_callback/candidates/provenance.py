@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import AdapterError
-from ..formats.files import read_limited
+from ..formats import read_limited
 
 
 CARD_NAME = "README.md"

@@ -14,17 +14,27 @@ from huggingface_hub import HfApi, hf_hub_url, metadata_load
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError, HubError
-from ..formats.adapter import Adapter, parse_adapter
-from ..formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from ..formats.adapter_config import MAX_CONFIG_BYTES, parse_config
-from ..formats.checkpoint import Checkpoint, describe_checkpoint
-from ..formats.checkpoint_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
-from ..formats.files import read_limited
-from ..formats.header import FileStamp, TensorInfo, header_length, parse_header
+from ..formats import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    MODEL_CONFIG_NAME,
+    MODEL_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    Checkpoint,
+    FileStamp,
+    TensorInfo,
+    describe_checkpoint,
+    header_end,
+    parse_adapter,
+    parse_config,
+    parse_header,
+    read_limited,
+)
 from .candidate import Candidate
 from .hub import RECOVERABLE, Hub, describe
 from .local import SHARD, SHARDED
-from .local import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from .spec import Spec, hub_name
 
 
@@ -116,10 +126,10 @@ class RemoteFiles:
             size = sum(stamp.size for stamp in checkpoint.stamps.values())
             files = tuple(dict.fromkeys([*self.candidate.files, *checkpoint.stamps]))
             return replace(self.candidate, bytes=size, files=files), checkpoint
-        config = self.read(ADAPTER_CONFIG_NAME, MAX_CONFIG_BYTES)
+        config = self.read(CONFIG_NAME, MAX_CONFIG_BYTES)
         # Before the header of one that is unfit is asked for.
         parse_config(config)
-        header, size = self._start(ADAPTER_WEIGHTS_NAME)
+        header, size = self._start(WEIGHTS_NAME)
         return replace(self.candidate, bytes=size), parse_adapter(config, header, size)
 
     def has(self, name: str) -> bool:
@@ -133,12 +143,12 @@ class RemoteFiles:
 
     def header(self, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:
         data, size = self._start(name)
-        return parse_header(data, size), FileStamp(size, modified=0)
+        return parse_header(data, size), FileStamp(size)
 
     def _start(self, name: str) -> tuple[bytes, int]:
         """Returns the first bytes of a safetensors file through the end of its header, and the size of the file."""
         data, size = self.hub.read(self._url(name), 0, HEADER_BYTES)
-        end = header_length(data) + 8
+        end = header_end(data)
         if len(data) < end <= size:
             data += self.hub.read(self._url(name), len(data), end)[0]
         return data, size
@@ -230,29 +240,29 @@ def _held(repo_id: str, folder: str, revision: str, license: str | None, files: 
     found = _repository(repo_id, folder or None, revision)
     parent, _, last = folder.rpartition("/")
     run = f"{repo_id}/{parent}".rstrip("/") if last.startswith("checkpoint-") else found.name
-    kind = "adapter" if ADAPTER_CONFIG_NAME in files else "model"
+    kind = "adapter" if CONFIG_NAME in files else "model"
     return replace(found, kind=kind, run=run, license=license, files=files)
 
 
 def _description_in(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
     there = {name for parent, _, name in (path.rpartition("/") for path in paths) if parent == folder}
-    if ADAPTER_CONFIG_NAME in there:
-        return (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME) if ADAPTER_WEIGHTS_NAME in there else ()
-    weights = next((name for name in (INDEX_NAME, WEIGHTS_NAME) if name in there), None)
-    if CONFIG_NAME not in there or weights is None:
+    if CONFIG_NAME in there:
+        return (CONFIG_NAME, WEIGHTS_NAME) if WEIGHTS_NAME in there else ()
+    weights = next((name for name in (INDEX_NAME, MODEL_WEIGHTS_NAME) if name in there), None)
+    if MODEL_CONFIG_NAME not in there or weights is None:
         return ()
-    return (CONFIG_NAME, weights)
+    return (MODEL_CONFIG_NAME, weights)
 
 
 def _why_nothing(paths: Sequence[str], below: str) -> str:
     names = [path.rpartition("/")[2] for path in paths if path.startswith(below)]
     pickled = any(name.endswith(_PICKLED) for name in names)
-    if ADAPTER_CONFIG_NAME in names and any(map(SHARD.fullmatch, names)):
+    if CONFIG_NAME in names and any(map(SHARD.fullmatch, names)):
         return SHARDED
-    for config, weights in ((ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), (CONFIG_NAME, WEIGHTS_NAME)):
+    for config, weights in ((CONFIG_NAME, WEIGHTS_NAME), (MODEL_CONFIG_NAME, MODEL_WEIGHTS_NAME)):
         if config in names and pickled:
             return f"it has only pickled weights, which are never opened, and no {weights}"
     return (
-        f"it holds no adapter, expected {ADAPTER_CONFIG_NAME} and {ADAPTER_WEIGHTS_NAME}, and no full model, expected "
-        f"{CONFIG_NAME} and {WEIGHTS_NAME} or its shards"
+        f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME}, and no full model, expected "
+        f"{MODEL_CONFIG_NAME} and {MODEL_WEIGHTS_NAME} or its shards"
     )

@@ -1,1 +1,62 @@
-"""Files that strangers wrote, read safely."""
+"""Files that strangers wrote, read safely: LoRA adapters and full checkpoints."""
+
+from .adapter import WEIGHTS_NAME, Adapter, adapter_hash, load_factors, parse_adapter, read_adapter
+from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
+from .adapter_modules import ModuleShape
+from .adapter_writer import write_adapter
+from .base import BaseModel, Description
+from .checkpoint import (
+    Checkpoint,
+    check_unchanged,
+    describe_checkpoint,
+    is_checkpoint,
+    read_checkpoint,
+    read_tensor,
+)
+from .checkpoint_files import (
+    INDEX_NAME,
+    MAX_JSON_BYTES,
+    MODEL_CONFIG_NAME,
+    MODEL_WEIGHTS_NAME,
+    parse_index,
+    shard_names,
+)
+from .files import open_regular, parse_object, quote, read_limited
+from .header import FileStamp, TensorInfo, header_end, parse_header
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "MAX_CONFIG_BYTES",
+    "MAX_JSON_BYTES",
+    "MODEL_CONFIG_NAME",
+    "MODEL_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "Adapter",
+    "BaseModel",
+    "Checkpoint",
+    "Description",
+    "FileStamp",
+    "ModuleShape",
+    "TensorInfo",
+    "adapter_hash",
+    "check_unchanged",
+    "describe_checkpoint",
+    "header_end",
+    "is_checkpoint",
+    "load_factors",
+    "open_regular",
+    "parse_adapter",
+    "parse_config",
+    "parse_header",
+    "parse_index",
+    "parse_object",
+    "quote",
+    "read_adapter",
+    "read_checkpoint",
+    "read_limited",
+    "read_tensor",
+    "shard_names",
+    "write_adapter",
+]

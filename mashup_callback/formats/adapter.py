@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ..errors import AdapterError
-from ..factors import LoraFactors
+from ..lowrank import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .adapter_modules import ModuleShape, adapter_modules, contradictions, match_modules
 from .base import BaseModel
 from .files import open_regular, quote, read_limited
-from .header import DTYPE_NAMES, FileStamp, TensorInfo, parse_header, read_header
+from .header import FileStamp, TensorInfo, parse_header, read_header
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -59,9 +59,7 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights file, taken once."""
-        if self.known_digest is not None:
-            return self.known_digest
-        return hashlib.sha256(read_weights(self)).hexdigest()
+        return self.known_digest or hashlib.sha256(read_weights(self)).hexdigest()
 
     @property
     def weights(self) -> Path:
@@ -71,8 +69,24 @@ class Adapter:
         return self.path / WEIGHTS_NAME
 
     def fit(self, base: BaseModel) -> "Adapter":
-        """Returns it with the layers named as the model names them; raises `AdapterError` where it does not fit."""
-        return check_adapter(self, base.layers, base.name)
+        """
+        Returns it with the layers named as the model names them, and a warning where it records another base model.
+
+        Raises:
+            AdapterError: A layer or its shape is not the model's.
+        """
+        modules = match_modules(self.modules, base.layers)
+        for name, shape in modules.items():
+            found, expected = (shape.in_features, shape.out_features), tuple(base.layers[name])
+            if found != expected:
+                raise AdapterError(
+                    f"trained on another base model: {quote(name)} maps {found[0]} features to {found[1]}, expected "
+                    f"{expected[0]} to {expected[1]}"
+                )
+        recorded, warnings = self.config.base_model, self.warnings
+        if recorded and base.name and _short_name(recorded) != _short_name(base.name):
+            warnings += (f"recorded base model {quote(recorded)} differs from {base.name}; the shapes fit",)
+        return dataclasses.replace(self, modules=modules, warnings=warnings)
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -89,63 +103,20 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     """
     path = Path(path)
     config = parse_config(read_limited(path / CONFIG_NAME, MAX_CONFIG_BYTES))
-    tensors, stamp = read_header(path / WEIGHTS_NAME)
-    return _described(path, config, tensors, stamp)
+    return _described(path, config, *read_header(path / WEIGHTS_NAME))
 
 
 def parse_adapter(config: bytes, header: bytes, file_size: int) -> Adapter:
-    """
-    Reads the description of an adapter that is on the Hub, exactly as [`read_adapter`] reads a local one.
-
-    `header` is the beginning of its weights file, at least through the end of the header, and `file_size` in bytes.
-
-    Raises:
-        AdapterError: The reason why it cannot be used.
-    """
-    stamp = FileStamp(file_size, modified=0)
-    return _described(None, parse_config(config), parse_header(header, file_size), stamp)
+    """Reads an adapter on the Hub by its configuration and the first bytes of its weights; raises `AdapterError`."""
+    return _described(None, parse_config(config), parse_header(header, file_size), FileStamp(file_size))
 
 
 def _described(
     path: Path | None, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
 ) -> Adapter:
-    dtype = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
+    dtype = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in tensors.values()}))
     modules = adapter_modules(config, tensors)
     return Adapter(path, config, modules, dtype, stamp, contradictions(config, modules))
-
-
-def check_adapter(adapter: Adapter, layers: Mapping[str, tuple[int, int]], base_model: str | None = None) -> Adapter:
-    """
-    Checks that an adapter fits the live model, and names its modules as the model does.
-
-    Args:
-        adapter (`Adapter`):
-            From `read_adapter`.
-        layers (`Mapping[str, tuple[int, int]]`):
-            Linear layers of the model: name -> (in_features, out_features).
-        base_model (`str`, *optional*):
-            Name of the model, compared loosely with the recorded one.
-
-    Returns:
-        `Adapter`: with the model's names (one common prefix may be added or removed, as wrappers such as
-        sentence-transformers do) and a warning where the recorded base model has another name.
-
-    Raises:
-        AdapterError: If a module or its shape is not the model's.
-    """
-    modules = match_modules(adapter.modules, layers)
-    for name, shape in modules.items():
-        found, expected = (shape.in_features, shape.out_features), tuple(layers[name])
-        if found != expected:
-            raise AdapterError(
-                f"trained on another base model: {quote(name)} maps {found[0]} features to {found[1]}, expected "
-                f"{expected[0]} to {expected[1]}"
-            )
-    recorded = adapter.config.base_model
-    if not recorded or not base_model or _short_name(recorded) == _short_name(base_model):
-        return dataclasses.replace(adapter, modules=modules)
-    warning = f"recorded base model {quote(recorded)} differs from {base_model}; the shapes fit"
-    return dataclasses.replace(adapter, modules=modules, warnings=(*adapter.warnings, warning))
 
 
 @torch.no_grad()
@@ -156,20 +127,17 @@ def load_factors(
     data: bytes | None = None,
 ) -> dict[str, LoraFactors]:
     """
-    Loads an adapter's tensors.
+    Loads an adapter's factors by module name.
 
     Args:
         adapter (`Adapter`):
-            From `read_adapter` or `check_adapter`.
+            From [`read_adapter`].
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
             Where to put the tensors.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Data type of the factors.
         data (`bytes`, *optional*):
             From `read_weights`, where the file has been read already.
-
-    Returns:
-        `dict[str, LoraFactors]`: A (rank, in_features) and B (out_features, rank) by module name.
 
     Raises:
         AdapterError: If the file changed since it was read, or values are not finite or absurdly large.
@@ -185,8 +153,7 @@ def load_factors(
 
 def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
     """
-    Returns a SHA-256 in hex that is the same for adapters that compute the same: of the weights file (`data`, where it
-    has been read already) and the configuration's effective fields.
+    Returns a hash that adapters share that compute the same; `data` is the weights file where it was read already.
 
     Raises:
         AdapterError: If the file changed since it was read.
@@ -228,9 +195,7 @@ def _load_module(
         if not (largest := factor.abs().max().item()) <= MAX_ABSOLUTE:
             raise AdapterError(f"{quote(name)} holds the value {largest:g}, expected at most {MAX_ABSOLUTE:g}")
     factors = LoraFactors(A, B, shape.scaling)
-    # The product of the norms bounds the norm of the product, and is found at a fraction of the cost.
-    bound = abs(shape.scaling) * A.norm().item() * B.norm().item()
     largest = torch.finfo(torch.float32).max
-    if not math.isfinite(shape.scaling) or not (bound <= largest or factors.norm() <= largest):
+    if not math.isfinite(shape.scaling) or not (factors.norm_bound() <= largest or factors.norm() <= largest):
         raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {factors.norm():g}")
     return factors

@@ -15,28 +15,41 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 2**15
 MAX_ALPHA = 1e5
-# Initialisations after which the update is scaling·B·A on the original base. peft writes `true` for an adapter of
-# another initialisation that it converted for the original base on saving.
+# Initializations after which the update is scaling·B·A on the original base. peft writes `true` for an adapter of
+# another initialization that it converted for the original base on saving.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _LITERAL = frozenset(string.ascii_letters + string.digits + "_-.")
+# Fields of which no value changes what the adapter computes, or that are read here.
+_KNOWN = {
+    *("auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
+    *("peft_version", "qalora_group_size", "runtime_config"),
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"),
+    *("base_model_name_or_path", "revision", "task_type", "target_modules"),
+}
+_FEATURES = {
+    "use_dora": "DoRA also rescales the base weights",
+    "lora_bias": "the update has a bias",
+    "modules_to_save": "whole modules were trained besides the adapter",
+    "trainable_token_indices": "embeddings were trained besides the adapter",
+    "layer_replication": "the base model's layers are repeated",
+    "target_parameters": "parameters instead of linear layers are adapted",
+    "megatron_config": "Megatron's parallel layers are adapted",
+    "alora_invocation_tokens": "the update applies to a part of each sequence only",
+    "use_qalora": "inputs are pooled in groups before A",
+    "use_bdlora": "the factors are block-diagonal",
+}
+# Tasks for which peft trains and saves a head whether asked to or not.
+_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_OWN_HEAD = (
+    "and its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the head "
+    "alone: one trained with `task_type=None`, or on the same base model for another task"
+)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """
-    The fields of a LoRA configuration that matter after training.
-
-    Args:
-        r (`int`): Rank of the modules that `rank_pattern` does not name.
-        lora_alpha (`float`): Alpha of the modules that `alpha_pattern` does not name.
-        use_rslora (`bool`, *optional*, defaults to `False`): Scale by alpha / sqrt(r) instead of alpha / r.
-        rank_pattern (`Mapping[str, int]`, *optional*): Ranks by the end of a module's name, or `^` and the whole name.
-        alpha_pattern (`Mapping[str, float]`, *optional*): Alphas, likewise.
-        base_model (`str`, *optional*): The base model's name as recorded: a claim, not a fact.
-        revision (`str`, *optional*): The base model's revision as recorded.
-        task_type (`str`, *optional*): As recorded, for example `"CAUSAL_LM"`.
-        target_modules (`str` or `tuple[str, ...]`, *optional*): As recorded; a regular expression is never run.
-    """
+    """The fields of peft's `LoraConfig` that matter after training; the last four are claims, not facts."""
 
     r: int
     lora_alpha: float
@@ -65,39 +78,29 @@ class AdapterConfig:
 
 def parse_config(data: bytes) -> AdapterConfig:
     """
-    Parses the text of an `adapter_config.json`.
-
-    Args:
-        data (`bytes`):
-            Content of the file. No regular expression in it is ever run and nothing that it names is followed.
+    Parses an `adapter_config.json`; no regular expression in it is ever run, and nothing that it names is followed.
 
     Raises:
-        AdapterError: If it is not a plain LoRA configuration. Fields that are not known here may be present only
-            while they are unset (`null`, `false`, zero or empty).
+        AdapterError: It is not a plain LoRA configuration. Fields that are not known here may be present only while
+            they are unset (`null`, `false`, zero or empty).
     """
     fields = parse_object(data, CONFIG_NAME)
-    _check_type(fields.get("peft_type"))
+    if fields.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"`peft_type` is {quote(fields.get('peft_type'))}, expected LORA: other methods cannot be merged yet"
+        )
     _check_features(fields)
-    for name, (accepts, expected) in _HARMLESS.items():
-        if not accepts(fields.get(name)):
-            raise AdapterError(f"`{name}` is {quote(fields[name])}, expected {expected}")
-    targets = fields.get("target_modules")
     return AdapterConfig(
         r=_rank(fields.get("r"), "r"),
         lora_alpha=_alpha(fields.get("lora_alpha"), "lora_alpha"),
-        use_rslora=bool(fields.get("use_rslora")),
+        use_rslora=_flag(fields, "use_rslora"),
         rank_pattern=_pattern(fields.get("rank_pattern"), "rank_pattern", _rank),
         alpha_pattern=_pattern(fields.get("alpha_pattern"), "alpha_pattern", _alpha),
-        base_model=fields.get("base_model_name_or_path"),
-        revision=fields.get("revision"),
-        task_type=fields.get("task_type"),
-        target_modules=tuple(targets) if isinstance(targets, list) else targets,
+        base_model=_text(fields, "base_model_name_or_path"),
+        revision=_text(fields, "revision"),
+        task_type=_text(fields, "task_type"),
+        target_modules=_targets(fields.get("target_modules")),
     )
-
-
-def _check_type(peft_type: Any) -> None:
-    if peft_type != "LORA":
-        raise AdapterError(f"`peft_type` is {quote(peft_type)}, expected LORA: other methods cannot be merged yet")
 
 
 def _check_features(fields: Mapping[str, Any]) -> None:
@@ -117,85 +120,6 @@ def _check_features(fields: Mapping[str, Any]) -> None:
             raise AdapterError(f"`{quote(name)}` is set to {quote(value)}, which is not supported: {why}")
 
 
-# Tasks for which peft trains and saves a head whether asked to or not.
-_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_OWN_HEAD = (
-    "and its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the head "
-    "alone: one trained with `task_type=None`, or on the same base model for another task"
-)
-_FEATURES = {
-    "use_dora": "DoRA also rescales the base weights",
-    "lora_bias": "the update has a bias",
-    "modules_to_save": "whole modules were trained besides the adapter",
-    "trainable_token_indices": "embeddings were trained besides the adapter",
-    "layer_replication": "the base model's layers are repeated",
-    "target_parameters": "parameters instead of linear layers are adapted",
-    "megatron_config": "Megatron's parallel layers are adapted",
-    "alora_invocation_tokens": "the update applies to a part of each sequence only",
-    "use_qalora": "inputs are pooled in groups before A",
-    "use_bdlora": "the factors are block-diagonal",
-}
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and len(value) <= 4096)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    return value is None or isinstance(value, str) or _is_list(value, str)
-
-
-def _is_indices(value: Any) -> bool:
-    return value is None or type(value) is int or _is_list(value, int)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def _is_settings(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-def _is_probability(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
-
-
-_TEXT = (_is_text, "a string or null")
-_FLAG = (_is_flag, "true or false")
-_NAMES = (_is_names, "a string, a list of strings or null")
-_INDICES = (_is_indices, "an integer, a list of integers or null")
-_SETTINGS = (_is_settings, "an object or null")
-# Fields that say where the adapter came from or how it was initialised and trained: no value changes what it computes.
-_HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "base_model_name_or_path": _TEXT,
-    "revision": _TEXT,
-    "task_type": _TEXT,
-    "peft_version": _TEXT,
-    "megatron_core": _TEXT,
-    "auto_mapping": _SETTINGS,
-    "inference_mode": _FLAG,
-    "fan_in_fan_out": _FLAG,
-    "use_rslora": _FLAG,
-    "lora_dropout": (_is_probability, "a number from 0 to 1"),
-    "target_modules": _NAMES,
-    "exclude_modules": _NAMES,
-    "layers_pattern": _NAMES,
-    "layers_to_transform": _INDICES,
-    "qalora_group_size": _INDICES,
-    "loftq_config": _SETTINGS,
-    "eva_config": _SETTINGS,
-    "corda_config": _SETTINGS,
-    "lora_ga_config": _SETTINGS,
-    "runtime_config": _SETTINGS,
-}
-_KNOWN = {*_HARMLESS, "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"}
-
-
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value <= MAX_RANK:
         raise AdapterError(f"`{quote(name)}` is {quote(value)}, expected an integer from 1 to {MAX_RANK}")
@@ -206,6 +130,26 @@ def _alpha(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:
         raise AdapterError(f"`{quote(name)}` is {quote(value)}, expected a number above 0 and up to {MAX_ALPHA:g}")
     return float(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(value := fields.get(name), bool | None):
+        raise AdapterError(f"`{name}` is {quote(value)}, expected true or false")
+    return bool(value)
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    if not isinstance(value := fields.get(name), str | None) or len(value or "") > 4096:
+        raise AdapterError(f"`{name}` is {quote(value)}, expected a string of up to 4,096 characters or null")
+    return value
+
+
+def _targets(value: Any) -> str | tuple[str, ...] | None:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if not isinstance(value, str | None):
+        raise AdapterError(f"`target_modules` is {quote(value)}, expected a string, a list of strings or null")
+    return value
 
 
 def _pattern(value: Any, name: str, check: Callable[[Any, str], float]) -> dict[str, Any]:

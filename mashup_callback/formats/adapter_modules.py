@@ -11,6 +11,8 @@ from .header import TensorInfo
 
 _KEY_PREFIX = "base_model.model."
 _KEY_A, _KEY_B = ".lora_A.weight", ".lora_B.weight"
+# Work on a name grows with the square of its length, and a header has room for one of 10 MB.
+_MAX_KEY = 1024
 _FEATURE_KEYS = {
     "lora_embedding": "adapters of embeddings are not supported",
     "lora_magnitude": "DoRA is not supported, it also rescales the base weights",
@@ -22,17 +24,7 @@ _FEATURE_KEYS = {
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """
-    What one adapted linear layer looks like in the file.
-
-    Args:
-        rank (`int`): Rows of A.
-        in_features (`int`): Columns of A.
-        out_features (`int`): Rows of B.
-        scaling (`float`): Factor on B·A.
-        key_a (`str`): Key of A in the weights file.
-        key_b (`str`): Key of B in the weights file.
-    """
+    """One adapted linear layer: its sizes, the factor on B·A, and the keys of A and B in the weights file."""
 
     rank: int
     in_features: int
@@ -43,18 +35,7 @@ class ModuleShape:
 
 
 def adapter_modules(config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, ModuleShape]:
-    """
-    Pairs the tensors of a weights file into LoRA modules.
-
-    Args:
-        config (`AdapterConfig`):
-            Gives each module's rank, which must be the tensors' own, and its scaling.
-        tensors (`Mapping[str, TensorInfo]`):
-            The header of the weights file.
-
-    Raises:
-        AdapterError: If a tensor is no LoRA factor, lacks its partner, or does not have the shape it should have.
-    """
+    """Pairs the tensors of a weights file into LoRA modules; raises `AdapterError` where they are none."""
     names = dict.fromkeys(_module_of(key) for key in tensors)
     if not names:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
@@ -66,10 +47,10 @@ def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, 
     targets = config.target_modules
     if not isinstance(targets, tuple) or not targets:
         return ()
-    names, wanted = list(modules), set(targets)
-    ends = {name: {name[i:] for i in (0, *(i + 1 for i, c in enumerate(name) if c == "."))} for name in names}
-    extra = [name for name in names if not ends[name] & wanted]
-    missing = sorted(wanted.difference(*([] if not ends else [set().union(*ends.values())])))
+    parts = {name: name.split(".") for name in modules}
+    ends = {name: {".".join(own[i:]) for i in range(len(own))} for name, own in parts.items()}
+    extra = [name for name in ends if not ends[name] & set(targets)]
+    missing = sorted(set(targets).difference(*ends.values()))
     found = [f"{len(extra)} modules have tensors, such as {quote(extra[0])}, that it does not name"] if extra else []
     found += [f"{quote(', '.join(missing))} has no tensors"] if missing else []
     return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
@@ -79,12 +60,6 @@ def match_modules(modules: Mapping[str, ModuleShape], layers: Mapping[str, objec
     """
     Returns the modules under the model's names, by the one prefix change that fits them all: none, one that is added
     or one that is removed, as wrappers such as sentence-transformers make necessary.
-
-    Args:
-        modules (`Mapping[str, ModuleShape]`):
-            Modules of an adapter.
-        layers (`Mapping`):
-            Linear layers of the model, by name.
 
     Raises:
         AdapterError: If no change fits, or several do.
@@ -118,6 +93,10 @@ def _renamings(names: list[str], layers: Iterable[str]) -> Iterable[list[str]]:
 
 
 def _module_of(key: str) -> str:
+    if len(key) > _MAX_KEY:
+        raise AdapterError(
+            f"the tensor {quote(key)} has a name of {len(key):,} characters, expected up to {_MAX_KEY:,}"
+        )
     for suffix in (_KEY_A, _KEY_B):
         if key.startswith(_KEY_PREFIX) and key.endswith(suffix) and len(key) > len(_KEY_PREFIX + suffix):
             return key.removeprefix(_KEY_PREFIX).removesuffix(suffix)

@@ -1,71 +1,42 @@
-"""Writing a LoRA adapter as peft does, so that it is either there completely or not at all."""
+"""Writing a LoRA adapter as peft does."""
 
 import json
-import os
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ..factors import LoraFactors
+from ..lowrank import Factors
 from ..report import MARK
-from ..storage import replacing
+from .adapter import WEIGHTS_NAME
+from .adapter_config import CONFIG_NAME
 
 
-def save_adapter(
-    directory: str | os.PathLike,
-    factors: Mapping[str, LoraFactors],
+def write_adapter(
+    directory: Path,
+    factors: Factors,
     *,
     base_model: str | None,
     revision: str | None = None,
     task_type: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """
-    Writes factors as a plain LoRA adapter that `PeftModel.from_pretrained` loads.
-
-    The directory appears under its name only when it is complete; one that this package wrote before is replaced.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Where to write. An existing directory must be empty or written by this package.
-        factors (`Mapping[str, LoraFactors]`):
-            The updates by module name in the base model.
-        base_model (`str`, *optional*):
-            Name of the base model to record.
-        revision (`str`, *optional*):
-            Its revision.
-        task_type (`str`, *optional*):
-            peft's task type, for example `"CAUSAL_LM"`.
-        dtype (`torch.dtype`, *optional*):
-            Data type to store; by default the factors' own.
-
-    Returns:
-        `Path`: the directory.
-
-    Raises:
-        ValueError: If there are no factors, or the directory holds anything else, such as a trained adapter.
-    """
+    """Writes factors into a directory, which is made, as a LoRA adapter that `PeftModel.from_pretrained` loads."""
     if not factors:
         raise ValueError("there are no factors to save, expected at least one module")
-    config = adapter_config(factors) | {
-        "base_model_name_or_path": base_model,
-        "revision": revision,
-        "task_type": task_type,
-    }
-    with replacing(directory) as draft:
-        _write(draft, config, _state_dict(factors, dtype))
-    return Path(directory)
+    claims = {"base_model_name_or_path": base_model, "revision": revision, "task_type": task_type}
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = _state_dict(factors, dtype)
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt", **MARK})
+    text = json.dumps(adapter_config(factors) | claims, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    return directory
 
 
-def adapter_config(factors: Mapping[str, LoraFactors]) -> dict[str, Any]:
-    """
-    Returns the fields of `adapter_config.json` that make peft compute these updates: one rank and alpha for most
-    modules, and exact names in `rank_pattern` and `alpha_pattern` for the others.
-    """
+def adapter_config(factors: Factors) -> dict[str, Any]:
+    """Returns peft's fields for these updates: one rank and alpha for most modules, patterns of exact names else."""
     ranks = {name: factor.rank for name, factor in factors.items()}
     alphas = {name: _plain(factor.scaling * factor.rank) for name, factor in factors.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -89,7 +60,7 @@ def _plain(alpha: float) -> int | float:
     return rounded if rounded and abs(alpha - rounded) <= 1e-12 * abs(alpha) else alpha
 
 
-def _state_dict(factors: Mapping[str, LoraFactors], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _state_dict(factors: Factors, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, factor in factors.items():
         for letter, tensor in (("A", factor.A), ("B", factor.B)):
@@ -97,9 +68,3 @@ def _state_dict(factors: Mapping[str, LoraFactors], dtype: torch.dtype | None) -
             stored = tensor.detach().to(device="cpu", dtype=dtype, copy=True)
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = stored.contiguous()
     return tensors
-
-
-def _write(directory: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt", **MARK})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / "adapter_config.json").write_text(text, encoding="utf-8")

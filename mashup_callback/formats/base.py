@@ -7,8 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from ..model.layers import base_model_name, layer_shapes
-from ..model.tensors import ModelTensors, describe_model
+from ..model import ModelTensors, base_model_name, describe_model, layer_shapes
 
 
 @dataclass(frozen=True, eq=False)

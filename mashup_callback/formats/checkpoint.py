@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,42 +11,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError, CheckpointError
-from ..model.tensors import ModelTensors
-from .adapter_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from ..model import ModelTensors
+from .adapter_config import CONFIG_NAME
 from .base import BaseModel
 from .checkpoint_files import (
-    CONFIG_NAME,
     INDEX_NAME,
     MAX_JSON_BYTES,
-    WEIGHTS_NAME,
+    MODEL_CONFIG_NAME,
+    MODEL_WEIGHTS_NAME,
     Directory,
     Files,
-    read_index,
+    parse_index,
     shard_names,
 )
 from .files import open_regular, parse_object, quote
-from .header import DTYPE_BYTES, FileStamp, TensorInfo
+from .header import FileStamp, TensorInfo
 
 
 @dataclass(frozen=True)
 class Stored:
-    """
-    Where a tensor is.
-
-    Args:
-        file (`str`): Shard that holds it.
-        key (`str`): Its name there.
-        info (`TensorInfo`): Its data type and shape.
-    """
+    """Where a tensor is: the shard that holds it, its name there, its data type and shape."""
 
     file: str
     key: str
     info: TensorInfo
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensor."""
-        return torch.Size(self.info.shape).numel() * DTYPE_BYTES[self.info.dtype]
 
 
 @dataclass(frozen=True)
@@ -68,21 +56,29 @@ class Checkpoint:
     stamps: Mapping[str, FileStamp] = field(repr=False)
     warnings: tuple[str, ...] = ()
 
-    @property
-    def bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(stored.bytes for stored in self.tensors.values())
-
     def fit(self, base: BaseModel) -> "Checkpoint":
-        """Returns it with the tensors named as the model names them; raises `AdapterError` where it does not fit."""
+        """
+        Returns it with the tensors named as the model names them, after checking that they can take their place.
+
+        Raises:
+            CheckpointError: It is of another architecture or vocabulary, or a tensor is missing or has another shape.
+        """
         if base.refusal:
             raise CheckpointError(base.refusal)
-        return self if base.tensors is None else check_checkpoint(self, base.tensors)
+        model = base.tensors
+        if model is None:
+            return self
+        _check_architecture(self.config, model)
+        tensors = {name: _find(self, name, model) for name in model.shapes}
+        used = {stored.key for stored in tensors.values()} | set(model.aliases) | model.buffers
+        ignored = sorted(set(self.tensors) - used)
+        warnings = (f"{len(ignored)} tensors are not the model's: {quote(ignored[0])}",) if ignored else ()
+        return dataclasses.replace(self, tensors=tensors, warnings=self.warnings + warnings)
 
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether a directory looks like a full checkpoint: a model's configuration and no adapter's."""
-    return (directory / CONFIG_NAME).is_file() and not (directory / ADAPTER_CONFIG_NAME).exists()
+    return (directory / MODEL_CONFIG_NAME).is_file() and not (directory / CONFIG_NAME).exists()
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -103,8 +99,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 def describe_checkpoint(files: Files, path: Path | None = None) -> Checkpoint:
     """Reads the description of a full checkpoint, wherever its files are; raises `CheckpointError`."""
     try:
-        config = parse_object(files.read(CONFIG_NAME, MAX_JSON_BYTES), CONFIG_NAME)
-        index = read_index(files)
+        config = parse_object(files.read(MODEL_CONFIG_NAME, MAX_JSON_BYTES), MODEL_CONFIG_NAME)
+        index = parse_index(files.read(INDEX_NAME, MAX_JSON_BYTES)) if files.has(INDEX_NAME) else None
         headers = {name: _read_shard(files, name) for name in shard_names(index)}
     except CheckpointError:
         raise
@@ -115,43 +111,17 @@ def describe_checkpoint(files: Files, path: Path | None = None) -> Checkpoint:
     return Checkpoint(path, config, tensors, {name: stamp for name, (_, stamp) in headers.items()})
 
 
-def check_checkpoint(checkpoint: Checkpoint, model: ModelTensors) -> Checkpoint:
-    """
-    Checks that a checkpoint can take the place of the live model's weights, and names its tensors as the model does.
-
-    Raises:
-        CheckpointError: It is of another architecture or vocabulary, or a tensor is missing or has another shape.
-    """
-    _check_architecture(checkpoint.config, model)
-    tensors = {}
-    for name, shape in model.shapes.items():
-        tensors[name] = stored = _find(checkpoint, name, model)
-        if stored.info.shape != shape:
-            kind = "vocabulary" if name in model.embeddings and stored.info.shape[1:] == shape[1:] else "architecture"
-            raise CheckpointError(f"another {kind}: {quote(name)} has shape {stored.info.shape}, expected {shape}")
-    used = {stored.key for stored in tensors.values()} | set(model.aliases) | model.buffers
-    ignored = sorted(set(checkpoint.tensors) - used)
-    warnings = (f"{len(ignored)} tensors are not the model's: {quote(ignored[0])}",) if ignored else ()
-    return dataclasses.replace(checkpoint, tensors=tensors, warnings=checkpoint.warnings + warnings)
-
-
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """
     Reads one tensor from its memory-mapped shard, which is unmapped as soon as the tensor is dropped.
-
-    Args:
-        checkpoint (`Checkpoint`):
-            From [`read_checkpoint`].
-        name (`str`):
-            Name of the tensor.
 
     Raises:
         CheckpointError: The shard changed since its header was read, or a value is not finite.
     """
     stored = checkpoint.tensors[name]
-    _check_unchanged(checkpoint, stored.file)
+    path = _unchanged_shard(checkpoint, stored.file)
     try:
-        with safe_open(_path(checkpoint) / stored.file, "pt") as shard:
+        with safe_open(path, "pt") as shard:
             tensor = shard.get_tensor(stored.key)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{quote(stored.key)} cannot be read from {stored.file}: {error}") from error
@@ -164,23 +134,22 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Raises an `AdapterError` where a shard is gone or has changed since its header was read."""
     for name in checkpoint.stamps:
-        _check_unchanged(checkpoint, name)
+        _unchanged_shard(checkpoint, name)
 
 
-def _check_unchanged(checkpoint: Checkpoint, name: str) -> None:
-    if _stamp(_path(checkpoint) / name) != checkpoint.stamps[name]:
-        raise CheckpointError(f"{name} changed while it was in use: another run may be writing it")
-
-
-def _path(checkpoint: Checkpoint) -> Path:
+def _unchanged_shard(checkpoint: Checkpoint, name: str) -> Path:
     if checkpoint.path is None:
         raise CheckpointError("it has not been downloaded yet")
-    return checkpoint.path
+    path = checkpoint.path / name
+    with os.fdopen(open_regular(path), "rb") as file:
+        if FileStamp.of(file.fileno()) != checkpoint.stamps[name]:
+            raise CheckpointError(f"{name} changed while it was in use: another run may be writing it")
+    return path
 
 
 def _read_shard(files: Files, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:
     if not files.has(name):
-        named = "" if name == WEIGHTS_NAME else f", which {INDEX_NAME} names"
+        named = "" if name == MODEL_WEIGHTS_NAME else f", which {INDEX_NAME} names"
         raise CheckpointError(f"the file {quote(name)}{named} is missing")
     try:
         return files.header(name)
@@ -207,21 +176,12 @@ def _check_architecture(config: Mapping[str, Any], model: ModelTensors) -> None:
 
 
 def _find(checkpoint: Checkpoint, name: str, model: ModelTensors) -> Stored:
-    for key in (name, *(alias for alias, first in model.aliases.items() if first == name)):
-        if key in checkpoint.tensors:
-            return checkpoint.tensors[key]
-    raise CheckpointError(f"another architecture: tensor {quote(name)} of the model is missing in the checkpoint")
-
-
-def _stamp(path: Path) -> FileStamp:
-    descriptor = open_regular(path)
-    try:
-        return FileStamp.of(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors with their names, one in memory at a time, shard after shard."""
-    for name in sorted(checkpoint.tensors, key=lambda name: (checkpoint.tensors[name].file, name)):
-        yield name, read_tensor(checkpoint, name)
+    keys = (name, *(alias for alias, first in model.aliases.items() if first == name))
+    stored = next((checkpoint.tensors[key] for key in keys if key in checkpoint.tensors), None)
+    if stored is None:
+        raise CheckpointError(f"another architecture: tensor {quote(name)} of the model is missing in the checkpoint")
+    found, expected = stored.info.shape, model.shapes[name]
+    if found != expected:
+        kind = "vocabulary" if name in model.embeddings and found[1:] == expected[1:] else "architecture"
+        raise CheckpointError(f"another {kind}: {quote(name)} has shape {found}, expected {expected}")
+    return stored

@@ -11,8 +11,8 @@ from .files import parse_object, quote, read_limited
 from .header import FileStamp, TensorInfo, read_header
 
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+MODEL_CONFIG_NAME = "config.json"
+MODEL_WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 50_000_000
 
@@ -32,51 +32,22 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class Directory:
-    """
-    The files of a checkpoint on this machine.
-
-    Args:
-        path (`Path`): Their directory.
-    """
+    """The files of a checkpoint on this machine."""
 
     path: Path
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
         return (self.path / name).exists()
 
     def read(self, name: str, limit: int) -> bytes:
-        """Returns the content of a file of at most `limit` bytes."""
         return read_limited(self.path / name, limit)
 
     def header(self, name: str) -> tuple[dict[str, TensorInfo], FileStamp]:
-        """Returns the tensors that a safetensors file holds, and what identifies its state."""
         return read_header(self.path / name)
 
 
-def read_index(files: Files) -> dict[str, str] | None:
-    """
-    Returns the file of every tensor by the tensor's name, None for a checkpoint of a single file.
-
-    Raises:
-        CheckpointError: The index is malformed, or names a file that is not beside it.
-    """
-    if not files.has(INDEX_NAME):
-        return None
-    return parse_index(files.read(INDEX_NAME, MAX_JSON_BYTES))
-
-
 def parse_index(data: bytes) -> dict[str, str]:
-    """
-    Returns the file of every tensor that an index names.
-
-    Args:
-        data (`bytes`):
-            Content of `model.safetensors.index.json`.
-
-    Raises:
-        CheckpointError: It is malformed, or names a file that is not beside it.
-    """
+    """Returns the file of every tensor that an index names; raises `CheckpointError` for one that leads elsewhere."""
     weight_map = parse_object(data, INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME} has no weight_map, expected the file of every tensor")
@@ -89,4 +60,4 @@ def parse_index(data: bytes) -> dict[str, str]:
 
 def shard_names(index: Mapping[str, str] | None) -> list[str]:
     """Returns the names of the files that hold tensors."""
-    return [WEIGHTS_NAME] if index is None else sorted(set(index.values()))
+    return [MODEL_WEIGHTS_NAME] if index is None else sorted(set(index.values()))

@@ -10,15 +10,9 @@ from ..errors import AdapterError
 
 
 def open_regular(path: Path) -> int:
-    """
-    Opens a regular file for reading and returns its file descriptor.
-
-    Non-blocking, so that a named pipe in the place of a weights file cannot hang the run.
-
-    Raises:
-        AdapterError: If the file cannot be opened or is not a regular file.
-    """
+    """Opens a regular file for reading and returns its file descriptor; raises `AdapterError` for anything else."""
     try:
+        # Non-blocking: a named pipe in the place of a weights file would hang the run.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path.name} cannot be read: {error}") from error
@@ -29,12 +23,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """
-    Reads a whole file that may have at most `limit` bytes.
-
-    Raises:
-        AdapterError: If the file is larger, is not a regular file or cannot be read.
-    """
+    """Reads a whole file of at most `limit` bytes; raises `AdapterError`."""
     with os.fdopen(open_regular(path), "rb") as file:
         try:
             data = file.read(limit + 1)
@@ -49,14 +38,8 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """
     Parses strict JSON that must be one object: no NaN or Infinity, no key twice, no nesting without end.
 
-    Args:
-        data (`bytes`):
-            UTF-8 text.
-        what (`str`):
-            What the text is, for the message.
-
     Raises:
-        AdapterError: If the text is anything else.
+        AdapterError: The text is anything else; `what` names it in the message.
     """
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)

@@ -1,50 +1,38 @@
-"""The header of a safetensors file: which tensors it holds, checked against the size of the file, nothing loaded."""
+"""The header of a safetensors file: which tensors it holds, without reading any. safetensors itself checks it."""
 
-import math
 import os
 import struct
-from collections.abc import Mapping
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
-from .files import open_regular, parse_object, quote
+from .files import open_regular, quote
 
 
 # The library's own limit is 100 MB; ten thousand modules of the longest names stay below 10 MB.
 MAX_HEADER_BYTES = 10_000_000
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIX = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """
-    One tensor as the header describes it.
+    """Data type and shape of one tensor."""
 
-    Args:
-        dtype (`str`): `"F64"`, `"F32"`, `"F16"` or `"BF16"`.
-        shape (`tuple[int, ...]`): Its shape.
-    """
-
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """
-    What tells whether a file is still the one that was read.
-
-    Args:
-        size (`int`): Bytes.
-        modified (`int`): Time of the last change in nanoseconds.
-    """
+    """What tells whether a file is still the one that was read: bytes, and nanoseconds of its last change."""
 
     size: int
-    modified: int
+    modified: int = 0
 
     @classmethod
     def of(cls, descriptor: int) -> "FileStamp":
@@ -53,105 +41,50 @@ class FileStamp:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], FileStamp]:
-    """
-    Reads and checks the header of a safetensors file.
-
-    Args:
-        path (`Path`):
-            The file. Its tensors are not read.
-
-    Returns:
-        `tuple[dict[str, TensorInfo], FileStamp]`: the tensors by key, and what identifies this state of the file.
-
-    Raises:
-        AdapterError: If the file cannot be read, is truncated or is malformed in any way.
-    """
+    """Returns the tensors in a file by key, and what identifies its state; raises `AdapterError`."""
     with os.fdopen(open_regular(path), "rb") as file:
         stamp = FileStamp.of(file.fileno())
         try:
             start = file.read(_PREFIX.size)
-            length = header_length(start)
-            header = file.read(length)
+            start += file.read(header_end(start) - len(start))
         except OSError as error:
             raise AdapterError(f"{path.name} cannot be read: {error}") from error
-    return parse_header(start + header, stamp.size), stamp
+    return parse_header(start, stamp.size), stamp
 
 
-def header_length(start: bytes) -> int:
-    """
-    Returns the length of the JSON part that the first 8 bytes of a file announce.
-
-    Raises:
-        AdapterError: If there are fewer than 8 bytes, or the length is absurd.
-    """
+def header_end(start: bytes) -> int:
+    """Returns how many bytes of a file its header takes, by the first 8 of them; raises `AdapterError`."""
     if len(start) < _PREFIX.size:
         raise AdapterError(f"the weights file is truncated: {len(start)} bytes, expected a safetensors header")
     (length,) = _PREFIX.unpack_from(start)
-    if not 2 <= length <= MAX_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES:
         raise AdapterError(
-            f"the weights file announces a header of {length:,} bytes, expected 2 to {MAX_HEADER_BYTES:,}: "
-            "it is not safetensors"
+            f"the weights file announces a header of {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}: it is "
+            "not safetensors"
         )
-    return length
+    return _PREFIX.size + length
 
 
-def parse_header(data: bytes, file_size: int) -> dict[str, TensorInfo]:
+def parse_header(start: bytes, file_size: int) -> dict[str, TensorInfo]:
     """
-    Parses the first bytes of a safetensors file.
-
-    Args:
-        data (`bytes`):
-            The beginning of the file, at least through the end of its header.
-        file_size (`int`):
-            Size of the whole file in bytes, which the tensors must fill exactly.
+    Returns the tensors by key that the first bytes of a file, at least through the end of its header, describe.
 
     Raises:
-        AdapterError: If the header is malformed, a dtype is not a floating point type of 16 bits or more, or the
-            tensors overlap, leave gaps, or do not end where the file ends.
+        AdapterError: The header is malformed, the tensors do not fill the file exactly, or one is not of a floating
+            point type of 16 bits or more.
     """
-    length = header_length(data)
-    text = data[_PREFIX.size : _PREFIX.size + length]
-    if len(text) < length:
-        raise AdapterError(f"the weights file is truncated within its header: {len(text)} of {length} bytes")
-    entries = parse_object(text, "the safetensors header")
-    _check_metadata(entries.pop("__metadata__", None))
-    spans = {key: _parse_entry(key, entry) for key, entry in entries.items()}
-    _check_spans({key: span for key, (_, span) in spans.items()}, file_size - _PREFIX.size - length)
-    return {key: info for key, (info, _) in spans.items()}
-
-
-def _check_metadata(metadata: Any) -> None:
-    if metadata is None:
-        return
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterError("the safetensors header's __metadata__ is not a mapping of strings")
-
-
-def _parse_entry(key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(f"{quote(key)} is described by something else than dtype, shape and data_offsets")
-    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise AdapterError(f"{quote(key)} has dtype {quote(dtype)}, expected one of {', '.join(DTYPE_BYTES)}")
-    if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(span) or len(span) != 2:
-        raise AdapterError(f"{quote(key)} has shape {quote(shape)} and offsets {quote(span)}, expected lists of sizes")
-    if span[1] - span[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise AdapterError(f"{quote(key)} of shape {quote(shape)} and dtype {dtype} does not fill its {quote(span)}")
-    return TensorInfo(dtype, tuple(shape)), (span[0], span[1])
-
-
-def _are_sizes(values: Any) -> bool:
-    # JSON's true is an int to Python, and a size beyond 2**63 is one to nobody else.
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _check_spans(spans: Mapping[str, tuple[int, int]], data_size: int) -> None:
-    end = 0
-    for key, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
-        if start != end:
-            raise AdapterError(f"{quote(key)} starts at byte {start}, expected {end}: tensors overlap or leave a gap")
-        end = stop
-    if end != data_size:
-        raise AdapterError(
-            f"the tensors end at byte {end} but the file holds {data_size} bytes of data: it is truncated or padded"
-        )
+    end = header_end(start)
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(start[:end])
+            # The rest is a hole, which takes no room on the disk: safetensors looks at the size only.
+            file.truncate(file_size)
+            with safe_open(file.name, "pt") as tensors:
+                slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+                found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise AdapterError(f"the weights file is truncated, padded or no safetensors: {quote(error)}") from error
+    for key, (dtype, _) in found.items():
+        if dtype not in DTYPES:
+            raise AdapterError(f"{quote(key)} has dtype {quote(dtype)}, expected one of {', '.join(DTYPES)}")
+    return {key: TensorInfo(DTYPES[dtype], shape) for key, (dtype, shape) in found.items()}

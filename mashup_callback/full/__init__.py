@@ -1,1 +1,7 @@
-"""All weights are trained."""
+"""All weights of a model are trained."""
+
+from .trainee import FullTrainee
+from .weights import FullUpdate, find_trained_weights
+
+
+__all__ = ["FullTrainee", "FullUpdate", "find_trained_weights"]

@@ -4,22 +4,20 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 
 from ..methods import MergeRule, mergekit_config
 
 
-SPACE = "weights"
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
+
 MAX_SHARD_BYTES = 2_000_000_000
 
 logger = logging.getLogger(__name__)
@@ -27,13 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelInput:
-    """
-    One input of a merge of full models.
-
-    Args:
-        path (`Path`): Directory of a full checkpoint.
-        lora (`Path`, *optional*): Directory of an adapter that is merged into it first.
-    """
+    """One input of a merge of full models: a full checkpoint, and an adapter that is merged into it first."""
 
     path: Path
     lora: Path | None = None
@@ -63,24 +55,8 @@ def merge_models(
     bases go to a cache of this merge alone, which is removed afterwards; mergekit would take a half-written one of an
     interrupted merge for a whole one.
 
-    Args:
-        inputs (sequence of `ModelInput`):
-            What to merge.
-        output_dir (`Path`):
-            Directory to write; must not exist. If the merge fails, it does not exist afterwards either.
-        weights (sequence of `float`):
-            One for each input, mergekit's `weight`; methods that have none ignore them.
-        method (`str`, *optional*, defaults to `"linear"`):
-            A method registered in mergekit.
-        parameters (`Mapping[str, Any]`, *optional*):
-            mergekit's parameters; one value for all inputs or a sequence with one for each.
-        base (`Path`, *optional*):
-            Directory of the base model, for methods that need one.
-        out_dtype (`str`, *optional*):
-            Data type of the merge; mergekit's choice by default.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of methods that draw random numbers. The global generators are seeded with it: wrap the call to keep
-            them.
+    `output_dir` must not exist, and does not if the merge fails. `parameters` are mergekit's, one value for all inputs
+    or a sequence with one for each. mergekit seeds the global generators with `seed`.
 
     Returns:
         `str`: mergekit's configuration of the merge, as YAML.
@@ -113,18 +89,7 @@ def merge_config(
     base: Path | None = None,
     out_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """
-    Returns mergekit's configuration of a merge of full models.
-
-    Args:
-        rule (`MergeRule`):
-            The method and its parameters.
-        inputs, weights, base, out_dtype:
-            As in [`merge_models`].
-
-    Raises:
-        ValueError: The method needs a base and there is none.
-    """
+    """Returns mergekit's configuration of a merge of full models; raises `ValueError` where a base is missing."""
     if rule.needs_base and not rule.interpolates and base is None:
         raise ValueError(f"{rule.method} merges updates of a base model, and no `base` is given.")
     options: dict[str, Any] = {"dtype": "float32"}
@@ -140,15 +105,7 @@ def merge_config(
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """
-    Raises `OSError` if a directory's disk has less than the needed bytes free.
-
-    Args:
-        directory (`Path`):
-            An existing directory.
-        needed (`int`):
-            Bytes.
-    """
+    """Raises `OSError` if the disk of an existing directory has less than the needed bytes free."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
@@ -158,6 +115,10 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def _run(config: Mapping[str, Any], output_dir: Path, cache: Path, seed: int) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
     parsed = MergeConfiguration.model_validate(config)
     options = MergeOptions(
         copy_tokenizer=False,
@@ -175,8 +136,9 @@ def _run(config: Mapping[str, Any], output_dir: Path, cache: Path, seed: int) ->
         _forget(parsed)
 
 
-def _forget(config: MergeConfiguration) -> None:
+def _forget(config: "MergeConfiguration") -> None:
     """Drops what mergekit keeps of its inputs by their names for the life of the process: files may change."""
+    from mergekit.io.tasks import LoaderCache
+
     for model in config.referenced_models():
-        with suppress(KeyError):
-            del LoaderCache.loaders[model]
+        LoaderCache.loaders.pop(model, None)

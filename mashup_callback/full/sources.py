@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..formats.adapter import Adapter
-from ..formats.checkpoint import Checkpoint, check_unchanged
+from ..formats import Adapter, Checkpoint, check_unchanged
 from .merge import ModelInput
 from .weights import FullUpdate
 

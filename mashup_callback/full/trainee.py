@@ -15,13 +15,20 @@ from transformers.utils import cached_file
 from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import decided
-from ..formats.adapter import Adapter, load_factors
-from ..formats.adapter_writer import save_adapter
-from ..formats.base import BaseModel, Description
-from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_checkpoint, read_tensor
+from ..formats import (
+    INDEX_NAME,
+    MODEL_CONFIG_NAME,
+    Adapter,
+    BaseModel,
+    Checkpoint,
+    Description,
+    load_factors,
+    read_checkpoint,
+    read_tensor,
+    write_adapter,
+)
 from ..methods import MERGEKIT_NAME, MergeRule
-from ..model.layers import base_model_name
-from ..model.parameters import read_parameters
+from ..model import base_model_name, read_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap
@@ -142,7 +149,7 @@ class FullTrainee:
         """Returns a copy of an adapter, written from checked tensors as mergekit has peft load it."""
         if adapter.path not in self._adapters:
             path = self.workspace.new("adapter")
-            decided(lambda: save_adapter(path, load_factors(adapter), base_model=None))
+            decided(lambda: write_adapter(path, load_factors(adapter), base_model=None))
             self._adapters[adapter.path] = path
         return self._adapters[adapter.path]
 
@@ -214,7 +221,7 @@ class FullTrainee:
 
 def _copy_model(checkpoint: Checkpoint, directory: Path) -> None:
     directory.mkdir(parents=True)
-    for name in (CONFIG_NAME, INDEX_NAME, "generation_config.json", *checkpoint.stamps):
+    for name in (MODEL_CONFIG_NAME, INDEX_NAME, "generation_config.json", *checkpoint.stamps):
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
 

@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..formats.checkpoint import Checkpoint, read_tensor
-from ..model.parameters import clean_name, fill_master, local_part, regather, reshard, write_parameters
+from ..formats import Checkpoint, read_tensor
+from ..model import clean_name, fill_master, local_part, regather, reshard, write_parameters
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
@@ -11,9 +11,8 @@ from torch import nn
 
 from ..distributed import is_main_process
 from ..errors import CheckpointError
-from ..formats.checkpoint import INDEX_NAME, WEIGHTS_NAME, check_checkpoint, read_checkpoint, read_tensor
-from ..model.parameters import read_parameters
-from ..model.tensors import ModelTensors, describe_model
+from ..formats import INDEX_NAME, MODEL_WEIGHTS_NAME, BaseModel, read_checkpoint, read_tensor
+from ..model import ModelTensors, describe_model, read_parameters, stream_parameters
 
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -25,19 +24,13 @@ def save_model(model: nn.Module, directory: Path) -> Path:
 
     Every process must call it, the main one writes. A shard's parameters are gathered at a time, so that the whole
     model is in no process.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-        directory (`Path`):
-            Where to; created.
     """
     tensors = describe_model(model)
     shards = list(_shards(tensors))
     weight_map = {}
     for index, names in enumerate(shards):
         values = read_parameters(model, names)
-        file = WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = MODEL_WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
@@ -52,34 +45,21 @@ def save_model(model: nn.Module, directory: Path) -> Path:
 
 
 def is_model_on_disk(model: nn.Module, directory: Path) -> bool:
-    """
-    Whether a directory holds exactly the weights that the model has, compared in the model's precision.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model; every process must call it.
-        directory (`Path`):
-            A checkpoint's directory.
-    """
+    """Whether a directory holds exactly the model's weights, in its precision; every process must call it."""
     tensors = describe_model(model)
     try:
-        checkpoint = check_checkpoint(read_checkpoint(directory), tensors)
+        checkpoint = read_checkpoint(directory).fit(BaseModel({}, tensors))
     except CheckpointError:
         return False
     same = True
-    for names in _shards(tensors):
-        for name, value in read_parameters(model, names).items():
-            same = same and bool((read_tensor(checkpoint, name).to(value) == value).all())
+    for name, value in stream_parameters(model, tensors.shapes):
+        same = same and bool((read_tensor(checkpoint, name).to(value) == value).all())
     return same
 
 
 def _shards(tensors: ModelTensors) -> Iterator[list[str]]:
-    return _packed(tensors.shapes, tensors)
-
-
-def _packed(names: Iterable[str], tensors: ModelTensors) -> Iterator[list[str]]:
     shard, size = [], 0
-    for name in names:
+    for name in tensors.shapes:
         count = tensors.bytes_of(name)
         if shard and size + count > MAX_SHARD_BYTES:
             yield shard

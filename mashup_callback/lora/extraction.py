@@ -6,16 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..distributed import decided, is_main_process
 from ..errors import AdapterError, CheckpointError
-from ..factors import LoraFactors
-from ..formats.adapter import Adapter, read_adapter
-from ..formats.adapter_writer import save_adapter
-from ..formats.checkpoint import Checkpoint, read_tensor
-from ..lowrank import truncate_dense
-from ..model.layers import layer_shape, linear_layers
-from ..model.parameters import read_parameters
+from ..formats import Adapter, Checkpoint, read_adapter, read_tensor, write_adapter
+from ..lowrank import LoraFactors, truncate_dense
+from ..model import linear_layers, stream_parameters
 
 
 def extract(
@@ -36,7 +33,7 @@ def extract(
             f"rank {rank} keeps {kept:.1%} of its update's squared norm, less than min_kept_energy="
             f"{min_kept_energy:.1%}: raise the rank, lower `min_kept_energy` to accept it, or train all weights"
         )
-    decided(lambda: save_adapter(path, factors, base_model=None))
+    decided(lambda: write_adapter(path, factors, base_model=None))
     adapter = read_adapter(path)
     warning = f"rank {rank} keeps {kept:.1%} of its full update"
     return dataclasses.replace(adapter, warnings=(*adapter.warnings, warning))
@@ -57,27 +54,19 @@ def low_rank_update(
         AdapterError: No layer has an update.
     """
     factors, kept, total = {}, 0.0, 0.0
-    for name in checkpoint.tensors:
-        base = read_parameters(model, [name])[name]
+    layers = linear_layers(model)
+    for name, base in stream_parameters(model, checkpoint.tensors):
         update = read_tensor(checkpoint, name).to(base.device, torch.float32) - base.float()
         energy = torch.linalg.vector_norm(update, dtype=torch.float64).item() ** 2
         total += energy
         layer = name.removesuffix(".weight")
         if layer in ranks and energy > 0 and is_main_process():
-            truncated = truncate_dense(_as_linear(update, layer, model), ranks[layer], width=ranks[layer])
+            # Conv1D keeps its weight the other way round.
+            update = update.T if isinstance(layers[layer], Conv1D) else update
+            truncated = truncate_dense(update, ranks[layer], width=ranks[layer])
             factors[layer] = truncated.factors
             kept += truncated.kept_energy * energy
     factors, kept = decided(lambda: (factors, kept))
     if not factors:
         raise AdapterError("its update is zero in every layer that the trainee has: it is the base model itself")
     return factors, min(1.0, kept / total)
-
-
-def _as_linear(update: torch.Tensor, layer: str, model: nn.Module) -> torch.Tensor:
-    """Returns the update as (out_features, in_features); Conv1D keeps it the other way round."""
-    shape = layer_shape(linear_layers(model)[layer])
-    return update if tuple(update.shape) == (shape[1], shape[0]) and not _is_conv1d(model, layer) else update.T
-
-
-def _is_conv1d(model: nn.Module, layer: str) -> bool:
-    return hasattr(linear_layers(model)[layer], "nf")

@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..errors import BypassedError
-from ..factors import Factors, LoraFactors
+from ..lowrank import Factors, LoraFactors
 from ..model.layers import linear_layers, output_head
 from ..model.parameters import clean_name
 

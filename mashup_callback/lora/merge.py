@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from ..candidates import Candidate, as_candidate, read_source
-from ..factors import Factors, LoraFactors
-from ..formats.adapter import Adapter, load_factors
-from ..formats.adapter_writer import save_adapter
-from ..lowrank import trainable
+from ..formats import Adapter, load_factors
+from ..lowrank import Factors, LoraFactors, trainable
 from ..methods import SPACES, MergeRule, check_merge
 from ..report import MergeInfo
 from ..storage import refuse_foreign, refuse_overlap
 from .spaces import ModuleMerge
+from .writer import save_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def merge_factors(
     Merge the updates of several adapters of one base model.
 
     In `"delta"` space the merge is the best rank-r approximation of what mergekit makes of the dense updates.
-    `linear` (with normalised weights), `task_arithmetic` and `model_stock` then also equal mergekit's merge of the
+    `linear` (with normalized weights), `task_arithmetic` and `model_stock` then also equal mergekit's merge of the
     full models base + adapter, less the base. `slerp`, `nuslerp`, `multislerp` and `karcher` act on the updates, which
     is not what they do to full models. Methods that commute with a change of basis run on small cores; the others
     (`ties`, `dare_ties`, ...) on dense updates, one module at a time. `"core"` runs every method on the cores (as
@@ -121,28 +120,12 @@ def merge_factors(
     average the norms. Where mergekit copies a tensor that one model alone has (`slerp`, `nuslerp`, `arcee_fusion`), a
     lone update is copied. In `"factors"` space an absent module has a zero B and the mean A of the others.
 
-    Args:
-        inputs (sequence of `Factors`):
-            Adapters to merge. A single one is returned unmerged if the method needs more.
-        weights (sequence of `float`):
-            One per adapter, mergekit's `weight`; methods that have none ignore them.
-        method (`str`, *optional*, defaults to `"linear"`):
-            A method registered in mergekit.
-        parameters (`Mapping[str, Any]`, *optional*):
-            mergekit's parameters; `slerp`'s `t` defaults to 0.5.
-        space (`str`, *optional*, defaults to `"delta"`):
-            `"delta"`, `"core"` or `"factors"`.
-        ranks (`int` or `Mapping[str, int]`, *optional*):
-            Largest rank of the result, for all modules or per module. Modules without one keep the largest rank of
-            their inputs.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of methods that draw random numbers. The draws depend on it and on the module's name only.
-
-    Returns:
-        `MergedAdapter`: The merge, on the inputs' device.
+    A single adapter is returned unmerged if the method needs more. `ranks` are the largest of the result, for all
+    modules or per module; modules without one keep the largest rank of their inputs. What random methods draw depends
+    on `seed` and the module's name only.
 
     Raises:
-        ValueError: If settings or shapes do not fit together, or mergekit refuses a module.
+        ValueError: Settings or shapes do not fit together, or mergekit refuses a module.
     """
     weights = tuple(float(weight) for weight in weights)
     _check_inputs(inputs, weights, space)
@@ -176,13 +159,19 @@ def merge_adapters(
             Directories with `adapter_config.json` and `adapter_model.safetensors`, or candidates that are on disk.
         weights (`str` or sequence of `float`, *optional*, defaults to `"equal"`):
             `"equal"` or one number per adapter.
-        method, parameters, space, seed:
-            As in [`merge_factors`].
+        method (`str`, *optional*, defaults to `"linear"`):
+            A method registered in mergekit.
+        parameters (`Mapping[str, Any]`, *optional*):
+            mergekit's parameters; `slerp`'s `t` defaults to 0.5.
+        space (`str`, *optional*, defaults to `"delta"`):
+            `"delta"`, `"core"` or `"factors"`, see [`merge_factors`].
         rank (`int`, *optional*):
             Rank of the result; None takes the largest rank of the adapters, per module.
         output_dir (`str` or `Path`, *optional*):
             Where to save the merge as a peft adapter of one rank, with A as large as a fresh one; an earlier merge
             there is replaced, nothing else. Ranks that it does not fill get a fresh A and a zero B.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of methods that draw random numbers, and of the fresh A.
 
     Returns:
         `MergedAdapter`: The merge, with `path` set if it was saved.
@@ -259,7 +248,7 @@ def _check_inputs(inputs: Sequence[Factors], weights: Sequence[float], space: st
 
 
 def _trainable(factors: Factors, rank: int, seed: int) -> dict[str, LoraFactors]:
-    """Write every module into fresh factors of `rank`, drawn as peft initializes them."""
+    """Writes every module into fresh factors of `rank`, drawn as peft initializes them."""
     return {name: trainable(f, _fresh(f, rank, zlib.crc32(f"{seed}:{name}".encode()))) for name, f in factors.items()}
 
 

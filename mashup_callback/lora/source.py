@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..factors import Factors, LoraFactors
 from ..formats.adapter import Adapter, adapter_hash, load_factors, read_weights
-from ..model.layers import refuse_huge
+from ..lowrank import Factors, LoraFactors
+from ..model import refuse_huge
 from .hooks import applied
 
 

@@ -7,28 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..factors import LoraFactors
-from ..lowrank import (
-    Truncation,
-    private_rng,
-    shared_cores,
-    truncate_core,
-    truncate_dense,
-)
+from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, truncate_core, truncate_dense
 from ..methods import MergeRule
 
 
 @dataclass(frozen=True)
 class ModuleMerge:
-    """
-    The settings of a merge, applied to one module at a time.
-
-    Args:
-        rule (`MergeRule`): mergekit's method and its parameters.
-        weights (`tuple[float, ...]`): One weight per adapter.
-        space (`str`): `"delta"`, `"core"` or `"factors"`.
-        seed (`int`): Seed of methods that draw random numbers, mixed with the module's name.
-    """
+    """The settings of a merge, applied to one module at a time; the seed is mixed with the module's name."""
 
     rule: MergeRule
     weights: tuple[float, ...]
@@ -37,18 +22,10 @@ class ModuleMerge:
 
     def __call__(self, name: str, inputs: Sequence[LoraFactors | None], rank: int | None) -> Truncation:
         """
-        Merge one module and truncate the result.
-
-        Args:
-            name (`str`): Name of the module.
-            inputs (sequence of `LoraFactors` or `None`): The module's update in each adapter, None where it has none.
-            rank (`int`, *optional*): Largest rank of the result; None takes the largest of the inputs.
-
-        Returns:
-            `Truncation`: Factors, and the share of the merge's energy they keep.
+        Merges one module and truncates the result to `rank`, by default the largest of the inputs.
 
         Raises:
-            ValueError: If the shapes differ, or mergekit refuses the inputs.
+            ValueError: The shapes differ, or mergekit refuses the inputs.
         """
         owned = [f for f in inputs if f is not None]
         _check_shapes(name, owned)

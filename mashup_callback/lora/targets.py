@@ -9,9 +9,8 @@ from accelerate.utils import extract_model_from_parallel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..factors import in_float64
-from ..model.layers import adapter_host, layer_shape
-from ..model.parameters import clean_name, read_parameters
+from ..lowrank import product_norm
+from ..model import adapter_host, clean_name, layer_shape, read_parameters
 
 
 # Initializations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
@@ -136,18 +135,11 @@ def _target(name: str, layer: LoraLayer, adapter: str, values: Mapping[str, torc
 
 
 def _refuse_trained(targets: Iterable[Target]) -> None:
-    trained = [target.name for target in targets if not _is_zero(target)]
+    norms = ((target.name, product_norm(target.A, target.B), target.A.norm() * target.B.norm()) for target in targets)
+    trained = [name for name, norm, bound in norms if not norm <= _ZERO * bound]
     if trained:
         raise ValueError(
             f"The adapter to be trained is not fresh: B·A is not zero in {len(trained)} layers (the first is "
-            f"{trained[0]}). A mashup replaces a fresh initialisation. Start from a new adapter, or pass "
+            f"{trained[0]}). A mashup replaces a fresh initialization. Start from a new adapter, or pass "
             "`overwrite=True` to let the mashup replace this one where the mashup is better."
         )
-
-
-@torch.no_grad()
-def _is_zero(target: Target) -> bool:
-    A, B = in_float64(target.A.detach()), in_float64(target.B.detach())
-    # |B·A|² from the two Gram matrices, which are rank x rank; its terms cancel, hence double precision.
-    squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
-    return bool(squared.sqrt() <= _ZERO * A.norm() * B.norm())

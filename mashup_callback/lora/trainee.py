@@ -12,12 +12,9 @@ from torch import nn
 from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import decided, joint
-from ..factors import Factors, LoraFactors
-from ..formats.adapter_writer import save_adapter
-from ..formats.base import BaseModel, Description
-from ..lowrank import trainable
-from ..model.layers import weight_norms
-from ..model.parameters import write_parameters
+from ..formats import BaseModel, Description, write_adapter
+from ..lowrank import Factors, LoraFactors, trainable
+from ..model import weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap, written
@@ -101,7 +98,7 @@ class LoraTrainee:
     def save(self, update: LoraUpdate, directory: Path, base_model: str | None) -> None:
         """Writes an update as a PEFT adapter, in the ranks and the precision of the trained one."""
         task_type = getattr(self.adapter.config.task_type, "value", self.adapter.config.task_type)
-        save_adapter(directory, update.factors, base_model=base_model, task_type=task_type)
+        write_adapter(directory, update.factors, base_model=base_model, task_type=task_type)
 
     def close(self) -> None:
         """Removes extracted adapters."""

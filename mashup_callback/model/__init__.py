@@ -1,1 +1,50 @@
 """The live model, whatever wraps it."""
+
+from .isolation import quantized_layers, random_state, undisturbed, without_adapters
+from .layers import (
+    adapter_host,
+    base_model_name,
+    layer_shape,
+    layer_shapes,
+    linear_layers,
+    refuse_huge,
+    weight_norms,
+)
+from .parameters import (
+    clean_name,
+    fill_master,
+    is_sharded,
+    local_part,
+    read_parameters,
+    regather,
+    reshard,
+    stream_parameters,
+    write_parameters,
+)
+from .tensors import ModelTensors, describe_model
+
+
+__all__ = [
+    "ModelTensors",
+    "adapter_host",
+    "base_model_name",
+    "clean_name",
+    "describe_model",
+    "fill_master",
+    "is_sharded",
+    "layer_shape",
+    "layer_shapes",
+    "linear_layers",
+    "local_part",
+    "quantized_layers",
+    "random_state",
+    "read_parameters",
+    "refuse_huge",
+    "regather",
+    "reshard",
+    "stream_parameters",
+    "undisturbed",
+    "weight_norms",
+    "without_adapters",
+    "write_parameters",
+]

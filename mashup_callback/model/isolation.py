@@ -22,10 +22,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Restored are the random number generators (python, numpy, torch on the CPU and on every accelerator), the
     training flag of every module, `requires_grad` of every parameter and whether the key-value cache is used. The
     quantized layers of bitsandbytes compute what they compute in training, see [`quantized_layers`].
-
-    Args:
-        model (`torch.nn.Module`):
-            The model to look at.
     """
     training = [(module, module.training) for module in model.modules()]
     try:
@@ -46,10 +42,6 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
     In evaluation mode on a CPU, they are not what they are in training: 4-bit layers repack their weights and round
     their scales for good where the CPU has AVX512-BF16, and have no gradient from then on; 8-bit layers round their
     inputs to 8 bits too.
-
-    Args:
-        model (`torch.nn.Module`):
-            Any model.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is None:
@@ -61,13 +53,7 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """
-    Context in which the adapters on `model` are switched off, so that it computes what its base model does.
-
-    Args:
-        model (`torch.nn.Module`):
-            A `PeftModel`, a model with adapters added by transformers, one around these, or one without adapters.
-    """
+    """Context in which the adapters on `model`, of whichever library, are off: it computes what its base does."""
     # Switching adapters off and on again sets requires_grad of every adapter as if it were the active one.
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -95,13 +81,7 @@ def _adapters_off(host: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def random_state(seed: int | None = None) -> Iterator[None]:
-    """
-    Context after which the random number generators are as they were.
-
-    Args:
-        seed (`int`, *optional*):
-            What to seed them with inside.
-    """
+    """Context, seeded with `seed` if it is given, after which the random number generators are as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cuda"
     devices = range(torch.accelerator.device_count())

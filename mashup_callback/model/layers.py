@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
-from ..factors import Factors
+from ..lowrank import Factors
 from .parameters import clean_name
 
 
@@ -24,10 +24,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     Layers that already carry adapters are given as their base layer: what a hook on it adds is added with the
     adapters switched off.
-
-    Args:
-        model (`torch.nn.Module`):
-            Any model: bare, a `PeftModel`, or with adapters added by transformers; wrapped or not.
     """
     layers = {}
     for name, module in extract_model_from_parallel(model).named_modules():
@@ -71,20 +67,12 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
     """
     Refuses an update that leaves nothing of the weights it changes, as training from it fails.
 
-    Args:
-        update (`Mapping[str, LoraFactors]`):
-            The update.
-        norms (`Mapping[str, float]`):
-            From [`weight_norms`]; layers without a norm are not judged.
-
     Raises:
-        AdapterError: It is more than a hundred times as large as the weight of a layer.
+        AdapterError: It is more than a hundred times as large as a layer's weight, where [`weight_norms`] has it.
     """
     for name, factors in update.items():
         limit = MAX_UPDATE * norms.get(name, math.inf)
-        # The product of the norms bounds the norm of the product at a fraction of the cost.
-        bound = abs(factors.scaling) * factors.A.norm().item() * factors.B.norm().item()
-        if not bound <= limit and (norm := factors.norm()) > limit:
+        if not factors.norm_bound() <= limit and (norm := factors.norm()) > limit:
             raise AdapterError(
                 f"its update of {name} is {norm / norms[name]:.1f} times as large as the weight (Frobenius norms), "
                 f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
@@ -92,14 +80,8 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
 
 
 def adapter_host(model: nn.Module) -> nn.Module | None:
-    """
-    Returns the module that the adapters were added to, None if there are none.
-
-    Args:
-        model (`torch.nn.Module`):
-            A `PeftModel` or a model with adapters added by transformers, or one around it, as sentence-transformers
-            builds; wrapped or not.
-    """
+    """Returns the module that the adapters were added to, None if there are none."""
+    # Not always the model itself: sentence-transformers builds one around it.
     modules = extract_model_from_parallel(model).modules()
     return next((module for module in modules if getattr(module, "peft_config", None)), None)
 

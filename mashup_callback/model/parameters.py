@@ -24,31 +24,14 @@ def _unwrapped_name(name: str) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """
-    Whether no process holds the whole model (FSDP, ZeRO-3), so that all of them must join every forward pass.
-
-    Args:
-        model (`torch.nn.Module`):
-            Any model, wrapped or not.
-    """
+    """Whether no process holds the whole model (FSDP, ZeRO-3), so that all of them must join every forward pass."""
     wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return wrapped or any(_is_partitioned(parameter) for parameter in model.parameters())
 
 
 @torch.no_grad()
 def read_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """
-    Returns copies of whole parameters. Every process must call it, and each gets all of them.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, wrapped or not.
-        names (`Iterable[str]`):
-            Names as [`clean_name`] gives them.
-
-    Raises:
-        KeyError: The model has no such parameter.
-    """
+    """Returns copies of whole parameters by their clean names, on every process; every process must call it."""
     names = list(names)
     found = dict(stream_parameters(model, set(names)))
     return {name: found[name] for name in names}
@@ -77,13 +60,8 @@ def write_parameters(model: nn.Module, values: Mapping[str, torch.Tensor], maste
     The parameters that the optimizer holds are filled, never replaced. ZeRO would otherwise undo the write in its
     first step, and FSDP2 loses what is written into parameters that a forward pass has gathered.
 
-    Args:
-        model (`torch.nn.Module`):
-            The model, wrapped or not.
-        values (`Mapping[str, torch.Tensor]`):
-            Whole tensors, by names as [`clean_name`] gives them. Each is looked up once, when its turn comes.
-        masters (`bool`, *optional*, defaults to `True`):
-            Fill the fp32 masters too; not for what is put back before the next step.
+    Each value is looked up by its clean name once, when its turn comes. What is put back before the next step needs no
+    `masters`.
     """
     for parameters in _gathered(model, writeback=True):
         for name, parameter in parameters.items():
@@ -100,7 +78,9 @@ def _gathered(model: nn.Module, writeback: bool) -> Iterator[dict[str, nn.Parame
         if isinstance(module, FullyShardedDataParallel)
     }
     for prefix, unit in units.items():
-        within = tuple(f"{other}." for other in units if other != prefix and _is_below(other, prefix))
+        within = tuple(
+            f"{other}." for other in units if other != prefix and (not prefix or other.startswith(f"{prefix}."))
+        )
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
             named = {_unwrapped_name(name): value for name, value in unit.named_parameters(prefix=prefix)}
             yield {clean_name(name): value for name, value in named.items() if not name.startswith(within)}
@@ -139,10 +119,6 @@ def regather(parameter: nn.Parameter) -> None:
 
     Small parameters are kept whole between the steps, and neither a forward nor a backward pass would look at the
     shards of these. Every process must call it.
-
-    Args:
-        parameter (`torch.nn.Parameter`):
-            A parameter that ZeRO-3 keeps in shards.
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -150,10 +126,6 @@ def regather(parameter: nn.Parameter) -> None:
         parameter.partition()
     if parameter.ds_persist:
         parameter.all_gather()
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return not prefix or name.startswith(f"{prefix}.")
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

@@ -38,14 +38,9 @@ class ModelTensors:
     dtype: torch.dtype
 
     @property
-    def elements(self) -> int:
-        """Numbers in all parameters together."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-    @property
     def bytes(self) -> int:
         """Size of all parameters in `dtype`."""
-        return self.elements * self.dtype.itemsize
+        return sum(map(self.bytes_of, self.shapes))
 
     def bytes_of(self, name: str) -> int:
         """Size of one parameter in `dtype`."""
@@ -54,11 +49,7 @@ class ModelTensors:
 
 def describe_model(model: nn.Module) -> ModelTensors:
     """
-    Describes the weights of a model, without the adapters on it.
-
-    Args:
-        model (`torch.nn.Module`):
-            Any model of transformers: bare, with adapters, wrapped, or sharded by FSDP2 or ZeRO-3.
+    Describes the weights of a model, wrapped or sharded in any way, without the adapters on it.
 
     Raises:
         ValueError: It is no model of transformers, or its parameters are quantized, so that no checkpoint's weights
@@ -74,13 +65,15 @@ def describe_model(model: nn.Module) -> ModelTensors:
             continue
         known = names.setdefault(id(parameter), [])
         known.append(clean_name(name))
-        shapes[known[0]] = flattened.get(id(parameter)) or _shape(parameter)
+        # ZeRO-3 keeps an empty tensor in the place of the parameter.
+        whole = getattr(parameter, "ds_shape", parameter.shape)
+        shapes[known[0]] = flattened.get(id(parameter)) or tuple(whole)
         dtypes.append(parameter.dtype)
     _refuse_quantized(dtypes)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _refuse_other_libraries(base)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    ends = [_weight(getattr(base, name)()) for name in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())]
     return ModelTensors(
         model_type=base.config.model_type,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
@@ -90,15 +83,6 @@ def describe_model(model: nn.Module) -> ModelTensors:
         buffers=frozenset(clean_name(name) for name, _ in model.named_buffers()),
         dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
     )
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # ZeRO-3 keeps an empty tensor in the place of the parameter.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _weight(module: nn.Module | None) -> nn.Parameter | None:
-    return getattr(module, "weight", None)
 
 
 def _refuse_other_libraries(base: nn.Module) -> None:
@@ -117,35 +101,3 @@ def _refuse_quantized(dtypes: list[torch.dtype]) -> None:
             f"The model's weights are quantized ({', '.join(quantized)}): full checkpoints cannot take their place. "
             "Load the model without quantization, or give LoRA adapters as candidates."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class FullTrainee:
-    """
-    A model of which the weights themselves are trained.
-
-    Args:
-        tensors (`ModelTensors`): All weights of the model.
-        names (`frozenset[str]`): Those that are trained; frozen ones are never written.
-    """
-
-    tensors: ModelTensors
-    names: frozenset[str]
-
-
-def find_full_trainee(model: nn.Module) -> FullTrainee | None:
-    """
-    Finds the weights that are trained in a model without adapters.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-
-    Returns:
-        `FullTrainee`: None where nothing is trained, or an adapter of any kind is.
-    """
-    bare = extract_model_from_parallel(model)
-    trained = {clean_name(name) for name, parameter in bare.named_parameters() if parameter.requires_grad}
-    if not trained or getattr(bare, "peft_config", None):
-        return None
-    return FullTrainee(describe_model(model), frozenset(trained))

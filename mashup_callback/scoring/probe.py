@@ -12,10 +12,10 @@ from torch import nn
 
 from ..distributed import deal
 from ..errors import AdapterError
-from ..factors import Factors, LoraFactors
 from ..lora.source import LoraUpdate
 from ..lora.targets import TrainedAdapter
 from ..lora.trainee import cut_to, fit
+from ..lowrank import Factors, LoraFactors
 from ..model.parameters import is_sharded
 from .evaluation import evaluate, halved, on_device
 from .losses import language_model_losses

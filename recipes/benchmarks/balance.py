@@ -23,12 +23,11 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from trl import SFTTrainer
 
 from mashup_callback import score_candidates
-from mashup_callback.factors import Factors, LoraFactors
 from mashup_callback.formats.adapter import load_factors
 from mashup_callback.lora.merge import merge_factors
 from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.lora.trainee import fit
-from mashup_callback.lowrank import balanced
+from mashup_callback.lowrank import Factors, LoraFactors, balanced
 from mashup_callback.trainee import find_trainee
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mashup_callback.factors import LoraFactors
 from mashup_callback.formats.adapter import save_adapter
+from mashup_callback.lowrank import LoraFactors
 from tests.hub import conftest
 from tests.hub.faults import BROKEN_CARD, safetensors_file
 

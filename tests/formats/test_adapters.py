@@ -14,13 +14,19 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mashup_callback.candidates import Candidate
 from mashup_callback.errors import AdapterError
-from mashup_callback.factors import LoraFactors
-from mashup_callback.formats import adapter_writer
-from mashup_callback.formats.adapter import adapter_hash, check_adapter, load_factors, read_adapter, save_adapter
-from mashup_callback.formats.adapter_config import AdapterConfig, parse_config
-from mashup_callback.formats.header import parse_header
+from mashup_callback.formats import (
+    BaseModel,
+    adapter_hash,
+    load_factors,
+    parse_adapter,
+    parse_config,
+    parse_header,
+    read_adapter,
+)
+from mashup_callback.formats.adapter_config import AdapterConfig
+from mashup_callback.lora import save_adapter, writer
+from mashup_callback.lowrank import LoraFactors
 from tests.tiny import LINEAR, save_random_adapter
 
 
@@ -67,6 +73,10 @@ def train_in_peft(base, directory: Path, dtype=torch.float32, **settings) -> dic
 def sound(base, tmp_path) -> Path:
     train_in_peft(base, tmp_path / "sound")
     return tmp_path / "sound"
+
+
+def check_adapter(adapter, layers, base_model=None):
+    return adapter.fit(BaseModel(layers, name=base_model))
 
 
 def edit_config(directory: Path, **fields) -> None:
@@ -123,16 +133,23 @@ def test_an_adapter_that_learnt_nothing_is_sound(sound):
     assert all(factor.norm() == 0 for factor in load_factors(read_adapter(sound)).values())
 
 
-def test_candidates_carry_the_path(sound):
-    candidate = Candidate(name="x", path=sound, run="r")
-    assert read_adapter(candidate).candidate is candidate
-    for unusable, message in [
-        (Candidate(name="x", path=sound, reason="beyond max_candidates=1"), "beyond max_candidates"),
-        (Candidate(name="x", path=sound, kind="model"), "a model is not a LoRA adapter"),
-        (Candidate(name="org/x", repo_id="org/x"), "not been downloaded"),
-    ]:
-        with pytest.raises(AdapterError, match=message):
-            read_adapter(unusable)
+def test_an_adapter_knows_where_it_is(sound):
+    assert read_adapter(str(sound)).path == sound
+    config, weights = ((sound / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    length = 8 + struct.unpack("<Q", weights[:8])[0]
+    remote = parse_adapter(config, weights[:length], len(weights))
+    here = read_adapter(sound)
+    assert remote.path is None and (remote.config, remote.modules, remote.dtype, remote.warnings) == (
+        here.config,
+        here.modules,
+        here.dtype,
+        here.warnings,
+    )
+    for use in (load_factors, adapter_hash):
+        with pytest.raises(AdapterError, match="not been downloaded"):
+            use(remote)
+    with pytest.raises(AdapterError, match="truncated"):
+        parse_adapter(config, weights[:length], len(weights) - 1)
 
 
 names = st.lists(st.sampled_from(["a", "b", "a_b", "layers", "0", "q_proj"]), min_size=1, max_size=4).map(".".join)
@@ -213,18 +230,18 @@ def test_saving_replaces_an_adapter_and_leaves_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path / "x")) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("failing", ["_write", "rename"])
+@pytest.mark.parametrize("failing", ["write_adapter", "rename"])
 def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch, failing):
     save_adapter(tmp_path / "x", random_factors({Q_PROJ: 4}, {Q_PROJ: 1.0}), base_model=None)
     before = adapter_hash(read_adapter(tmp_path / "x"))
 
-    def fail(source, *args):
-        if failing == "_write" or (".x." in str(source) and not str(source).endswith(".old")):
+    def fail(source, *args, **settings):
+        if failing == "write_adapter" or (".x." in str(source) and not str(source).endswith(".old")):
             raise OSError(28, "No space left on device")
         return rename(source, *args)
 
     rename = os.rename
-    monkeypatch.setattr(*((adapter_writer, "_write") if failing == "_write" else (adapter_writer.os, "rename")), fail)
+    monkeypatch.setattr(*((writer, "write_adapter") if failing == "write_adapter" else (os, "rename")), fail)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(tmp_path / "x", random_factors({Q_PROJ: 2}, {Q_PROJ: 1.0}), base_model=None)
     assert adapter_hash(read_adapter(tmp_path / "x")) == before
@@ -339,8 +356,9 @@ HOSTILE_FIELDS = [
     ({"base_model_name_or_path": ["a"]}, "`base_model_name_or_path`"),
     ({"base_model_name_or_path": "a" * 10**5}, "`base_model_name_or_path`"),
     ({"target_modules": [1]}, "`target_modules`"),
-    ({"lora_dropout": 2}, "`lora_dropout`"),
-    ({"eva_config": "x"}, "`eva_config`"),
+    ({"revision": 1}, "`revision`"),
+    ({"task_type": ["SEQ_CLS"]}, "`task_type`"),
+    ({"target_modules": {"q_proj": 1}}, "`target_modules`"),
 ]
 
 
@@ -350,6 +368,15 @@ def test_hostile_configurations_are_refused(sound, fields, message):
     with pytest.raises(AdapterError, match=message) as error:
         read_adapter(sound)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lora_dropout": 2}, {"eva_config": "x"}, {"layers_pattern": [1]}, {"inference_mode": "no"}], ids=str
+)
+def test_fields_that_change_nothing_are_not_looked_at(sound, fields):
+    before = adapter_hash(read_adapter(sound))
+    edit_config(sound, **fields)
+    assert adapter_hash(read_adapter(sound)) == before
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
@@ -439,6 +466,7 @@ HOSTILE_TENSORS = [
     (replaced(A_KEY.replace("lora_A.weight", "lora_magnitude_vector"), torch.zeros(32)), "DoRA"),
     (replaced(B_KEY.replace("weight", "bias"), torch.zeros(32)), "trained biases"),
     (replaced("base_model.model.lora_A.weight", torch.zeros(4, 32)), "unexpected tensor"),
+    (replaced(f"base_model.model.{'a.' * 10**5}lora_A.weight", torch.zeros(4, 32)), "a name of 200,030 characters"),
     (lambda tensors: tensors.pop(A_KEY), "lora_A.weight is missing"),
     (lambda tensors: tensors.pop(B_KEY), "lora_B.weight is missing"),
     (lambda tensors: tensors.clear(), "holds no tensors"),
@@ -478,30 +506,37 @@ def entry(start: int, stop: int, **fields) -> dict:
     return {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": [start, stop]} | fields
 
 
+BROKEN = "truncated, padded or no safetensors"
 HOSTILE_HEADERS = [
-    (b"", "truncated"),
+    (b"", "truncated: 0 bytes"),
     (header({}, length=2**63), "header of 9,223,372,036,854,775,808 bytes"),
-    (header({}, length=100), "truncated within its header"),
-    (header([]), "JSON list"),
-    (header(b"[" * 100_000), "nested too deeply"),
-    (header(b'{"a": 1, "a": 2}'), "twice"),
-    (header({"a": 1}), "something else than dtype"),
-    (header({"a": entry(0, 8, extra=1)}, b"0" * 8), "something else than dtype"),
-    (header({"a": entry(0, 8, dtype=["F32"])}, b"0" * 8), "dtype"),
-    (header({"a": entry(0, 8, shape=[True])}, b"0" * 8), "lists of sizes"),
-    (header({"a": entry(0, 8, shape=[-2])}, b"0" * 8), "lists of sizes"),
-    (header({"a": entry(0, 8, shape=[2.0])}, b"0" * 8), "lists of sizes"),
-    (header({"a": entry(0, 8, shape="2")}, b"0" * 8), "lists of sizes"),
-    (header({"a": entry(0, 8, shape=[10**30])}, b"0" * 8), "lists of sizes"),
-    (header({"a": entry(0, 8, shape=[3])}, b"0" * 8), "does not fill"),
-    (header({"a": entry(8, 0, shape=[2])}, b"0" * 8), "does not fill"),
-    (header({"a": entry(0, 8, data_offsets=[0])}, b"0" * 8), "lists of sizes"),
-    (header({"a": entry(0, 8), "b": entry(4, 12)}, b"0" * 12), "overlap"),
-    (header({"a": entry(0, 8), "b": entry(12, 16)}, b"0" * 16), "gap"),
-    (header({"a": entry(0, 8)}, b"0" * 7), "truncated"),
-    (header({"a": entry(0, 8)}, b"0" * 9), "truncated or padded"),
-    (header({"__metadata__": {"format": 1}}), "__metadata__"),
-    (header({"__metadata__": ["pt"]}), "__metadata__"),
+    (header({}, length=10_000_001, data=b" " * 10_000_001), "header of 10,000,001 bytes"),
+    (header({}, length=1), BROKEN),
+    (header({}, length=100), f"{BROKEN}.*header length"),
+    (header([]), f"{BROKEN}.*sequence"),
+    (header(b"[" * 100_000), BROKEN),
+    (header(b'{"a": ' * 100_000), BROKEN),
+    (header(b'{"a": 1, "a": 2}'), BROKEN),
+    (header({"a": 1}), f"{BROKEN}.*TensorInfo"),
+    # What safetensors has no use for is not looked at; the key is.
+    (header({"a": entry(0, 8, extra=1)}, b"0" * 8), "unexpected tensor a"),
+    (header({"a": entry(0, 8, dtype=["F32"])}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, dtype="F8")}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, shape=[True])}, b"0" * 8), f"{BROKEN}.*boolean"),
+    (header({"a": entry(0, 8, shape=[-2])}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, shape=[2.0])}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, shape="2")}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, shape=[10**30])}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, shape=[2**40, 2**40])}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8, shape=[3])}, b"0" * 8), f"{BROKEN}.*shape"),
+    (header({"a": entry(8, 0, shape=[2])}, b"0" * 8), f"{BROKEN}.*offset"),
+    (header({"a": entry(0, 8, data_offsets=[0])}, b"0" * 8), BROKEN),
+    (header({"a": entry(0, 8), "b": entry(4, 12)}, b"0" * 12), f"{BROKEN}.*offset"),
+    (header({"a": entry(0, 8), "b": entry(12, 16)}, b"0" * 16), f"{BROKEN}.*offset"),
+    (header({"a": entry(0, 8)}, b"0" * 7), f"{BROKEN}.*not fully covered"),
+    (header({"a": entry(0, 8)}, b"0" * 9), f"{BROKEN}.*not fully covered"),
+    (header({"__metadata__": {"format": 1}}), BROKEN),
+    (header({"__metadata__": ["pt"]}), BROKEN),
 ]
 
 
@@ -510,6 +545,15 @@ def test_malformed_safetensors_are_refused(sound, data, message):
     (sound / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(AdapterError, match=message):
         read_adapter(sound)
+
+
+@pytest.mark.parametrize("size", [0, 8, 2**40, 2**62, 2**63, 2**64, -1])
+def test_a_size_that_is_not_the_files_own_is_refused(genuine, size):
+    """What the Hub says of a file may be wrong in any way."""
+    data = (genuine / "adapter_model.safetensors").read_bytes()
+    assert parse_header(data, len(data))
+    with pytest.raises(AdapterError, match=BROKEN):
+        parse_header(data, size)
 
 
 @given(st.one_of(st.binary(max_size=64), st.binary(max_size=64).map(header), json_values.map(header)))

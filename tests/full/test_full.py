@@ -15,18 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupReport, find_candidates, score_candidates
-from mashup_callback.errors import CheckpointError
-from mashup_callback.formats.checkpoint import check_checkpoint, read_checkpoint
-from mashup_callback.formats.vocabulary import check_vocabularies
+from mashup_callback.candidates import as_candidate
+from mashup_callback.config import MashupConfig
+from mashup_callback.errors import AdapterError, CheckpointError
+from mashup_callback.formats import BaseModel, load_factors, read_adapter, read_checkpoint, read_tensor
+from mashup_callback.full import FullUpdate
 from mashup_callback.full.merge import ModelInput, check_space, merge_models
-from mashup_callback.full.trainee import FittedModel
-from mashup_callback.full.weights import FullUpdate, fit_checkpoint, replaced
-from mashup_callback.lora.trainee import swap
-from mashup_callback.model.layers import find_trainee
-from mashup_callback.model.parameters import write_parameters
-from mashup_callback.model.tensors import describe_model, find_full_trainee
+from mashup_callback.full.weights import replaced
+from mashup_callback.model import write_parameters
+from mashup_callback.trainee import find_trainee
 from tests.full_model import full_trainer, same, save_models, weights
-from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
+from tests.tiny import llama, lora, losses, save_random_adapter, save_scaled_adapter, sft_trainer
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +49,12 @@ def batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(7, 87, (4, 12), generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def whole(model, path):
+    """Returns all weights of a checkpoint as an update of the model."""
+    checkpoint = read_checkpoint(path).fit(BaseModel.of(model))
+    return FullUpdate(checkpoint, frozenset(checkpoint.tensors))
 
 
 def loss_of(model):
@@ -122,10 +127,10 @@ def test_merges_are_mergekits_own_byte_for_byte(tmp_path, models, tied):
     for method, parameters in methods.items():
         used = inputs[:2] if method == "slerp" else inputs
         weights_ = [0.5, 0.3, 0.2][: len(used)]
-        merged = merge_models(
+        recipe = merge_models(
             used, tmp_path / method, weights=weights_, method=method, parameters=parameters, base=base, seed=42
         )
-        (tmp_path / f"{method}.yaml").write_text(merged.recipe)
+        (tmp_path / f"{method}.yaml").write_text(recipe)
     run_mergekit([tmp_path / f"{method}.yaml" for method in methods])
     contents = set()
     for method in methods:
@@ -174,8 +179,7 @@ def test_scores_are_those_of_the_loaded_models(untied):
 def test_a_failure_within_gives_the_weights_back(untied):
     model = llama()
     before = weights(model)
-    checkpoint = check_checkpoint(read_checkpoint(untied / "model-0"), describe_model(model))
-    with pytest.raises(KeyError), replaced(model, FullUpdate.whole(checkpoint)):
+    with pytest.raises(KeyError), replaced(model, whole(model, untied / "model-0")):
         assert not same(before, weights(model))
         raise KeyError
     assert same(before, weights(model))
@@ -225,22 +229,85 @@ def test_weights_are_read_back_after_the_swap(tmp_path, untied, monkeypatch):
     def write(model, values):
         write_parameters(model, {name: values[name] for name in values if name != "model.norm.weight"})
 
-    monkeypatch.setattr("mashup_callback.lora.trainee.write_parameters", write)
+    monkeypatch.setattr("mashup_callback.swap.write_parameters", write)
     model = llama()
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     before = weights(model)
-    trainee, [path, *_] = find_full_trainee(model), sorted(untied.glob("model-*"))
-    checkpoint = fit_checkpoint(model, read_checkpoint(path))
-    fitted = FittedModel(FullUpdate.whole(checkpoint))
+    trainee, [path, *_] = find_trainee(model), sorted(untied.glob("model-*"))
+    update = whole(model, path)
     with pytest.raises(RuntimeError, match=r"1 of .* do not hold the merge .*model\.norm\.weight"):
-        swap(model, trainee, fitted)
+        trainee.write(update)
     assert same(weights(model), before)
     monkeypatch.undo()
-    undo = swap(model, trainee, fitted)
+    trainee.write(update)
     assert same(weights(model), weights(LlamaForCausalLM.from_pretrained(path)))
-    undo()
+    trainee.undo()
     assert same(weights(model), before)
+
+
+def test_the_trainee_merges_keeps_and_saves_without_a_trainer(tmp_path, untied):
+    model, runs = llama(), tmp_path / "runs"
+    trainee = find_trainee(model, MashupConfig(), tmp_path / "out/mashup")
+    shutil.copytree(untied / "model-0", runs / "full")
+    save_random_adapter(runs / "adapter", 0, scale=0.02)
+    files = sorted(path for path in runs.rglob("*") if path.is_file())
+    full, adapter = (trainee.admit(as_candidate(runs / name)) for name in ("full", "adapter"))
+    update, info = trainee.merge([full, adapter], [0.5, 0.5], "linear", {})
+    assert (info.method, info.lost_layers) == ("linear", ()) and update.owned
+    before = weights(model)
+    expected = weights(LlamaForCausalLM.from_pretrained(runs / "full"))
+    factors = load_factors(read_adapter(runs / "adapter"))
+    for name, value in before.items():
+        delta = factors[layer].delta() if (layer := name.removesuffix(".weight")) in factors else 0
+        expected[name] = (expected[name] + value + delta) / 2
+    with update.applied(model):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+    assert same(weights(model), before)
+    alone, _ = trainee.merge([full], [1.0], "ties", {"density": 0.5})
+    kept = trainee.keep(alone)
+    assert not alone.owned and kept.owned and trainee.keep(kept) is kept
+    trainee.discard(alone)
+    trainee.write(kept)
+    assert same(weights(model), weights(LlamaForCausalLM.from_pretrained(runs / "full")))
+    trainee.undo()
+    assert same(weights(model), before)
+    for merge, name in ((update, "merge"), (kept, "single"), (alone, "none")):
+        (tmp_path / name).mkdir()
+        trainee.save(merge, tmp_path / name, "org/base")
+    for name, value in weights(LlamaForCausalLM.from_pretrained(tmp_path / "merge")).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+    single, candidate = (LlamaForCausalLM.from_pretrained(path) for path in (tmp_path / "single", runs / "full"))
+    assert same(weights(single), weights(candidate))
+    assert not any((tmp_path / "none").iterdir())
+    recipe = (tmp_path / "merge/mergekit.yaml").read_text()
+    assert str(runs / "adapter") in recipe and str(tmp_path / "out") not in recipe
+    trainee.close()
+    assert not any((tmp_path / "out").iterdir())
+    assert sorted(path for path in runs.rglob("*") if path.is_file()) == files
+
+
+def test_a_lora_trainee_admits_the_low_rank_part_of_a_checkpoint(tmp_path, untied):
+    from peft import PeftModel, get_peft_model
+
+    save_random_adapter(tmp_path / "adapter", 0, scale=0.02)
+    PeftModel.from_pretrained(llama(), tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "full")
+    trainee = find_trainee(get_peft_model(llama(), lora()), MashupConfig(), tmp_path / "out/mashup")
+    source = trainee.admit(as_candidate(tmp_path / "full"))
+    assert "keeps 100.0% of its full update" in source.warnings[0]
+    expected = load_factors(read_adapter(tmp_path / "adapter"))
+    found = source.load().factors
+    assert found.keys() == expected.keys()
+    for name, factors in found.items():
+        torch.testing.assert_close(factors.delta(), expected[name].delta(), atol=1e-5, rtol=1e-4)
+    with pytest.raises(AdapterError, match=r"rank 4 keeps .* less than min_kept_energy="):
+        trainee.admit(as_candidate(untied / "model-0"))
+    with pytest.raises(AdapterError, match="its update is zero in every layer"):
+        llama().save_pretrained(tmp_path / "base")
+        trainee.admit(as_candidate(tmp_path / "base"))
+    trainee.close()
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_nothing_trainable_is_refused(tmp_path, untied):
@@ -305,17 +372,31 @@ def other_depth(directory):
     (directory / "model.safetensors.index.json").unlink()
 
 
+def other_tying(directory):
+    llama(tie_word_embeddings=True).save_pretrained(directory)
+    (directory / "model.safetensors.index.json").unlink()
+
+
 def other_vocabulary(directory):
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["w0"], vocabulary["w1"] = vocabulary["w1"], vocabulary["w0"]
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-
-
-def other_vocabulary_size(directory):
     llama(vocab_size=120).save_pretrained(directory)
     for name in ("model.safetensors.index.json", "tokenizer.json"):
         (directory / name).unlink()
+
+
+def resized(directory, rows):
+    model = LlamaForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for path in directory.glob("*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(directory)
+
+
+def longer_vocabulary(directory):
+    resized(directory, 104)
+
+
+def shorter_vocabulary(directory):
+    resized(directory, 90)
 
 
 def truncated_shard(directory):
@@ -368,8 +449,10 @@ BAD = {
     other_architecture: "another architecture: model_type is mistral, expected llama",
     other_width: "another architecture: .* has shape",
     other_depth: "another architecture: tensor model.layers.1.* is missing",
-    other_vocabulary: "another vocabulary: 2 of 87 tokens differ",
-    other_vocabulary_size: r"another vocabulary: .* has 120 rows, expected 96",
+    other_tying: "its head is tied to its embeddings, and the model's is not",
+    other_vocabulary: r"another vocabulary: .* has shape \(120, 32\), expected \(96, 32\)",
+    longer_vocabulary: r"another vocabulary: .* has shape \(104, 32\), expected \(96, 32\)",
+    shorter_vocabulary: r"another vocabulary: .* has shape \(90, 32\), expected \(96, 32\)",
     truncated_shard: "model-0000.-of-0000..safetensors: .* truncated",
     missing_shard: "model-0000.-of-0000..safetensors, which model.safetensors.index.json names is missing",
     missing_tensor: "says that .* and it is not there",
@@ -379,6 +462,17 @@ BAD = {
     pickled: "pickled weights, which are never opened",
     quantized: "dtype I8, expected one of",
 }
+
+
+@pytest.mark.parametrize(
+    "damage", [damage for damage in BAD if damage is not pickled], ids=lambda damage: damage.__name__
+)
+def test_bad_checkpoints_are_not_read(tmp_path, untied, damage):
+    shutil.copytree(untied / "model-0", tmp_path / "bad")
+    damage(tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=BAD[damage]):
+        checkpoint = read_checkpoint(tmp_path / "bad").fit(BaseModel.of(llama()))
+        [read_tensor(checkpoint, name) for name in checkpoint.tensors]
 
 
 @pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
@@ -426,7 +520,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_up_while_merging(tmp_path, small_disk, untied, monkeypatch):
     # Another process may take the space that was free when it was checked.
-    monkeypatch.setattr("mashup_callback.full.merge.check_space", lambda directory, needed: None)
+    monkeypatch.setattr("mashup_callback.full.trainee.check_space", lambda directory, needed: None)
     settings = {"merge_method": "ties", "report_dir": str(small_disk / "mashup")}
     callback = MashupCallback(str(untied / "model-*"), **settings)
     trainer = full_trainer(tmp_path / "out", callbacks=[callback], max_steps=1)
@@ -441,53 +535,14 @@ def test_a_disk_that_fills_up_while_merging(tmp_path, small_disk, untied, monkey
         full_trainer(tmp_path / "raise", callbacks=[raising], max_steps=1).train()
 
 
-def test_a_vocabulary_that_extends_the_other(tmp_path, untied):
-    for rows, name in ((104, "longer"), (90, "shorter")):
-        shutil.copytree(untied / "model-0", tmp_path / name)
-        model = LlamaForCausalLM.from_pretrained(untied / "model-0")
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        for path in (tmp_path / name).glob("*.safetensors*"):
-            path.unlink()
-        model.save_pretrained(tmp_path / name)
-    tokenizer = json.loads((tmp_path / "longer/tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["more"] = len(tokenizer["model"]["vocab"])
-    (tmp_path / "longer/tokenizer.json").write_text(json.dumps(tokenizer))
-    paths = [untied / "model-0", tmp_path / "longer", tmp_path / "shorter"]
-    callback = MashupCallback([*map(str, paths)], guard=False, on_error="raise")
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback])
-    trainer.train()
-    assert [row.status for row in callback.report.candidates] == ["scored"] * 3
-    found = {Path(row.name).name: row.loss for row in callback.report.candidates}
-    assert found["longer"] == pytest.approx(found["model-0"], abs=1e-6)
-    # Rows that the checkpoint lacks are the trainee's own.
-    assert found["shorter"] == pytest.approx(found["model-0"], abs=0.05)
-    merged = load_file(tmp_path / "out/mashup/model.safetensors")
-    expected = LlamaForCausalLM.from_pretrained(untied / "model-0").state_dict()
-    # The three are the same model but for rows that no token of the trainee's has.
-    for name, value in merged.items():
-        torch.testing.assert_close(value[:87], expected[name][:87], atol=1e-6, rtol=1e-5)
-
-
-def test_vocabularies():
-    check_vocabularies({"a": 0, "b": 1}, {"a": 0})
-    check_vocabularies({"a": 0}, {"a": 0, "b": 1})
-    with pytest.raises(ValueError, match="1 of 2 tokens differ, such as 'b' with id 2, expected None"):
-        check_vocabularies({"a": 0, "b": 2}, {"a": 0, "c": 1})
-    with pytest.raises(ValueError, match="tokens differ"):
-        check_vocabularies({"a": 1, "b": 0}, {"a": 0, "b": 1, "c": 2})
-
-
 def test_checkpoint_that_changes_while_in_use(tmp_path, untied):
     shutil.copytree(untied / "model-0", tmp_path / "model")
-    checkpoint = check_checkpoint(read_checkpoint(tmp_path / "model"), describe_model(llama()))
+    update = whole(llama(), tmp_path / "model")
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-4])
     model = llama()
     before = weights(model)
-    with (
-        pytest.raises(CheckpointError, match="changed while it was in use"),
-        replaced(model, FullUpdate.whole(checkpoint)),
-    ):
+    with pytest.raises(CheckpointError, match="changed while it was in use"), replaced(model, update):
         pass
     assert same(before, weights(model))
 

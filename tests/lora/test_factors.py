@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mashup_callback.factors import LoraFactors
+from mashup_callback.lowrank import LoraFactors
 
 
 def random_factors(rank, out_features, in_features, scaling=1.0, seed=0, dtype=torch.float32):

@@ -8,9 +8,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from mashup_callback import score_candidates
 from mashup_callback.errors import BypassedError
-from mashup_callback.factors import LoraFactors
 from mashup_callback.formats.adapter import load_factors, read_adapter
 from mashup_callback.lora.hooks import applied
+from mashup_callback.lowrank import LoraFactors
 from mashup_callback.model.layers import layer_shapes
 from tests.tiny import LINEAR, llama, lora, save_random_adapter
 

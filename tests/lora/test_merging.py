@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
-from mashup_callback.factors import LoraFactors
-from mashup_callback.lora.merge import check_merge, merge_adapters, merge_factors, merge_methods
-from mashup_callback.methods import MergeRule
+from mashup_callback.formats import load_factors, read_adapter
+from mashup_callback.lora import merge_adapters, merge_factors, save_adapter
+from mashup_callback.lowrank import LoraFactors
+from mashup_callback.methods import MergeRule, check_merge, merge_methods
 from tests.tiny import llama, save_random_adapter
 
 
@@ -449,14 +450,10 @@ def test_a_module_that_mergekit_refuses_is_named():
 
 
 def save(directory, factors):
-    from mashup_callback.formats.adapter import save_adapter
-
     return save_adapter(directory, factors, base_model="org/base", revision="a" * 40)
 
 
 def test_merge_adapters_reads_merges_and_saves_without_a_base_model(tmp_path):
-    from mashup_callback.formats.adapter import load_factors, read_adapter
-
     names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
     inputs = [adapter(0, 4, modules=names), adapter(1, 2, modules=names[:1])]
     paths = [save(tmp_path / str(index), one) for index, one in enumerate(inputs)]
@@ -481,8 +478,6 @@ def test_merge_adapters_refuses_weights_that_need_losses(tmp_path):
 
 
 def test_merge_adapters_warns_of_different_base_models(tmp_path, caplog):
-    from mashup_callback.formats.adapter import save_adapter
-
     for base in ("a", "b"):
         save_adapter(tmp_path / base, adapter(0), base_model=f"org/{base}")
     merge_adapters([tmp_path / "a", tmp_path / "b"])
