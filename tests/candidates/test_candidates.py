@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from mashup_callback import MashupConfig
 from mashup_callback.candidates import Candidate, Spec, find_candidates, local, parse_spec
 from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
-from mashup_callback.formats.adapter_writer import save_adapter
 from mashup_callback.formats.base import BaseModel
 from mashup_callback.full.trainee import FullTrainee
+from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.scoring import Score, race
 from mashup_callback.storage import Workspace

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mashup_callback.formats.adapter import save_adapter
+from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import LoraFactors
 from tests.hub import conftest
 from tests.hub.faults import BROKEN_CARD, safetensors_file

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from mashup_callback.candidates import hub_name
-from mashup_callback.formats.adapter_writer import save_adapter
+from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.report import CandidateRow, MashupReport, MergeInfo
 from mashup_callback.sharing.card import base_name, mashup_card, shared_license
