@@ -22,6 +22,7 @@ from ..formats.checkpoint import is_checkpoint
 from ..full.weights import CheckpointSource, admit_checkpoint
 from ..hub import Hub
 from ..hub_download import arriving
+from ..lora.hooks import structure_kept
 from ..lora.source import AdapterSource
 from ..model.isolation import undisturbed
 from ..model.layers import layer_shapes, weight_norms
@@ -104,7 +105,13 @@ def score_candidates(
     hub, rows, probed = hub or Hub(asks=is_first_on_machine()), as_rows(batches), metric == "probe"
     metric, admit = make_metric(metric), admit or admit_as_is(model, base_model)
     trainee = trained_adapter(model) if probed else None
-    with joint(), undisturbed(model), metric.base(model), _Race(model, metric, max_seconds, hub) as race:
+    with (
+        joint(),
+        undisturbed(model),
+        metric.base(model),
+        structure_kept(model),
+        _Race(model, metric, max_seconds, hub) as race,
+    ):
         with arriving(candidates, hub) as coming:
             scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
             if place()[1] > 1:

@@ -12,11 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import mashup_callback.guard
 import mashup_callback.lora.trainee
 import mashup_callback.model.parameters
-import mashup_callback.scoring.evaluation
-import mashup_callback.scoring.preparing
 import mashup_callback.scoring.race
-import mashup_callback.scoring.tiling
 from mashup_callback.errors import AdapterError
+from mashup_callback.lora.source import AdapterSource
+from mashup_callback.scoring import LossMetric
 
 
 _REPLACED: list[tuple[Any, str, Any]] = []
@@ -35,12 +34,12 @@ def installed(fault: str | None, rank: int) -> Iterator[None]:
 def unreadable(rank: int) -> None:
     """Process 1 cannot read the tensors of one candidate."""
 
-    def load(source: Any) -> Any:
-        if rank == 1 and source.candidate.name.endswith("trained-0"):
+    def load(source: Any, *args: Any) -> Any:
+        if rank == 1 and source.adapter.candidate.name.endswith("trained-0"):
             raise AdapterError("its file cannot be read (Input/output error)")
-        return original(source)
+        return original(source, *args)
 
-    original = _replace(mashup_callback.scoring.preparing, "load_update", load)
+    original = _replace(AdapterSource, "load", load)
 
 
 def missing(rank: int) -> None:
@@ -51,7 +50,7 @@ def missing(rank: int) -> None:
             raise AdapterError("adapter_config.json is missing")
         return original(candidate)
 
-    original = _replace(mashup_callback.scoring.preparing, "read_adapter", read)
+    original = _replace(mashup_callback.scoring.race, "read_adapter", read)
 
 
 def scoring_raises(rank: int) -> None:
@@ -62,8 +61,6 @@ def scoring_raises(rank: int) -> None:
             raise KeyError("a defect on process 1")
         return original(*args, **kwargs)
 
-    # Each candidate is scored alone.
-    _replace(mashup_callback.scoring.tiling, "CPU_TOKENS", 0)
     original = _replace(mashup_callback.scoring.race, "evaluate", evaluate)
 
 
@@ -75,7 +72,7 @@ def batch_raises(rank: int) -> None:
             raise RuntimeError("process 1 chokes on its rows")
         return original(*args)
 
-    original = _replace(mashup_callback.scoring.evaluation, "_batch_losses", losses)
+    original = _replace(LossMetric, "losses", losses)
 
 
 def forward_raises(rank: int) -> None:
