@@ -36,9 +36,12 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
     Raises:
         BypassedError: In no forward pass inside, a layer was called by the module that holds it.
     """
-    found = linear_layers(model) if factors else {}
-    layers = {name: found[name] for name in factors}
-    with ExitStack() as hooks, _none_bypassed(model, layers):
+    if not factors:
+        yield
+        return
+    structure = _STRUCTURES.get(model) or _Structure(model)
+    layers = {name: structure.layers[name] for name in factors}
+    with ExitStack() as hooks, _none_bypassed(structure, layers):
         for names in _same_input(factors):
             shared = _SharedInput([layers[name] for name in names], [factors[name] for name in names])
             for name in names:
@@ -46,8 +49,34 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
         yield
 
 
+class _Structure:
+    """The modules of a model, and the layers that are known to be called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = linear_layers(model)
+        self.modules = {
+            clean_name(name): module for name, module in extract_model_from_parallel(model).named_modules()
+        }
+        head = output_head(model)
+        self.heads = (head, head.get_base_layer() if hasattr(head, "get_base_layer") else head)
+        self.called: set[nn.Module] = set()
+
+
+_STRUCTURES: dict[nn.Module, _Structure] = {}
+
+
 @contextmanager
-def _none_bypassed(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def structure_kept(model: nn.Module) -> Iterator[None]:
+    """Context in which a model's modules stay what they are: they are looked up, and tried for a bypass, once."""
+    _STRUCTURES[model] = _Structure(model)
+    try:
+        yield
+    finally:
+        del _STRUCTURES[model]
+
+
+@contextmanager
+def _none_bypassed(structure: _Structure, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """
     Context that raises for layers that were bypassed: the module that holds them ran, and neither they nor others of
     their list did.
@@ -55,13 +84,18 @@ def _none_bypassed(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
     An expert without tokens, a tower without images and a dropped block do not run themselves, so they are none; nor
     is a layer outside the repeated blocks, such as an image projector, unless it is the head.
     """
-    groups, ran = _by_holder(model, layers), set()
+    if structure.called.issuperset(layers.values()):
+        yield
+        return
+    groups, ran = _by_holder(structure, layers), set()
     with ExitStack() as hooks:
         for holder in {holder for holder, _ in groups}:
             hooks.enter_context(holder.register_forward_pre_hook(lambda module, args: ran.add(module)))
         for layer in layers.values():
             hooks.enter_context(layer.register_forward_hook(lambda module, args, output: ran.add(module)))
         yield
+    structure.called.update(ran.intersection(layers.values()))
+    ran |= structure.called
     missed = [names for (holder, _), names in groups.items() if holder in ran]
     bypassed = [name for names in missed if not any(layers[name] in ran for name in names) for name in names]
     if bypassed:
@@ -75,11 +109,9 @@ def _none_bypassed(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
         )
 
 
-def _by_holder(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[nn.Module, str], list[str]]:
+def _by_holder(structure: _Structure, layers: Mapping[str, nn.Module]) -> dict[tuple[nn.Module, str], list[str]]:
     """Returns the names of layers by the module that calls them and by their name in it, without places in lists."""
-    modules = {clean_name(name): module for name, module in extract_model_from_parallel(model).named_modules()}
-    head = output_head(model)
-    heads = (head, head.get_base_layer() if hasattr(head, "get_base_layer") else head)
+    modules, heads = structure.modules, structure.heads
     groups: dict[tuple[nn.Module, str], list[str]] = {}
     for name, layer in layers.items():
         holder, _, within = name.rpartition(".")

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from ..candidates import Candidate, Hub, arriving, as_candidate
 from ..distributed import agreed, decided, exchange, is_first_on_machine, is_main_process, joint, place
 from ..errors import AdapterError
-from ..lora.targets import find_adapter
+from ..lora import find_adapter
+from ..lora.hooks import structure_kept
 from ..model.isolation import undisturbed
 from ..model.parameters import is_sharded
 from ..trainee import Source, Update, admit_to
@@ -99,7 +100,13 @@ def score_candidates(
     hub, rows, probed = hub or Hub(asks=is_first_on_machine()), as_rows(batches), metric == "probe"
     metric, admit = make_metric(metric), admit or admit_to(model, base_model)
     trained = find_adapter(model, overwrite=True) if probed else None
-    with joint(), undisturbed(model), metric.base(model), _Race(model, metric, max_seconds, hub) as race:
+    with (
+        joint(),
+        undisturbed(model),
+        metric.base(model),
+        structure_kept(model),
+        _Race(model, metric, max_seconds, hub) as race,
+    ):
         with arriving(candidates, hub) as coming:
             scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
             if place()[1] > 1:
