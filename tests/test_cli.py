@@ -192,7 +192,7 @@ def test_merge_then_show(world):
     assert output("show", "merged/report.json", cwd=world) == report
     shown = mashup("show", "merged", cwd=world)
     assert "mashup: merged" in shown.stdout
-    assert "│ a2 " in shown.stdout
+    assert "│ runs/a2 " in shown.stdout
 
 
 def test_merge_replaces_nothing_but_a_merge(world, tmp_path):
