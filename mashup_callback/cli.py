@@ -85,7 +85,11 @@ def find(
         from .without_trainer import describe_candidate, model_shapes
 
         shapes, base, hub = model_shapes(model), base_model or model, Hub()
-        limits = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
+        limits: dict[str, Any] = {
+            "max_candidates": max_candidates,
+            "allow_licenses": allow_license,
+            "allow_authors": allow_author,
+        }
         found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
         rows = [describe_candidate(candidate, shapes, base) for candidate in found]
     show_result({"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows), as_json)
@@ -128,12 +132,16 @@ def rank(
         from .pipeline import candidate_rows
         from .without_trainer import score
 
-        MashupConfig(metric=metric, search=search)
+        MashupConfig.from_texts({"metric": metric, "search": search})
         drawn = load_rows(dataset, split, subset, sample_size, seed)
         net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
         base, hub = base_model or model, Hub()
-        limits = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
+        limits: dict[str, Any] = {
+            "max_candidates": max_candidates,
+            "allow_licenses": allow_license,
+            "allow_authors": allow_author,
+        }
         limits["max_download_gb"] = max_download_gb
         found = find_candidates(specs, base, check=BaseModel(layer_shapes(net), name=base).check, hub=hub, **limits)
         scores, base_loss = score(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)

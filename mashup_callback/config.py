@@ -236,7 +236,7 @@ def _one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> No
         raise ValueError(f"`{name}` is {value!r}, expected one of {expected}.{hint}")
 
 
-def _at_least(name: str, value: Any, minimum: float, kind: Callable) -> None:
+def _at_least(name: str, value: Any, minimum: float, kind: type) -> None:
     numeric = isinstance(value, int) or (kind is float and isinstance(value, float))
     if isinstance(value, bool) or not numeric:
         raise TypeError(f"`{name}` is {value!r}, expected {'a whole number' if kind is int else 'a number'}.")

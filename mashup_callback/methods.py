@@ -219,8 +219,9 @@ def _count(rule: MergeRule, numbers: Sequence[float] | None, top_k: int | str | 
         rule.check_count(math.inf if high < math.inf else low)
     if top_k in (None, "auto"):
         top_k = len(numbers) if numbers else int(min(high, max(low, 2)))
-    rule.check_count(top_k)
-    return int(top_k)
+    count = int(top_k)
+    rule.check_count(count)
+    return count
 
 
 def _check_parameters(spec: "MergeMethodSpec", parameters: Mapping[str, Any]) -> None:

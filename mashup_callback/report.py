@@ -156,9 +156,10 @@ class MashupReport:
                 f"This mashup report has `schema` {values.get('schema')!r}, expected {SCHEMA}: another version of "
                 "mashup_callback wrote it. Read it with that version, or make the mashup anew."
             )
-        return _made(cls, values, "This mashup report")
+        report: MashupReport = _made(cls, values, "This mashup report")
+        return report
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as JSON, to a temporary name first."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
@@ -167,7 +168,7 @@ class MashupReport:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "MashupReport":
+    def load(cls, path: str | os.PathLike[str]) -> "MashupReport":
         """Reads `report.json`, the one in a directory, or in the `mashup` directory of a run's output."""
         path = Path(path)
         inside = [path / REPORT_NAME, path / "mashup" / REPORT_NAME] if path.is_dir() else [path]
@@ -197,11 +198,10 @@ class MashupReport:
 
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
-        left = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason), **left)
-        for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
-            table.add_column(name, justify=justify, overflow="fold")
-        table.add_column("status", overflow="fold")
+        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason))
+        table.title_justify = table.caption_justify = "left"
+        for name in ("candidate", "loss", "rows", "weight", "status"):
+            table.add_column(name, justify="left" if name in ("candidate", "status") else "right", overflow="fold")
         for short, row in zip(self.short_names(), self.candidates, strict=True):
             status = f"{row.status}: {row.reason}" if row.reason else row.status
             if row.probe_loss is not None:
@@ -228,7 +228,7 @@ def environment() -> dict[str, Any]:
         device = "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0)
     except (AttributeError, RuntimeError):
         # torch.mps has no such function, and a report must not fail for a name.
-        device = accelerator.type
+        device = getattr(accelerator, "type", "cpu")
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -252,7 +252,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _made(cls: type, values: Mapping[str, Any], what: str) -> Any:
+def _made(cls: Any, values: Mapping[str, Any], what: str) -> Any:
     """Returns a dataclass made from JSON, each value checked against its field's type; unknown fields are left out."""
     hints = get_type_hints(cls)
     for item in fields(cls):

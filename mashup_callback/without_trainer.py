@@ -123,7 +123,7 @@ def _report(
 ) -> MashupReport:
     rows = []
     for found, adapter, weight in zip(candidates, adapters, merged.weights, strict=True):
-        about = {"revision": found.revision, "license": found.license, "bytes": found.bytes}
+        about: dict[str, Any] = {"revision": found.revision, "license": found.license, "bytes": found.bytes}
         rows.append(
             CandidateRow(found.name, "unscored", weight=weight, rank=adapter.rank, warnings=adapter.warnings, **about)
         )

@@ -81,7 +81,9 @@ def push_mashup(
     api = HfApi(library_name="mashup_callback")
     files = _files(folder, base_model)
     repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    files[CARD_NAME] = files[CARD_NAME].replace(ADAPTER_PLACEHOLDER.encode(), repo_id.encode())
+    card = files[CARD_NAME]
+    if isinstance(card, bytes):
+        files[CARD_NAME] = card.replace(ADAPTER_PLACEHOLDER.encode(), repo_id.encode())
     _announce(repo_id, _retried(lambda: api.model_info(repo_id)).private, files)
     commit = _retried(
         lambda: api.create_commit(
