@@ -164,9 +164,7 @@ def test_full_training_of_a_sentence_transformer_is_refused():
         find_trainee(model)
 
 
-@pytest.mark.parametrize(
-    "damage", [damage for damage in BAD if damage is not pickled], ids=lambda damage: damage.__name__
-)
+@pytest.mark.parametrize("damage", [made for made in BAD if made is not pickled], ids=lambda made: made.__name__)
 def test_bad_checkpoints_are_not_read(tmp_path, untied, damage):
     shutil.copytree(untied / "model-0", tmp_path / "bad")
     damage(tmp_path / "bad")
