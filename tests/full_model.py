@@ -1,5 +1,7 @@
 """Full checkpoints of the tiny model, and a Trainer that trains all of its weights."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def run_mergekit(recipes):
+    """Runs mergekit's command on recipes in a process of its own."""
+    code = (
+        "import sys; from mergekit.scripts.run_yaml import main\n"
+        "for recipe in sys.argv[1:]: main([recipe, recipe + '.out', '--random-seed', '42'], standalone_mode=False)"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, recipes)], check=True, capture_output=True)

@@ -22,13 +22,14 @@ from ..formats import (
     BaseModel,
     Checkpoint,
     Description,
+    check_unchanged,
     load_factors,
     read_checkpoint,
     read_tensor,
     write_adapter,
 )
 from ..methods import MERGEKIT_NAME, MergeRule
-from ..model import base_model_name, read_parameters
+from ..model import base_model_name, stream_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap
@@ -43,19 +44,9 @@ Source = CheckpointSource | AdapterOnBase
 
 class FullTrainee:
     """
-    A model of which the weights themselves are trained.
+    A model of which the weights called `names` are trained; frozen ones are never written.
 
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-        names (`frozenset[str]`):
-            The weights that are trained; frozen ones are never written.
-        config (`MashupConfig`):
-            The settings.
-        workspace (`Workspace`):
-            Where merges go.
-        adapter_source (`Callable`):
-            Makes of an adapter that fits the model something to score.
+    Merges go to the workspace. `adapter_source` makes of an adapter that fits the model something to score.
     """
 
     relations = ("adapter", "finetune")
@@ -81,11 +72,9 @@ class FullTrainee:
         self._before: dict[str, Any] | None = None
 
     def check(self, description: Description) -> Description:
-        """Returns a candidate's description as it fits the model; raises `AdapterError`."""
         return description.fit(self.base)
 
     def admit(self, candidate: Candidate) -> Source:
-        """Returns a candidate on disk as something to score."""
         return self._sources[candidate.kind](read_source(candidate, self.check))
 
     def merge(
@@ -101,7 +90,6 @@ class FullTrainee:
         return update, self._info(update.checkpoint, method, parameters)
 
     def written(self, update: FullUpdate) -> AbstractContextManager[None]:
-        """Returns a context in which the model has an update's weights."""
         return update.applied(self.model)
 
     def write(self, update: FullUpdate) -> None:
@@ -110,17 +98,15 @@ class FullTrainee:
         swap(self.model, CheckpointTensors(update), self.undo)
 
     def undo(self) -> None:
-        """Gives the weights back what they were before [`FullTrainee.write`]."""
         restore_weights(self.model, self._before or {}, masters=True)
 
     def keep(self, update: FullUpdate) -> FullUpdate:
-        """Returns the update with files of its own: those of a candidate are copied."""
         if update.owned:
             return update
         path = self.workspace.new("copy")
         decided(partial(check_space, self.workspace.path(), self.tensors.bytes))
         decided(lambda: _copy_model(update.checkpoint, path))
-        return replace(update, checkpoint=replace(update.checkpoint, path=path), owned=True)
+        return replace(update, checkpoint=read_checkpoint(path).fit(self.base), owned=True)
 
     def discard(self, update: FullUpdate) -> None:
         """Removes a merge that is not used; a candidate's own files stay."""
@@ -137,7 +123,6 @@ class FullTrainee:
             (directory / MERGEKIT_NAME).write_text(update.recipe, encoding="utf-8")
 
     def close(self) -> None:
-        """Removes the temporary files of the run, and lets go of the old weights."""
         self._before = None
         self.workspace.close()
 
@@ -213,8 +198,8 @@ class FullTrainee:
     def _distance(self, checkpoint: Checkpoint, names: Sequence[str]) -> float:
         """Squared distance of a checkpoint's tensors from the model's, in float64."""
         total = 0.0
-        for name in names:
-            value = read_parameters(self.model, [name])[name].cpu()
+        for name, value in stream_parameters(self.model, names):
+            value = value.cpu()
             total += (read_tensor(checkpoint, name).double() - value.double()).square().sum().item()
         return total
 
@@ -224,6 +209,7 @@ def _copy_model(checkpoint: Checkpoint, directory: Path) -> None:
     for name in (MODEL_CONFIG_NAME, INDEX_NAME, "generation_config.json", *checkpoint.stamps):
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
+    check_unchanged(checkpoint)
 
 
 def _directory_of(name: str | None) -> Path | None:

@@ -25,30 +25,16 @@ from .targets import Target, TrainedAdapter
 
 
 class LoraTrainee:
-    """
-    The LoRA adapter that is trained.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model with the adapter on it.
-        adapter (`TrainedAdapter`):
-            From [`find_adapter`].
-        config (`MashupConfig`):
-            The settings.
-        workspace (`Workspace`):
-            Where extracted adapters go.
-    """
+    """The LoRA adapter that is trained; low-rank parts of full checkpoints go to the workspace."""
 
     relations = ("adapter",)
 
     def __init__(self, model: nn.Module, adapter: TrainedAdapter, config: MashupConfig, workspace: Workspace) -> None:
         self.model, self.adapter, self.config, self.workspace = model, adapter, config, workspace
         self.base = BaseModel.of(model, config.base_model)
-        self._norms: Mapping[str, float] | None = None
         self._sources = {"adapter": self._adapter_source, "model": self._extracted}
 
     def check(self, description: Description) -> Description:
-        """Returns a candidate's description as it fits the model; raises `AdapterError`."""
         return description.fit(self.base)
 
     def admit(self, candidate: Candidate) -> AdapterSource:
@@ -85,11 +71,10 @@ class LoraTrainee:
         swap(self.model, values, self.undo)
 
     def undo(self) -> None:
-        """Gives the adapter back its fresh A and B."""
         write_parameters(self.model, self._before)
 
     def keep(self, update: LoraUpdate) -> LoraUpdate:
-        """Returns the update, which has no files."""
+        # It has no files.
         return update
 
     def discard(self, update: LoraUpdate) -> None:
@@ -101,16 +86,17 @@ class LoraTrainee:
         write_adapter(directory, update.factors, base_model=base_model, task_type=task_type)
 
     def close(self) -> None:
-        """Removes extracted adapters."""
         self.workspace.close()
 
     @cached_property
     def _before(self) -> dict[str, torch.Tensor]:
         return self.adapter.values(self.adapter.targets)
 
+    @cached_property
+    def _norms(self) -> dict[str, float]:
+        return weight_norms(self.model)
+
     def _adapter_source(self, adapter: Any) -> AdapterSource:
-        if self._norms is None:
-            self._norms = weight_norms(self.model)
         return AdapterSource(adapter, self._norms)
 
     def _extracted(self, checkpoint: Any) -> AdapterSource:

@@ -1,4 +1,4 @@
-"""Full checkpoints and full fine-tuning, against from_pretrained, the mergekit command and runs without callback."""
+"""Full fine-tuning through a Trainer, against from_pretrained, the mergekit command and runs without callback."""
 
 import json
 import os
@@ -11,38 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupReport, find_candidates, score_candidates
-from mashup_callback.candidates import as_candidate
-from mashup_callback.config import MashupConfig
-from mashup_callback.errors import AdapterError, CheckpointError
-from mashup_callback.formats import BaseModel, load_factors, read_adapter, read_checkpoint, read_tensor
-from mashup_callback.full import FullUpdate
-from mashup_callback.full.merge import ModelInput, check_space, merge_models
-from mashup_callback.full.weights import replaced
-from mashup_callback.model import write_parameters
-from mashup_callback.trainee import find_trainee
-from tests.full_model import full_trainer, same, save_models, weights
-from tests.tiny import llama, lora, losses, save_random_adapter, save_scaled_adapter, sft_trainer
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    """Three trained checkpoints, each in several shards."""
-    return save_models(tmp_path_factory.mktemp("untied"), 3)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def tied(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory, tied, untied):
-    """The checkpoints, or some whose head is their embeddings."""
-    return save_models(tmp_path_factory.mktemp("tied"), 3, tied=True) if tied else untied
+from mashup_callback.full.merge import check_space
+from tests.full.damage import BAD
+from tests.full_model import full_trainer, run_mergekit, same, weights
+from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
 
 
 def batch(seed=0):
@@ -51,24 +27,9 @@ def batch(seed=0):
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
-def whole(model, path):
-    """Returns all weights of a checkpoint as an update of the model."""
-    checkpoint = read_checkpoint(path).fit(BaseModel.of(model))
-    return FullUpdate(checkpoint, frozenset(checkpoint.tensors))
-
-
 def loss_of(model):
     with torch.no_grad():
         return model.eval()(**batch()).loss.item()
-
-
-def run_mergekit(recipes):
-    """Runs mergekit's command on recipes in a process of its own."""
-    code = (
-        "import sys; from mergekit.scripts.run_yaml import main\n"
-        "for recipe in sys.argv[1:]: main([recipe, recipe + '.out', '--random-seed', '42'], standalone_mode=False)"
-    )
-    subprocess.run([sys.executable, "-c", code, *map(str, recipes)], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -111,35 +72,6 @@ def test_the_published_recipe_gives_the_published_model(tmp_path, untied):
     assert same(load_file(tmp_path / "out/mashup/model.safetensors"), expected)
 
 
-def test_merges_are_mergekits_own_byte_for_byte(tmp_path, models, tied):
-    base = tmp_path / "base"
-    llama(tie_word_embeddings=tied).save_pretrained(base)
-    inputs = [ModelInput(models / f"model-{index}") for index in range(3)]
-    methods = {
-        "linear": {},
-        "ties": {"density": 0.5},
-        "dare_ties": {"density": 0.5},
-        "model_stock": {},
-        "karcher": {},
-        "slerp": {},
-        "task_arithmetic": {"lambda": 0.7},
-    }
-    for method, parameters in methods.items():
-        used = inputs[:2] if method == "slerp" else inputs
-        weights_ = [0.5, 0.3, 0.2][: len(used)]
-        recipe = merge_models(
-            used, tmp_path / method, weights=weights_, method=method, parameters=parameters, base=base, seed=42
-        )
-        (tmp_path / f"{method}.yaml").write_text(recipe)
-    run_mergekit([tmp_path / f"{method}.yaml" for method in methods])
-    contents = set()
-    for method in methods:
-        ours = (tmp_path / method / "model.safetensors").read_bytes()
-        assert ours == (tmp_path / f"{method}.yaml.out/model.safetensors").read_bytes(), method
-        contents.add(ours)
-    assert len(contents) == len(methods)
-
-
 def test_scratch_is_bit_identical_to_no_callback(tmp_path, untied, library):
     for seed in range(3):
         # What unlearns: the logits with the other sign.
@@ -174,15 +106,6 @@ def test_scores_are_those_of_the_loaded_models(untied):
     expected = loss_of(LlamaForCausalLM.from_pretrained(untied / "model-1"))
     assert score.loss == pytest.approx(expected, abs=1e-6)
     assert abs(loss_of(llama()) - expected) > 0.01
-
-
-def test_a_failure_within_gives_the_weights_back(untied):
-    model = llama()
-    before = weights(model)
-    with pytest.raises(KeyError), replaced(model, whole(model, untied / "model-0")):
-        assert not same(before, weights(model))
-        raise KeyError
-    assert same(before, weights(model))
 
 
 def test_adapters_and_checkpoints_together(tmp_path, untied):
@@ -225,91 +148,6 @@ def test_frozen_weights_are_left_alone(tmp_path, untied):
     assert 0 < callback.report.merge.lost_energy < 1
 
 
-def test_weights_are_read_back_after_the_swap(tmp_path, untied, monkeypatch):
-    def write(model, values):
-        write_parameters(model, {name: values[name] for name in values if name != "model.norm.weight"})
-
-    monkeypatch.setattr("mashup_callback.swap.write_parameters", write)
-    model = llama()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
-    before = weights(model)
-    trainee, [path, *_] = find_trainee(model), sorted(untied.glob("model-*"))
-    update = whole(model, path)
-    with pytest.raises(RuntimeError, match=r"1 of .* do not hold the merge .*model\.norm\.weight"):
-        trainee.write(update)
-    assert same(weights(model), before)
-    monkeypatch.undo()
-    trainee.write(update)
-    assert same(weights(model), weights(LlamaForCausalLM.from_pretrained(path)))
-    trainee.undo()
-    assert same(weights(model), before)
-
-
-def test_the_trainee_merges_keeps_and_saves_without_a_trainer(tmp_path, untied):
-    model, runs = llama(), tmp_path / "runs"
-    trainee = find_trainee(model, MashupConfig(), tmp_path / "out/mashup")
-    shutil.copytree(untied / "model-0", runs / "full")
-    save_random_adapter(runs / "adapter", 0, scale=0.02)
-    files = sorted(path for path in runs.rglob("*") if path.is_file())
-    full, adapter = (trainee.admit(as_candidate(runs / name)) for name in ("full", "adapter"))
-    update, info = trainee.merge([full, adapter], [0.5, 0.5], "linear", {})
-    assert (info.method, info.lost_layers) == ("linear", ()) and update.owned
-    before = weights(model)
-    expected = weights(LlamaForCausalLM.from_pretrained(runs / "full"))
-    factors = load_factors(read_adapter(runs / "adapter"))
-    for name, value in before.items():
-        delta = factors[layer].delta() if (layer := name.removesuffix(".weight")) in factors else 0
-        expected[name] = (expected[name] + value + delta) / 2
-    with update.applied(model):
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
-    assert same(weights(model), before)
-    alone, _ = trainee.merge([full], [1.0], "ties", {"density": 0.5})
-    kept = trainee.keep(alone)
-    assert not alone.owned and kept.owned and trainee.keep(kept) is kept
-    trainee.discard(alone)
-    trainee.write(kept)
-    assert same(weights(model), weights(LlamaForCausalLM.from_pretrained(runs / "full")))
-    trainee.undo()
-    assert same(weights(model), before)
-    for merge, name in ((update, "merge"), (kept, "single"), (alone, "none")):
-        (tmp_path / name).mkdir()
-        trainee.save(merge, tmp_path / name, "org/base")
-    for name, value in weights(LlamaForCausalLM.from_pretrained(tmp_path / "merge")).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
-    single, candidate = (LlamaForCausalLM.from_pretrained(path) for path in (tmp_path / "single", runs / "full"))
-    assert same(weights(single), weights(candidate))
-    assert not any((tmp_path / "none").iterdir())
-    recipe = (tmp_path / "merge/mergekit.yaml").read_text()
-    assert str(runs / "adapter") in recipe and str(tmp_path / "out") not in recipe
-    trainee.close()
-    assert not any((tmp_path / "out").iterdir())
-    assert sorted(path for path in runs.rglob("*") if path.is_file()) == files
-
-
-def test_a_lora_trainee_admits_the_low_rank_part_of_a_checkpoint(tmp_path, untied):
-    from peft import PeftModel, get_peft_model
-
-    save_random_adapter(tmp_path / "adapter", 0, scale=0.02)
-    PeftModel.from_pretrained(llama(), tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "full")
-    trainee = find_trainee(get_peft_model(llama(), lora()), MashupConfig(), tmp_path / "out/mashup")
-    source = trainee.admit(as_candidate(tmp_path / "full"))
-    assert "keeps 100.0% of its full update" in source.warnings[0]
-    expected = load_factors(read_adapter(tmp_path / "adapter"))
-    found = source.load().factors
-    assert found.keys() == expected.keys()
-    for name, factors in found.items():
-        torch.testing.assert_close(factors.delta(), expected[name].delta(), atol=1e-5, rtol=1e-4)
-    with pytest.raises(AdapterError, match=r"rank 4 keeps .* less than min_kept_energy="):
-        trainee.admit(as_candidate(untied / "model-0"))
-    with pytest.raises(AdapterError, match="its update is zero in every layer"):
-        llama().save_pretrained(tmp_path / "base")
-        trainee.admit(as_candidate(tmp_path / "base"))
-    trainee.close()
-    assert not any((tmp_path / "out").iterdir())
-
-
 def test_nothing_trainable_is_refused(tmp_path, untied):
     tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
     arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none")
@@ -317,21 +155,6 @@ def test_nothing_trainable_is_refused(tmp_path, untied):
     trainer = Trainer(model, arguments, train_dataset=tokens, callbacks=[MashupCallback(str(untied / "model-*"))])
     with pytest.raises(ValueError, match="trains no LoRA layers, and none of its own weights"):
         trainer.train()
-
-
-def test_full_training_of_what_is_no_model_of_transformers_is_refused():
-    for model in (torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Sequential(llama())):
-        with pytest.raises(ValueError, match="weights of a Sequential .* expected a model of transformers"):
-            find_trainee(model)
-
-
-def test_full_training_of_a_sentence_transformer_is_refused():
-    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(modules=[modules.Dense(4, 4)], device="cpu")
-    with pytest.raises(ValueError, match="weights of a SentenceTransformer .* expected a model of transformers"):
-        find_trainee(model)
 
 
 def test_resuming_keeps_the_report_and_the_weights(tmp_path, untied):
@@ -352,127 +175,6 @@ def test_resuming_keeps_the_report_and_the_weights(tmp_path, untied):
     found = find_candidates(str(tmp_path / "out"))
     assert [Path(item.name).name for item in found] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert {item.kind for item in found} == {"model"} and len({item.run for item in found}) == 1
-
-
-# Bad input: what is done to a good checkpoint, and what the reason must say.
-
-
-def other_architecture(directory):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-
-
-def other_width(directory):
-    llama(hidden_size=48, num_attention_heads=4).save_pretrained(directory)
-    (directory / "model.safetensors.index.json").unlink()
-
-
-def other_depth(directory):
-    llama(num_hidden_layers=1).save_pretrained(directory)
-    (directory / "model.safetensors.index.json").unlink()
-
-
-def other_tying(directory):
-    llama(tie_word_embeddings=True).save_pretrained(directory)
-    (directory / "model.safetensors.index.json").unlink()
-
-
-def other_vocabulary(directory):
-    llama(vocab_size=120).save_pretrained(directory)
-    for name in ("model.safetensors.index.json", "tokenizer.json"):
-        (directory / name).unlink()
-
-
-def resized(directory, rows):
-    model = LlamaForCausalLM.from_pretrained(directory)
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    for path in directory.glob("*.safetensors*"):
-        path.unlink()
-    model.save_pretrained(directory)
-
-
-def longer_vocabulary(directory):
-    resized(directory, 104)
-
-
-def shorter_vocabulary(directory):
-    resized(directory, 90)
-
-
-def truncated_shard(directory):
-    shard = sorted(directory.glob("*.safetensors"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def missing_shard(directory):
-    sorted(directory.glob("*.safetensors"))[-1].unlink()
-
-
-def missing_tensor(directory):
-    shard = sorted(directory.glob("*.safetensors"))[-1]
-    tensors = load_file(shard)
-    tensors.pop(sorted(tensors)[0])
-    save_file(tensors, shard)
-
-
-def index_of_absent_files(directory):
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    index["weight_map"]["lm_head.weight"] = "model-99999-of-00006.safetensors"
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def index_that_leads_elsewhere(directory):
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    index["weight_map"]["lm_head.weight"] = "../model-00001-of-00006.safetensors"
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def not_finite(directory):
-    shard = sorted(directory.glob("*.safetensors"))[0]
-    tensors = load_file(shard)
-    next(iter(tensors.values())).view(-1)[3] = float("nan")
-    save_file(tensors, shard)
-
-
-def pickled(directory):
-    for path in directory.glob("*.safetensors*"):
-        path.unlink()
-    torch.save({}, directory / "pytorch_model.bin")
-
-
-def quantized(directory):
-    shard = sorted(directory.glob("*.safetensors"))[0]
-    save_file({name: value.to(torch.int8) for name, value in load_file(shard).items()}, shard)
-
-
-BAD = {
-    other_architecture: "another architecture: model_type is mistral, expected llama",
-    other_width: "another architecture: .* has shape",
-    other_depth: "another architecture: tensor model.layers.1.* is missing",
-    other_tying: "its head is tied to its embeddings, and the model's is not",
-    other_vocabulary: r"another vocabulary: .* has shape \(120, 32\), expected \(96, 32\)",
-    longer_vocabulary: r"another vocabulary: .* has shape \(104, 32\), expected \(96, 32\)",
-    shorter_vocabulary: r"another vocabulary: .* has shape \(90, 32\), expected \(96, 32\)",
-    truncated_shard: "model-0000.-of-0000..safetensors: .* truncated",
-    missing_shard: "model-0000.-of-0000..safetensors, which model.safetensors.index.json names is missing",
-    missing_tensor: "says that .* and it is not there",
-    index_of_absent_files: "model-99999-of-00006.safetensors, which .* names is missing",
-    index_that_leads_elsewhere: "names the file .*, expected a",
-    not_finite: "not finite",
-    pickled: "pickled weights, which are never opened",
-    quantized: "dtype I8, expected one of",
-}
-
-
-@pytest.mark.parametrize(
-    "damage", [damage for damage in BAD if damage is not pickled], ids=lambda damage: damage.__name__
-)
-def test_bad_checkpoints_are_not_read(tmp_path, untied, damage):
-    shutil.copytree(untied / "model-0", tmp_path / "bad")
-    damage(tmp_path / "bad")
-    with pytest.raises(CheckpointError, match=BAD[damage]):
-        checkpoint = read_checkpoint(tmp_path / "bad").fit(BaseModel.of(llama()))
-        [read_tensor(checkpoint, name) for name in checkpoint.tensors]
 
 
 @pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
@@ -533,18 +235,6 @@ def test_a_disk_that_fills_up_while_merging(tmp_path, small_disk, untied, monkey
     with pytest.raises(Exception, match="space"):
         raising = MashupCallback(str(untied / "model-*"), on_error="raise", **settings)
         full_trainer(tmp_path / "raise", callbacks=[raising], max_steps=1).train()
-
-
-def test_checkpoint_that_changes_while_in_use(tmp_path, untied):
-    shutil.copytree(untied / "model-0", tmp_path / "model")
-    update = whole(llama(), tmp_path / "model")
-    shard = sorted((tmp_path / "model").glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-4])
-    model = llama()
-    before = weights(model)
-    with pytest.raises(CheckpointError, match="changed while it was in use"), replaced(model, update):
-        pass
-    assert same(before, weights(model))
 
 
 def test_a_full_checkpoint_for_a_lora_trainee(tmp_path, untied):
