@@ -199,7 +199,7 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
 
 
 def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
-    """Yields the runs that train the library's missing adapters, each from a seed of its own; none where no arm needs them."""
+    """Yields the runs that train the missing adapters, each from a seed of its own; none where no arm needs them."""
     if set(world.budget.arms) <= NO_LIBRARY:
         return
     for index, task in enumerate((*world.library_tasks, *world.controls())):
