@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from .callback import MashupCallback
     from .candidates import Candidate, find_candidates
     from .config import MashupConfig
-    from .lora.merge import MergedAdapter, merge_adapters
+    from .lora import MergedAdapter, merge_adapters
     from .report import MashupReport
     from .scoring import Score, score_candidates
-    from .sharing.push import push_mashup
+    from .sharing import push_mashup
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ from .errors import OutOfStepError, UsageError
 from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
-from .sharing.push import push_mashup, share
+from .sharing import push_mashup, share
 from .storage import StorageError, refuse_foreign
 from .trainee import find_trainee
 

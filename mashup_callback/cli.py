@@ -81,7 +81,7 @@ def find(
         from .candidates import Hub, check_specs, find_candidates
 
         check_specs(specs)
-        from .formats.base import BaseModel
+        from .formats import BaseModel
         from .without_trainer import describe_candidate, model_shapes
 
         shapes, base, hub = model_shapes(model), base_model or model, Hub()
@@ -127,8 +127,8 @@ def rank(
 
         from .cli_rows import load_rows, sft_rows
         from .config import MashupConfig
-        from .formats.base import BaseModel
-        from .model.layers import layer_shapes
+        from .formats import BaseModel
+        from .model import layer_shapes
         from .pipeline import candidate_rows
         from .without_trainer import score
 
@@ -198,7 +198,7 @@ def push(
 ) -> None:
     """Push a mashup's adapter to the Hub, with model card, report and mergekit configuration."""
     with _quiet_stdout():
-        from .sharing.push import push_mashup
+        from .sharing import push_mashup
 
         logging.getLogger("mashup_callback.sharing.push").setLevel(logging.INFO)
         url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
@@ -225,7 +225,7 @@ def cache(
 ) -> None:
     """Show where scores are kept between runs and how many there are, or remove them."""
     with _quiet_stdout():
-        from .scoring.cache import ScoreCache
+        from .scoring import ScoreCache
 
         scores = ScoreCache()
         removed = scores.clear() if clear else 0

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .formats.files import quote
+from .formats import quote
 from .report import CandidateRow
 
 
@@ -38,7 +38,7 @@ def _finite(value: Any) -> Any:
 
 def one_line(error: Exception) -> str:
     """Returns an error's message without line breaks, and not without end."""
-    from .candidates.hub import HTTP_ERROR, describe
+    from .candidates import HTTP_ERROR, describe
     from .errors import HubError
 
     text = describe(error) if isinstance(error, HubError | HTTP_ERROR) else str(error)

@@ -27,7 +27,7 @@ class Selection:
         """Returns the best `count` candidates of this selection, weighted anew."""
         return _weighted(self.scores[:count], weights, self.ranked)
 
-    def weight_of(self) -> dict[tuple, float]:
+    def weight_of(self) -> dict[tuple[str, str | None], float]:
         """Returns the weights by the key of the candidate."""
         keys = [score.candidate.key for score in self.scores]
         return dict(zip(keys, self.weights, strict=True))

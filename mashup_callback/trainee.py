@@ -12,8 +12,7 @@ from torch import nn
 from .candidates import Candidate, read_source
 from .config import MashupConfig
 from .formats import BaseModel
-from .full import FullTrainee, find_trained_weights
-from .full.sources import CheckpointSource
+from .full import CheckpointSource, FullTrainee, find_trained_weights
 from .lora import AdapterSource, LoraTrainee, find_adapter
 from .model import weight_norms
 from .report import MergeInfo
@@ -36,8 +35,11 @@ class Source(Protocol):
         warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
     """
 
-    rank: int | None
-    warnings: tuple[str, ...]
+    @property
+    def rank(self) -> int | None: ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
     def load(self, device: torch.device | str = "cpu") -> Update:
         """Returns what it changes; raises `AdapterError` where its files changed or hold unusable values."""
@@ -60,7 +62,8 @@ class Trainee(Protocol):
             `"finetune"`.
     """
 
-    relations: tuple[str, ...]
+    @property
+    def relations(self) -> tuple[str, ...]: ...
 
     def check(self, description: Any) -> Any:
         """Returns a candidate's description as it fits the model, by its headers alone; raises `AdapterError`."""
@@ -69,26 +72,26 @@ class Trainee(Protocol):
         """Returns a candidate on disk as something that can be scored and merged; raises `AdapterError`."""
 
     def merge(
-        self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+        self, sources: Sequence[Any], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
     ) -> tuple[Update, MergeInfo]:
         """Merges candidates in the form that the trainee can hold."""
 
-    def written(self, update: Update) -> AbstractContextManager[None]:
+    def written(self, update: Any) -> AbstractContextManager[None]:
         """Returns a context in which the trainee holds an update, and after which it holds what it held before."""
 
-    def write(self, update: Update) -> None:
+    def write(self, update: Any) -> None:
         """Fills the trainee's parameters, reads them back, and puts back what they held where that fails."""
 
     def undo(self) -> None:
         """Gives the trainee what it held before [`Trainee.write`]."""
 
-    def keep(self, update: Update) -> Update:
+    def keep(self, update: Any) -> Update:
         """Returns an update whose files are its own: those of a candidate are copied."""
 
-    def discard(self, update: Update) -> None:
+    def discard(self, update: Any) -> None:
         """Forgets an update that was not chosen, with the files that were made for it."""
 
-    def save(self, update: Update, directory: Path, base_model: str | None) -> None:
+    def save(self, update: Any, directory: Path, base_model: str | None) -> None:
         """Writes an update as an adapter or a model; never takes a candidate's files."""
 
     def close(self) -> None:
@@ -135,5 +138,8 @@ def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candi
     """
     base = BaseModel.of(model, base_model)
     norms = weight_norms(model)
-    sources = {"adapter": lambda found: AdapterSource(found, norms), "model": CheckpointSource}
+    sources: dict[str, Callable[[Any], Source]] = {
+        "adapter": lambda found: AdapterSource(found, norms),
+        "model": CheckpointSource,
+    }
     return lambda candidate: sources[candidate.kind](read_source(candidate, lambda found: found.fit(base)))

@@ -16,11 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .candidates import Candidate, read_source
 from .config import MashupConfig
 from .errors import AdapterError
-from .formats.adapter_config import CONFIG_NAME
-from .formats.base import BaseModel
-from .lora.merge import MergedAdapter, merge_adapters
-from .model.isolation import undisturbed
-from .model.layers import layer_shapes
+from .formats import CONFIG_NAME, BaseModel
+from .lora import MergedAdapter, merge_adapters
+from .model import layer_shapes, undisturbed
 from .report import CandidateRow, MashupReport, environment
 from .scoring import Rows, Score, evaluate, score_candidates
 from .sharing import save_mashup

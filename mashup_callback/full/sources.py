@@ -26,8 +26,11 @@ class CheckpointSource:
     """A full checkpoint that fits the model, with its tensors named as the model names them."""
 
     checkpoint: Checkpoint
-    rank: None = None
     needs_base: bool = False
+
+    @property
+    def rank(self) -> None:
+        return None
 
     @property
     def warnings(self) -> tuple[str, ...]:

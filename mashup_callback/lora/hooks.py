@@ -11,8 +11,7 @@ from torch import nn
 
 from ..errors import BypassedError
 from ..lowrank import Factors, LoraFactors
-from ..model.layers import linear_layers, output_head
-from ..model.parameters import clean_name
+from ..model import clean_name, linear_layers, output_head
 
 
 # Layers of one block that most architectures give the same input. Where one does not, the result is the same.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..formats.adapter import Adapter, adapter_hash, load_factors, read_weights
+from ..formats import Adapter, adapter_hash, load_factors, read_weights
 from ..lowrank import Factors, LoraFactors
 from ..model import refuse_huge
 from .hooks import applied

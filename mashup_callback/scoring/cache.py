@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..distributed import exchange
-from ..model.parameters import clean_name, is_sharded, local_part, reshard
+from ..model import clean_name, is_sharded, local_part, reshard
 from .losses import RowLosses
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..distributed import exchange, place
 from ..errors import OutOfStepError
-from ..model.parameters import is_sharded
+from ..model import is_sharded
 from ..trainee import Update
 from .losses import RowLosses, head_chunks, language_model_losses
 from .metrics import Metric, make_metric

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed import exchange
 from ..errors import UsageError
-from ..model.layers import output_head, unwrapped
+from ..model import output_head, unwrapped
 
 
 # Logits built at a time: 2²⁵ numbers are 128 MiB in float32.

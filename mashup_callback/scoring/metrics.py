@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..model.isolation import without_adapters
+from ..model import without_adapters
 from ..trainee import Trainee, Update
 from .losses import RowLosses, language_model_losses
 

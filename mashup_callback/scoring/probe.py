@@ -12,11 +12,9 @@ from torch import nn
 
 from ..distributed import deal
 from ..errors import AdapterError
-from ..lora.source import LoraUpdate
-from ..lora.targets import TrainedAdapter
-from ..lora.trainee import cut_to, fit
+from ..lora import LoraUpdate, TrainedAdapter, cut_to, fit
 from ..lowrank import Factors, LoraFactors
-from ..model.parameters import is_sharded
+from ..model import is_sharded
 from .evaluation import evaluate, halved, on_device
 from .losses import language_model_losses
 from .sample import Rows

@@ -17,10 +17,8 @@ from tqdm.auto import tqdm
 from ..candidates import Candidate, Hub, arriving, as_candidate
 from ..distributed import agreed, decided, exchange, is_first_on_machine, is_main_process, joint, place
 from ..errors import AdapterError
-from ..lora import find_adapter
-from ..lora.hooks import structure_kept
-from ..model.isolation import undisturbed
-from ..model.parameters import is_sharded
+from ..lora import find_adapter, structure_kept
+from ..model import is_sharded, undisturbed
 from ..trainee import Source, Update, admit_to
 from .cache import ScoreCache, base_fingerprint, score_key
 from .evaluation import evaluate

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..distributed import decided
 from ..errors import UsageError
-from ..model.isolation import random_state
+from ..model import random_state
 from .losses import IGNORE
 from .private_copy import private_copy
 

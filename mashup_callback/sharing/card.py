@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, constants
 
-from ..candidates.spec import Spec, hub_name, parse_spec
+from ..candidates import Spec, hub_name, parse_spec
 from ..report import CandidateRow, MashupReport
 
 

@@ -12,11 +12,9 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..candidates import WEIGHTS_NAME, hub_name
-from ..candidates.hub import describe, is_transient, retry_after
+from ..candidates import WEIGHTS_NAME, describe, hub_name, is_transient, retry_after
 from ..errors import AdapterError
-from ..formats.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
-from ..formats.files import parse_object, read_limited
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
 from .card import ADAPTER_PLACEHOLDER, CARD_NAME, mashup_card
 from .save import MERGEKIT_NAME, PLOT_NAME, mergekit_recipe
@@ -147,8 +145,7 @@ def _check(folder: Path, base_model: str | None) -> None:
             "is no merged adapter to push."
         )
     # Imported here because they import torch.
-    from ..formats.adapter import read_adapter
-    from ..formats.checkpoint import read_checkpoint
+    from ..formats import read_adapter, read_checkpoint
 
     try:
         (read_checkpoint if is_model else read_adapter)(folder)

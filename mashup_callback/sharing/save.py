@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ..formats.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
-from ..formats.files import parse_object, read_limited
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
