@@ -43,6 +43,9 @@ class CheckpointSource:
     def fingerprint(self) -> str | None:
         return None
 
+    def release(self) -> None:
+        """Does nothing: a checkpoint is read a tensor at a time."""
+
     def alone(self) -> Checkpoint | None:
         """Returns the checkpoint that it is without a merge; None where one has to be made."""
         check_unchanged(self.checkpoint)
@@ -75,6 +78,9 @@ class AdapterOnBase:
 
     def fingerprint(self) -> str | None:
         return self.source.fingerprint()
+
+    def release(self) -> None:
+        self.source.release()
 
     def alone(self) -> Checkpoint | None:
         """Returns None: an adapter is no model without its base."""
