@@ -33,14 +33,7 @@ _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """
-    What the cache holds.
-
-    Args:
-        directory (`str`): Where it is.
-        scores (`int`): Number of scores.
-        bytes (`int`): Their size.
-    """
+    """Where the cache is, how many scores it holds, and their size in bytes."""
 
     directory: str
     scores: int

@@ -48,16 +48,6 @@ def survivors(values: Mapping[Any, RowLosses], runs: Mapping[Any, str], keep: in
     where it exceeds two standard errors. Of many candidates that cannot be told apart, the best third goes on.
     At least `keep` runs go on, and successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with the factor 3
     bounds the cost: 64 candidates that all tie take 29% of the forward passes of an exhaustive search on 128 rows.
-
-    Args:
-        values (`Mapping`):
-            Losses of each candidate on the same rows.
-        runs (`Mapping`):
-            The training run of each candidate; one run enters a merge once.
-        keep (`int`):
-            Runs that must remain.
-        metric (`Metric`, *optional*):
-            What ranks the candidates.
     """
     order = sorted(values, key=lambda key: values[key].mean(metric.compared(values[key])))
     seen: dict[str, int] = {}

@@ -87,20 +87,8 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
     Returns the negative log-likelihood of the labels of a batch, summed over each row.
 
     The sum over rows divided by the number of label tokens is the loss that the Trainer reports for the batch. Only
-    the positions that have a label reach the language model head, and they do so in chunks, so the logits of the
-    batch, (rows, length, vocabulary), never exist.
-
-    Args:
-        model (`torch.nn.Module`):
-            A causal, masked or sequence-to-sequence language model, on the device of the batch.
-        batch (`Mapping[str, Any]`):
-            Model inputs with `labels` of shape (rows, length); -100 marks positions that are not predicted.
-        chunks (`int`, *optional*):
-            Calls of the head, where a sharded model needs the same number on every process; see [`head_chunks`].
-
-    Raises:
-        UsageError: The batch has no labels.
-        ValueError: The model gives no logits for them.
+    the positions that have a label reach the language model head, in chunks (of a sharded model so many as `chunks`
+    says), so the logits of the batch, (rows, length, vocabulary), never exist.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:

@@ -1,6 +1,5 @@
 """The rows that candidates are judged on: a small sample of what the Trainer trains on, in the Trainer's own form."""
 
-import hashlib
 import itertools
 import logging
 import math
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
@@ -16,7 +14,12 @@ from torch.utils.data import DataLoader
 
 from ..distributed import decided
 from ..errors import UsageError
+<<<<<<< HEAD
 from ..model import random_state
+=======
+from ..model import random_state
+from .content import content_hash
+>>>>>>> scoring
 from .losses import IGNORE
 from .private_copy import private_copy
 
@@ -119,10 +122,7 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Returns a sha256 of the batches, to tell whether two samples are the same."""
-        digest = hashlib.sha256()
-        for _, batch in self.batches():
-            _feed(digest, batch)
-        return digest.hexdigest()
+        return content_hash([batch for _, batch in self.batches()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ def draw_sample(
         rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
     if 1 < len(rows) < size:
         logger.info("The training data has %d rows, fewer than sample_size=%d; all are used.", len(rows), size)
-    contents = [_content(row) for row in rows]
+    contents = [content_hash(row) for row in rows]
     places = {content: place for place, content in enumerate(dict.fromkeys(contents))}
     needed = 2 if guard_rows is None else 1
     if len(places) < needed:
@@ -280,34 +280,6 @@ def _labeled(rows: Rows) -> Rows:
         )
     left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
     return Rows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
-
-
-def _content(row: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, row)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Takes the content of a row or batch into a hash."""
-    if isinstance(value, Mapping):
-        for name in sorted(value, key=str):
-            digest.update(repr(name).encode())
-            _feed(digest, value[name])
-    elif isinstance(value, torch.Tensor):
-        digest.update(repr((value.dtype, tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
-    elif isinstance(value, list | tuple) and not (value and isinstance(value[0], str | int | float)):
-        digest.update(f"{len(value)} values".encode())
-        for item in value:
-            _feed(digest, item)
-    elif hasattr(value, "tobytes") and hasattr(value, "size"):
-        # An image of Pillow's.
-        digest.update(repr(value.size).encode() + value.tobytes())
-    else:
-        digest.update(repr(value).encode())
 
 
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
