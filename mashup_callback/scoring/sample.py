@@ -14,12 +14,8 @@ from torch.utils.data import DataLoader
 
 from ..distributed import decided
 from ..errors import UsageError
-<<<<<<< HEAD
-from ..model import random_state
-=======
 from ..model import random_state
 from .content import content_hash
->>>>>>> scoring
 from .losses import IGNORE
 from .private_copy import private_copy
 
