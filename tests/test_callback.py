@@ -15,6 +15,7 @@ from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_ca
 from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.lora.trainee import LoraTrainee
 from mashup_callback.lowrank import LoraFactors
+from tests.full_model import full_trainer, save_models
 from tests.tiny import (
     LINEAR,
     llama,
@@ -143,7 +144,7 @@ def test_model_with_transformers_own_adapter(tmp_path, library):
     arguments = TrainingArguments(
         str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
     )
-    tokens = [{"input_ids": list(range(7, 20 + n)), "labels": list(range(7, 20 + n))} for n in range(16)]
+    tokens = [{"input_ids": list(range(7 + n, 20 + n)), "labels": list(range(7 + n, 20 + n))} for n in range(16)]
     before, after = Snapshot(), Snapshot()
     Trainer(model, arguments, train_dataset=tokens, callbacks=[before, callback, after]).train()
     assert callback.report.decision != "scratch"
@@ -516,14 +517,20 @@ def test_method_that_fails_loses(tmp_path, library, monkeypatch, caplog):
         sft_trainer(tmp_path / "none", callbacks=[failing], max_steps=1).train()
 
 
-def test_bound_trainer_needs_lora(tmp_path, library):
-    tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
-    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none")
-    callback = MashupCallback(str(library / "*"))
-    trainer = Trainer(llama(), arguments, train_dataset=tokens, callbacks=[callback])
-    callback.bind(trainer)
-    with pytest.raises(ValueError, match="needs a LoRA trainee"):
+def test_bound_trainer_in_full_training_ranks_by_its_own_loss(tmp_path):
+    save_models(tmp_path / "runs", 3)
+    ranked = {}
+    for bound in (True, False):
+        callback = MashupCallback(str(tmp_path / "runs/model-*"), on_error="raise")
+        trainer = full_trainer(tmp_path / str(bound), callbacks=[callback], max_steps=1)
+        if bound:
+            callback.bind(trainer)
         trainer.train()
+        ranked[bound] = {row.name: row.loss for row in callback.report.candidates}
+        assert callback.report.decision in ("merged", "single")
+    # One is a mean over batches, the other over tokens.
+    assert list(ranked[True]) == list(ranked[False]) and ranked[True] != ranked[False]
+    assert ranked[True] == pytest.approx(ranked[False], rel=0.1)
 
 
 def test_a_score_and_a_metric_exclude_each_other(library):
