@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..methods import MergeRule
+from ..model import random_state
 
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def merge_models(
     interrupted merge for a whole one.
 
     `output_dir` must not exist, and does not if the merge fails. `parameters` are mergekit's, one value for all inputs
-    or a sequence with one for each. mergekit seeds the global generators with `seed`.
+    or a sequence with one for each.
 
     Returns:
         `str`: mergekit's configuration of the merge, as YAML.
@@ -139,7 +140,8 @@ def _run(config: Mapping[str, Any], output_dir: Path, cache: Path, seed: int) ->
     )
     _forget(parsed)
     try:
-        with torch.no_grad():
+        # mergekit seeds the global generators.
+        with torch.no_grad(), random_state():
             run_merge(parsed, str(output_dir), options)
     finally:
         _forget(parsed)
