@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .callback import MashupCallback
     from .candidates import Candidate, find_candidates
     from .config import MashupConfig
-    from .lora.merge import MergedAdapter, merge_adapters
+    from .lora import MergedAdapter, merge_adapters
     from .report import MashupReport
     from .scoring.race import Score, score_candidates
     from .sharing.push import push_mashup
@@ -20,10 +20,10 @@ _HOME = {
     "MashupCallback": "callback",
     "MashupConfig": "config",
     "MashupReport": "report",
-    "MergedAdapter": "lora.merge",
+    "MergedAdapter": "lora",
     "Score": "scoring.race",
     "find_candidates": "candidates",
-    "merge_adapters": "lora.merge",
+    "merge_adapters": "lora",
     "push_mashup": "sharing.push",
     "score_candidates": "scoring.race",
 }

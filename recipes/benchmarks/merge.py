@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
+from mashup_callback.lora import merge_factors
 from mashup_callback.lowrank import LoraFactors
-from mashup_callback.lora.merge import merge_factors
 
 
 SHAPES = ((1024, 1024), (2048, 2048), (4096, 2048))
