@@ -5,31 +5,34 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .arguments import MashupArguments
     from .callback import MashupCallback
     from .candidates import Candidate, find_candidates
     from .config import MashupConfig
     from .lora import MergedAdapter, merge_adapters
     from .report import MashupReport
-    from .scoring.race import Score, score_candidates
-    from .sharing.push import push_mashup
+    from .scoring import Score, score_candidates
+    from .sharing import push_mashup
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Candidate": "candidates",
+    "MashupArguments": "arguments",
     "MashupCallback": "callback",
     "MashupConfig": "config",
     "MashupReport": "report",
     "MergedAdapter": "lora",
-    "Score": "scoring.race",
+    "Score": "scoring",
     "find_candidates": "candidates",
     "merge_adapters": "lora",
     "push_mashup": "sharing.push",
-    "score_candidates": "scoring.race",
+    "score_candidates": "scoring",
 }
 
 __all__ = [
     "Candidate",
+    "MashupArguments",
     "MashupCallback",
     "MashupConfig",
     "MashupReport",

@@ -1,6 +1,5 @@
 """The callback: when a mashup is made, and what the Trainer hears of it."""
 
-import inspect
 import logging
 import os
 import weakref
@@ -12,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import agreed, joint
 from .errors import OutOfStepError, UsageError
 from .pipeline import MashupRun, mashup_directory
-from .report import FAILED_NAME, REPORT_NAME, MashupReport
+from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
-from .sharing.push import describe_on_push, push_mashup
+from .sharing import push_mashup, share
 from .storage import StorageError, refuse_foreign
 from .trainee import find_trainee
 
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 class MashupCallback(TrainerCallback):
     r"""
-    Starts training from a merge of the best of your past adapters instead of from a fresh initialisation.
+    Starts training from a merge of the best of your past adapters instead of from a fresh initialization.
 
     At the beginning of training the candidates are scored by their loss on a small sample of the training data, the
     best are merged with mergekit, and the merge is written into the adapter that is being trained, unless a fresh
@@ -96,7 +94,8 @@ class MashupCallback(TrainerCallback):
 
     def bind(self, trainer: "Trainer") -> "MashupCallback":
         """
-        Makes the callback rank and guard by this trainer's own loss, where a batch alone does not give it.
+        Makes the callback rank and guard by this trainer's own loss, where a batch alone does not give it, and lets it
+        log to the trainer's trackers.
 
         Args:
             trainer (`transformers.Trainer`):
@@ -129,11 +128,12 @@ class MashupCallback(TrainerCallback):
         self._directory = mashup_directory(self.config, args)
         if not self._is_due(state, model):
             return
+        config = self.config.resolved(args.seed)
         with joint():
-            trainee = find_trainee(model, self.config, self._directory)
+            trainee = find_trainee(model, config, self._directory)
         with joint():
             self._check_directory(self._directory)
-        run = MashupRun(self.config, args, model, trainee, self._trainer)
+        run = MashupRun(config, args, model, trainee, self._trainer)
         try:
             with joint():
                 run.run(self.specs, train_dataloader)
@@ -152,21 +152,16 @@ class MashupCallback(TrainerCallback):
             trainee.close()
         self.report = run.report
         self._done = weakref.ref(model)
-        _log(self.report, args, state, control)
+        self._tell(state, model)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        report, directory = self.report, mashup_directory(self.config, args)
-        if not state.is_world_process_zero:
+        directory = mashup_directory(self.config, args)
+        if not state.is_world_process_zero or not (directory / REPORT_NAME).is_file():
             return
         try:
-            if report is None and state.global_step > 0:
-                # The run was resumed: its mashup was made, and reported, by the process that began it.
-                found = [directory / name for name in (FAILED_NAME, REPORT_NAME) if (directory / name).is_file()]
-                report = MashupReport.load(found[0]) if found else None
-            if report is not None:
-                describe_on_push(report, args.output_dir, directory)
+            share(directory)
         except (OSError, ValueError) as error:
             logger.warning("The files in %s are pushed as they are: %s", directory, error)
 
@@ -193,6 +188,15 @@ class MashupCallback(TrainerCallback):
             raise ValueError("There is no mashup to push yet: it is made when training begins.")
         return push_mashup(self._directory, repo_id, private, create_pr)
 
+    def _tell(self, state: TrainerState, model: nn.Module) -> None:
+        if self.report.decision != "scratch" and not self.report.dry_run and hasattr(model, "add_model_tags"):
+            model.add_model_tags(["mashup"])
+        if self._trainer is None:
+            # Only a Trainer knows its trackers.
+            state.log_history.append({**self.report.logs(), "step": state.global_step})
+        else:
+            self._trainer.log(self.report.logs())
+
     def _check_directory(self, directory: Path) -> None:
         for spec in self.specs:
             if os.path.realpath(os.path.expanduser(spec)) == os.path.realpath(directory):
@@ -210,20 +214,3 @@ class MashupCallback(TrainerCallback):
             logger.info("This model already had its mashup; it is skipped.")
             return False
         return True
-
-
-def _log(report: MashupReport, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    state.log_history.append({**report.logs(), "step": state.global_step})
-    handler = _calling_handler()
-    if handler is not None:
-        handler.on_log(args, state, control, report.logs())
-
-
-def _calling_handler() -> CallbackHandler | None:
-    # A callback is given everything but the handler, and only the handler knows the trackers.
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), CallbackHandler):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None

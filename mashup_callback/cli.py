@@ -8,17 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .cli_output import find_table, one_line, rank_table, show_result
 
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .scoring.sample import Rows
 
 # Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
 
@@ -42,11 +37,11 @@ Specs = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-BaseModel = Annotated[str | None, typer.Option(help="Hub name of the base model, where MODEL is a local directory.")]
+BaseName = Annotated[str | None, typer.Option(help="Hub name of the base model, where MODEL is a local directory.")]
 MaxCandidates = Annotated[int, typer.Option(min=1, help="Adapters looked at.")]
 MaxDownload = Annotated[float | None, typer.Option(help="Bound on downloads, in 10^9 bytes.")]
-Licenses = Annotated[list[str] | None, typer.Option(help="Licence that an adapter of the Hub may have; repeatable.")]
-Authors = Annotated[list[str] | None, typer.Option(help="User or organisation it may come from; repeatable.")]
+Licenses = Annotated[list[str] | None, typer.Option(help="License that an adapter of the Hub may have; repeatable.")]
+Authors = Annotated[list[str] | None, typer.Option(help="User or organization it may come from; repeatable.")]
 
 
 def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -75,7 +70,7 @@ def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None
 def find(
     model: Model,
     specs: Specs,
-    base_model: BaseModel = None,
+    base_model: BaseName = None,
     max_candidates: MaxCandidates = 64,
     allow_license: Licenses = None,
     allow_author: Authors = None,
@@ -83,23 +78,20 @@ def find(
 ) -> None:
     """List the adapters that fit a base model, without downloading their weights."""
     with _quiet_stdout():
-        from .candidates import Hub, check_specs, find_candidates, fits
+        from .candidates import Hub, check_specs, find_candidates
 
         check_specs(specs)
+        from .formats import BaseModel
         from .without_trainer import describe_candidate, model_shapes
 
-        shapes = model_shapes(model)
-        hub = Hub()
-        found = find_candidates(
-            specs,
-            base_model or model,
-            max_candidates=max_candidates,
-            allow_licenses=allow_license,
-            allow_authors=allow_author,
-            check=fits(shapes, base_model or model),
-            hub=hub,
-        )
-        rows = [describe_candidate(candidate, shapes, base_model or model) for candidate in found]
+        shapes, base, hub = model_shapes(model), base_model or model, Hub()
+        limits: dict[str, Any] = {
+            "max_candidates": max_candidates,
+            "allow_licenses": allow_license,
+            "allow_authors": allow_author,
+        }
+        found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
+        rows = [describe_candidate(candidate, shapes, base) for candidate in found]
     show_result({"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows), as_json)
 
 
@@ -119,46 +111,40 @@ def rank(
     assistant_only_loss: Annotated[bool, typer.Option(help="Chats: score the assistant's turns only.")] = False,
     dtype: Annotated[str, typer.Option(help="Data type of the model, such as bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 42,
-    base_model: BaseModel = None,
+    base_model: BaseName = None,
     max_candidates: MaxCandidates = 64,
     max_download_gb: MaxDownload = 10.0,
     allow_license: Licenses = None,
     allow_author: Authors = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rank adapters by their loss on a sample of a data set, tokenised as TRL's SFTTrainer does."""
+    """Rank adapters by their loss on a sample of a data set, tokenized as TRL's SFTTrainer does."""
     with _quiet_stdout():
-        from .candidates import Hub, check_specs, find_candidates, fits
+        from .candidates import Hub, check_specs, find_candidates
 
         check_specs(specs)
         from transformers import AutoModelForCausalLM
 
         from .cli_rows import load_rows, sft_rows
         from .config import MashupConfig
-        from .model.layers import layer_shapes
-        from .report import candidate_rows
-        from .scoring.race import score_candidates
+        from .formats import BaseModel
+        from .model import layer_shapes
+        from .pipeline import candidate_rows
+        from .without_trainer import score
 
-        MashupConfig(metric=metric, search=search)
-        drawn = load_rows(dataset, split=split, subset=subset, sample_size=sample_size, seed=seed)
+        MashupConfig.from_texts({"metric": metric, "search": search})
+        drawn = load_rows(dataset, split, subset, sample_size, seed)
         net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        rows = sft_rows(
-            net, drawn, max_length=max_length, batch_size=batch_size, assistant_only_loss=assistant_only_loss
-        )
-        base = base_model or model
-        hub = Hub()
-        found = find_candidates(
-            specs,
-            base,
-            max_candidates=max_candidates,
-            max_download_gb=max_download_gb,
-            allow_licenses=allow_license,
-            allow_authors=allow_author,
-            check=fits(layer_shapes(net), base),
-            hub=hub,
-        )
-        scores = score_candidates(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
-        base_loss = _base_loss(net, rows, metric)
+        rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
+        base, hub = base_model or model, Hub()
+        limits: dict[str, Any] = {
+            "max_candidates": max_candidates,
+            "allow_licenses": allow_license,
+            "allow_authors": allow_author,
+        }
+        limits["max_download_gb"] = max_download_gb
+        found = find_candidates(specs, base, check=BaseModel(layer_shapes(net), name=base).check, hub=hub, **limits)
+        scores, base_loss = score(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
         ranked = candidate_rows(scores, {})
     value = {"model": model, "base_loss": base_loss, "candidates": [*map(asdict, ranked)], "hub": hub.traffic()}
     show_result(value, rank_table(ranked, base_loss), as_json)
@@ -186,25 +172,18 @@ def merge(
     A run's checkpoints are left out where its final adapter is found with them.
     """
     with _quiet_stdout():
-        from .candidates import Hub, check_specs, download, find_candidates
+        from .candidates import Hub, check_specs, download_candidate, find_candidates
 
         check_specs(specs)
         from .config import MashupConfig
-        from .without_trainer import finished, publish_merge, usable
+        from .without_trainer import finished, save_merge, usable
 
         hub = Hub()
         found = finished(find_candidates(specs, base_model, hub=hub))
-        adapters = usable([download(candidate, hub) for candidate in found])
-        config = MashupConfig(
-            top_k=len(adapters),
-            weights=weights,
-            merge_method=method,
-            merge_parameters=parameters,
-            merge_space=space,
-            seed=seed,
-            base_model=base_model,
-        )
-        report = publish_merge(output, adapters, config, rank=rank)
+        adapters = usable([download_candidate(candidate, hub) for candidate in found])
+        settings = {"weights": weights, "merge_method": method, "merge_parameters": parameters, "merge_space": space}
+        config = MashupConfig.from_texts(settings | {"top_k": len(adapters), "seed": seed, "base_model": base_model})
+        report = save_merge(output, adapters, config, rank=rank)
     show_result(json.loads(report.to_json()) | {"path": str(output)}, f"Wrote {output}", as_json)
 
 
@@ -219,7 +198,7 @@ def push(
 ) -> None:
     """Push a mashup's adapter to the Hub, with model card, report and mergekit configuration."""
     with _quiet_stdout():
-        from .sharing.push import push_mashup
+        from .sharing import push_mashup
 
         logging.getLogger("mashup_callback.sharing.push").setLevel(logging.INFO)
         url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
@@ -246,7 +225,7 @@ def cache(
 ) -> None:
     """Show where scores are kept between runs and how many there are, or remove them."""
     with _quiet_stdout():
-        from .scoring.cache import ScoreCache
+        from .scoring import ScoreCache
 
         scores = ScoreCache()
         removed = scores.clear() if clear else 0
@@ -261,14 +240,6 @@ def _quiet_stdout() -> Iterator[None]:
     # Libraries print now and then, and stdout is for the result alone.
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def _base_loss(model: "nn.Module", rows: "Rows", metric: str) -> float:
-    from .model.isolation import undisturbed
-    from .scoring.evaluation import evaluate
-
-    with undisturbed(model):
-        return evaluate(model, rows, metric).mean_loss
 
 
 if __name__ == "__main__":

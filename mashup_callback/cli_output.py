@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .formats.files import quote
+from .formats import quote
 from .report import CandidateRow
 
 
@@ -38,7 +38,7 @@ def _finite(value: Any) -> Any:
 
 def one_line(error: Exception) -> str:
     """Returns an error's message without line breaks, and not without end."""
-    from .candidates.hub import HTTP_ERROR, describe
+    from .candidates import HTTP_ERROR, describe
     from .errors import HubError
 
     text = describe(error) if isinstance(error, HubError | HTTP_ERROR) else str(error)
@@ -47,7 +47,7 @@ def one_line(error: Exception) -> str:
 
 def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the candidates that were found as a table."""
-    table = Table("candidate", "revision", "rank", "bytes", "licence", "status")
+    table = Table("candidate", "revision", "rank", "bytes", "license", "status")
     for row in rows:
         cells = (row["revision"], row["rank"], row["bytes"], row["license"], row["reason"] or "usable")
         table.add_row(_text(row["name"]), *map(_text, cells))

@@ -1,4 +1,4 @@
-"""Rows of a data set on disk or on the Hub, tokenised as TRL's SFTTrainer does. For the command line only."""
+"""Rows of a data set on disk or on the Hub, tokenized as TRL's SFTTrainer does. For the command line only."""
 
 import tempfile
 from pathlib import Path
@@ -8,35 +8,15 @@ from datasets import Dataset, load_dataset, load_from_disk
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from .scoring.sample import Rows
+from .scoring import Rows, token_budget
 
 
 _FORMS = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(
-    dataset: str, *, split: str = "train", subset: str | None = None, sample_size: int = 256, seed: int = 42
-) -> Dataset:
-    """
-    Draws rows of a data set that SFTTrainer can take.
-
-    Args:
-        dataset (`str`):
-            A json, jsonl, csv or parquet file, a directory, or a data set on the Hub. Its columns are those that
-            SFTTrainer takes: text, prompt and completion, or chats.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of the data set, in `datasets`' notation.
-        subset (`str`, *optional*):
-            Configuration of a data set on the Hub.
-        sample_size (`int`, *optional*, defaults to `256`):
-            Rows to draw; fewer if the data set has fewer.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the draw.
-
-    Raises:
-        ValueError: The file has another format, there are no rows, or SFTTrainer cannot take the columns.
-    """
+def load_rows(dataset: str, split: str, subset: str | None, sample_size: int, seed: int) -> Dataset:
+    """Draws rows of a file, a directory or a data set on the Hub, in columns that SFTTrainer can take."""
     try:
         rows = _load(dataset, split, subset)
     except StopIteration:
@@ -49,33 +29,14 @@ def load_rows(
             f"{dataset!r} has the columns {', '.join(rows.column_names)}; expected text, messages (a chat), or prompt "
             "and completion. Rename the columns."
         )
-    # Before it is tokenised: that would take hours for a large data set.
+    # Before it is tokenized: that would take hours for a large data set.
     return rows.shuffle(seed=seed).select(range(min(sample_size, len(rows))))
 
 
 def sft_rows(
-    model: nn.Module,
-    rows: Dataset,
-    *,
-    max_length: int = 1024,
-    batch_size: int = 8,
-    assistant_only_loss: bool = False,
+    model: nn.Module, rows: Dataset, max_length: int, batch_size: int, assistant_only_loss: bool = False
 ) -> Rows:
-    """
-    Returns rows in the form in which SFTTrainer would train on them.
-
-    Args:
-        model (`torch.nn.Module`):
-            The base model, whose tokenizer is loaded; it is moved to the accelerator if there is one.
-        rows (`Dataset`):
-            From [`load_rows`].
-        max_length (`int`, *optional*, defaults to `1024`):
-            Tokens after which a row is cut.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rows in a forward pass.
-        assistant_only_loss (`bool`, *optional*, defaults to `False`):
-            Label only the assistant's turns of chats.
-    """
+    """Returns rows in the form in which SFTTrainer would train on them; the model goes to the accelerator."""
     with tempfile.TemporaryDirectory() as directory:
         args = SFTConfig(
             output_dir=directory,
@@ -87,7 +48,9 @@ def sft_rows(
             report_to="none",
         )
         loader = SFTTrainer(model, args=args, train_dataset=rows).get_train_dataloader()
-    return Rows([loader.dataset[index] for index in range(len(loader.dataset))], loader.collate_fn, batch_size)
+    return Rows(
+        [loader.dataset[index] for index in range(len(loader.dataset))], loader.collate_fn, batch_size, token_budget()
+    )
 
 
 def _load(dataset: str, split: str, subset: str | None) -> Dataset:

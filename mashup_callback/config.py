@@ -1,26 +1,25 @@
-"""The settings of a mashup: one frozen dataclass for Python, YAML and the command line."""
+"""The settings of a mashup."""
 
 import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from .methods import check_merge
 
 
-METRICS = ("loss", "token_accuracy", "probe")
-SEARCHES = ("racing", "exhaustive")
-SPACES = ("delta", "core", "factors")
-ON_ERROR = ("scratch", "raise")
+MetricName = Literal["loss", "token_accuracy", "probe"]
+Space = Literal["delta", "core", "factors"]
+Search = Literal["racing", "exhaustive"]
+OnError = Literal["scratch", "raise"]
 
 
 @dataclass(frozen=True)
 class MashupConfig:
     r"""
-    Settings of [`MashupCallback`].
-
-    The fields are annotated with the types that a YAML file or a command line can hold, so that `trl.TrlParser` reads
-    them as they are; Python callers may pass the richer types named below.
+    Settings of [`MashupCallback`]. For YAML and the command line see [`MashupArguments`].
 
     Args:
         top_k (`int` or `"auto"`, *optional*, defaults to `3`):
@@ -36,7 +35,7 @@ class MashupConfig:
         merge_method (`str`, *optional*, defaults to `"linear"`):
             Any method registered in mergekit, or `"auto"`, which tries several and keeps the one with the lowest
             held-out loss.
-        merge_parameters (`dict` or JSON `str`, *optional*, defaults to `{}`):
+        merge_parameters (`Mapping[str, Any]`, *optional*, defaults to `{}`):
             Parameters of the merge method, passed to mergekit (`density`, `lambda`, ...).
         merge_space (`str`, *optional*, defaults to `"delta"`):
             `"delta"` merges the weight updates exactly as merging full models would, `"core"` merges them in their
@@ -46,7 +45,7 @@ class MashupConfig:
         search (`str`, *optional*, defaults to `"racing"`):
             `"racing"` (successive halving on growing samples) or `"exhaustive"` (every candidate sees every row).
         guard (`bool`, *optional*, defaults to `True`):
-            Never start from something whose held-out loss is worse than that of a fresh initialisation.
+            Never start from something whose held-out loss is worse than that of a fresh initialization.
         guard_margin (`float`, *optional*, defaults to `2.0`):
             By how many standard errors, of the paired differences over the held-out rows, a start must be better than
             a fresh initialization; 0 accepts any improvement.
@@ -59,11 +58,11 @@ class MashupConfig:
         max_seconds (`float`, *optional*):
             Bound on the time spent on scoring; the best so far is used when it is hit.
         allow_licenses (`list[str]`, *optional*):
-            Licences a Hub candidate may have. `None` allows every licence.
+            Licenses a Hub candidate may have. `None` allows every license.
         allow_authors (`list[str]`, *optional*):
-            Users and organisations a Hub candidate may come from. `None` allows everyone.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the sample and of merge methods that draw random numbers.
+            Users and organizations a Hub candidate may come from. `None` allows everyone.
+        seed (`int`, *optional*):
+            Seed of the sample and of merge methods that draw random numbers. `None` takes the Trainer's.
         base_model (`str`, *optional*):
             Hub name of the base model, where the model's own configuration does not say it.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -76,13 +75,13 @@ class MashupConfig:
             rejected; 0 accepts everything.
         guard_dataset (`Dataset` or sequence of rows, *optional*):
             Rows for the guard, in the form the Trainer's own training rows have, for when candidates may have been
-            trained on the training rows. Python only.
+            trained on the training rows.
         report_dir (`str`, *optional*):
             Where the report and the merge are written. `None` means `<output_dir>/mashup`. An earlier mashup there is
             replaced, nothing else; a run that fails keeps an earlier merge and writes `failed.json` beside it.
         on_error (`str`, *optional*, defaults to `"scratch"`):
             What happens when no usable candidate is left or a stage fails: `"scratch"` warns and trains from the fresh
-            initialisation, `"raise"` raises.
+            initialization, `"raise"` raises.
 
     Raises:
         ValueError: A setting has a value out of range, the merge method is unknown, or one of its parameters is
@@ -90,64 +89,76 @@ class MashupConfig:
         TypeError: A setting has a value of the wrong type.
     """
 
-    top_k: str = field(default="3", metadata={"help": "Candidates to merge, or 'auto'."})
+    top_k: int | Literal["auto"] = field(default=3, metadata={"help": "Candidates to merge, or 'auto'."})
     sample_size: int = field(default=256, metadata={"help": "Rows used: half select, half are held out."})
-    metric: str = field(default="loss", metadata={"help": "'loss', 'token_accuracy' or 'probe'."})
+    metric: MetricName | Callable[..., Any] = field(
+        default="loss", metadata={"help": "'loss', 'token_accuracy' or 'probe'."}
+    )
     merge_method: str = field(default="linear", metadata={"help": "Any mergekit method, or 'auto'."})
-    merge_parameters: str = field(default="{}", metadata={"help": "The method's parameters, as JSON."})
-    merge_space: str = field(default="delta", metadata={"help": "'delta', 'core' or 'factors'."})
-    weights: str = field(default="equal", metadata={"help": "'equal', 'softmax' or comma-separated numbers."})
-    search: str = field(default="racing", metadata={"help": "'racing' or 'exhaustive'."})
-    guard: bool = field(default=True, metadata={"help": "Never start from worse than a fresh initialisation."})
+    merge_parameters: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "The method's parameters."})
+    merge_space: Space = field(default="delta", metadata={"help": "Where the updates are merged."})
+    weights: Literal["equal", "softmax"] | Sequence[float] = field(
+        default="equal", metadata={"help": "'equal', 'softmax' or numbers."}
+    )
+    search: Search = field(default="racing", metadata={"help": "How many rows each candidate sees."})
+    guard: bool = field(default=True, metadata={"help": "Never start from worse than a fresh initialization."})
     guard_margin: float = field(default=2.0, metadata={"help": "Standard errors that a start must be better by."})
     batch_size: int | None = field(default=None, metadata={"help": "Rows a forward pass; the Trainer's if unset."})
     max_candidates: int = field(default=64, metadata={"help": "Candidates looked at."})
     max_download_gb: float = field(default=10.0, metadata={"help": "Bound on downloads, in 10^9 bytes."})
     max_seconds: float | None = field(default=None, metadata={"help": "Bound on the time spent on scoring."})
-    allow_licenses: list[str] | None = field(default=None, metadata={"help": "Licences a Hub candidate may have."})
+    allow_licenses: list[str] | None = field(default=None, metadata={"help": "Licenses a Hub candidate may have."})
     allow_authors: list[str] | None = field(default=None, metadata={"help": "Authors of Hub candidates."})
-    seed: int = field(default=42, metadata={"help": "Seed of the sample and of random merge methods."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the sample and of random merge methods; the Trainer's if unset."}
+    )
     base_model: str | None = field(default=None, metadata={"help": "Hub name of the base model."})
     dry_run: bool = field(default=False, metadata={"help": "Rank, merge and report; leave the model alone."})
     overwrite: bool = field(default=False, metadata={"help": "Accept a trainee that is already trained."})
     min_kept_energy: float = field(default=0.5, metadata={"help": "Least share of a full update that LoRA must keep."})
-    guard_dataset: str | None = field(default=None, metadata={"help": "Python only: separate rows for the guard."})
+    guard_dataset: Any = field(default=None, metadata={"help": "Separate rows for the guard."})
     report_dir: str | None = field(default=None, metadata={"help": "Default: <output_dir>/mashup."})
-    on_error: str = field(default="scratch", metadata={"help": "'scratch' or 'raise'."})
+    on_error: OnError = field(default="scratch", metadata={"help": "What happens when a stage fails."})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", _top_k(self.top_k))
+        if isinstance(self.top_k, bool) or not (
+            self.top_k == "auto" or (isinstance(self.top_k, int) and self.top_k > 0)
+        ):
+            raise ValueError(f'`top_k` is {self.top_k!r}, expected a whole number of at least 1, or "auto".')
+        if not isinstance(self.merge_parameters, Mapping):
+            raise TypeError(
+                f'`merge_parameters` is {self.merge_parameters!r}, expected a mapping such as {{"density": 0.5}}.'
+            )
+        object.__setattr__(self, "merge_parameters", dict(self.merge_parameters))
         object.__setattr__(self, "weights", _weights(self.weights))
-        object.__setattr__(self, "merge_parameters", _parameters(self.merge_parameters))
         self._check_choices()
         self._check_ranges()
         self._check_types()
-        # Imported here so that importing the package does not import mergekit.
-        from .lora.merge import check_merge
-
         top_k = None if self.top_k == "auto" else self.top_k
         check_merge(self.merge_method, self.merge_parameters, self.weights, self.merge_space, top_k)
 
+    def resolved(self, seed: int) -> "MashupConfig":
+        """Returns the settings with the Trainer's seed where they have none."""
+        return self if self.seed is not None else replace(self, seed=seed)
+
     def _check_choices(self) -> None:
         if not callable(self.metric):
-            _one_of("metric", self.metric, METRICS, "or a callable")
-        _one_of("search", self.search, SEARCHES)
-        _one_of("merge_space", self.merge_space, SPACES)
-        _one_of("on_error", self.on_error, ON_ERROR)
+            _one_of("metric", self.metric, get_args(MetricName), "or a callable")
+        _one_of("search", self.search, get_args(Search))
+        _one_of("merge_space", self.merge_space, get_args(Space))
+        _one_of("on_error", self.on_error, get_args(OnError))
 
     def _check_ranges(self) -> None:
         _at_least("sample_size", self.sample_size, 2, int)
         _at_least("max_candidates", self.max_candidates, 1, int)
-        _at_least("seed", self.seed, 0, int)
         _at_least("max_download_gb", self.max_download_gb, 0, float)
         _at_least("guard_margin", self.guard_margin, 0, float)
         _at_least("min_kept_energy", self.min_kept_energy, 0, float)
         if self.min_kept_energy > 1:
             raise ValueError(f"`min_kept_energy` is {self.min_kept_energy!r}, expected a share of at most 1.")
-        if self.batch_size is not None:
-            _at_least("batch_size", self.batch_size, 1, int)
-        if self.max_seconds is not None:
-            _at_least("max_seconds", self.max_seconds, 0, float)
+        for name, minimum, kind in (("batch_size", 1, int), ("max_seconds", 0, float), ("seed", 0, int)):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), minimum, kind)
 
     def _check_types(self) -> None:
         for name in ("guard", "dry_run", "overwrite"):
@@ -160,23 +171,12 @@ class MashupConfig:
         if isinstance(self.guard_dataset, str):
             raise TypeError(
                 f"`guard_dataset` is the string {self.guard_dataset!r}, expected rows such as a `datasets.Dataset` in "
-                "the form of the Trainer's own training rows; it can be set in Python only."
+                "the form of the Trainer's own training rows."
             )
 
     @classmethod
     def from_settings(cls, config: "MashupConfig | None", settings: Mapping[str, Any]) -> "MashupConfig":
-        """
-        Returns `config` with the `settings` given by keyword on top.
-
-        Args:
-            config (`MashupConfig`, *optional*):
-                What to start from; the defaults if `None`.
-            settings (`Mapping[str, Any]`):
-                Field names and values.
-
-        Raises:
-            TypeError: A name is not a field; the nearest field is named.
-        """
+        """Returns `config`, or the defaults, with the `settings` given by keyword on top; unknown ones raise."""
         if config is not None and not isinstance(config, MashupConfig):
             raise TypeError(f"`config` is a {type(config).__name__}, expected a MashupConfig.")
         names = [item.name for item in fields(cls)]
@@ -185,9 +185,23 @@ class MashupConfig:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"Did you mean `{near[0]}`?" if near else f"The settings are {', '.join(names)}."
                 raise TypeError(f"MashupCallback got an unknown setting `{name}`. {hint}")
-        # Not dataclasses.replace: a default top_k of the annotated string type must not count as given.
-        current = {name: getattr(config, name) for name in names} if config is not None else {}
-        return cls(**{**current, **settings})
+        return cls(**settings) if config is None else replace(config, **settings)
+
+    @classmethod
+    def from_texts(cls, values: Mapping[str, Any]) -> "MashupConfig":
+        """Returns the settings that a command line has given, where a number, JSON and a list of numbers are text."""
+        parsed = dict(values)
+        top_k, weights, parameters = (parsed.get(name) for name in ("top_k", "weights", "merge_parameters"))
+        if isinstance(top_k, str):
+            parsed["top_k"] = int(top_k) if top_k.strip().isdecimal() else top_k.strip()
+        if isinstance(weights, str) and not weights.strip("[]() ").isidentifier():
+            parsed["weights"] = [part for part in weights.strip("[]() ").split(",") if part.strip()]
+        if isinstance(parameters, str):
+            try:
+                parsed["merge_parameters"] = json.loads(parameters)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`merge_parameters` is not valid JSON ({error}): {parameters!r}") from error
+        return cls(**parsed)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON can hold them: callables by their name, rows by their number."""
@@ -202,41 +216,16 @@ class MashupConfig:
         return values
 
 
-def _top_k(value: int | str) -> int | str:
-    if isinstance(value, str) and value.strip() == "auto":
-        return "auto"
+def _weights(value: Any) -> Any:
+    if value in ("equal", "softmax"):
+        return value
     try:
-        number = int(value) if not isinstance(value, bool) and float(value) == int(value) else 0
-    except (TypeError, ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise ValueError(f'`top_k` is {value!r}, expected a whole number of at least 1, or "auto".')
-    return number
-
-
-def _weights(value: str | Sequence[float]) -> str | tuple[float, ...]:
-    if isinstance(value, str):
-        if value in ("equal", "softmax"):
-            return value
-        value = [part for part in value.strip("[]() ").split(",") if part.strip()]
-    try:
-        numbers = tuple(float(part) for part in value)
+        numbers = () if isinstance(value, str) else tuple(float(number) for number in value)
     except (TypeError, ValueError):
         numbers = ()
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f'`weights` is {value!r}, expected "equal", "softmax" or finite numbers such as [2, 1, 1].')
     return numbers
-
-
-def _parameters(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`merge_parameters` is not valid JSON ({error}): {value!r}") from error
-    if not isinstance(value, Mapping):
-        raise TypeError(f'`merge_parameters` is {value!r}, expected a mapping such as {{"density": 0.5}}.')
-    return dict(value)
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> None:
@@ -247,7 +236,7 @@ def _one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> No
         raise ValueError(f"`{name}` is {value!r}, expected one of {expected}.{hint}")
 
 
-def _at_least(name: str, value: Any, minimum: float, kind: Callable) -> None:
+def _at_least(name: str, value: Any, minimum: float, kind: type) -> None:
     numeric = isinstance(value, int) or (kind is float and isinstance(value, float))
     if isinstance(value, bool) or not numeric:
         raise TypeError(f"`{name}` is {value!r}, expected {'a whole number' if kind is int else 'a number'}.")

@@ -17,10 +17,6 @@ class HubError(Exception):
     """Why the Hub, or something on it, cannot be used, in one sentence."""
 
 
-class NotTiledError(RuntimeError):
-    """A layer was given something else than the rows of one candidate after those of another."""
-
-
 class OutOfStepError(Exception):
     """A process failed inside a forward pass that the others cannot finish without it: the run has to end."""
 

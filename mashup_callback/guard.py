@@ -9,7 +9,7 @@ from .config import MashupConfig
 from .distributed import agreed, exchange, joint
 from .errors import AdapterError, OutOfStepError
 from .initialization import Init, InitBuilder
-from .model.isolation import undisturbed
+from .model import undisturbed
 from .scoring import Metric, RowLosses, Rows, Score, paired_gain
 from .selection import Selection
 from .trainee import Trainee

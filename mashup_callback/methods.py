@@ -1,23 +1,20 @@
-"""What mergekit's merge methods ask for and whether they depend on the basis, read from mergekit instead of listed."""
+"""mergekit's merge methods: their parameters, their inputs, and mergekit's configuration of a merge."""
 
 import difflib
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from mergekit.merge_methods import (
-    BasePolicy,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    get,
-    merge_tensors,
-    registered_methods,
-)
 
 from .lowrank import private_rng
+
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods import MergeMethodSpec
+
+# mergekit is imported where it is used: it takes seconds, and most of the package does without.
 
 
 SPACES = ("delta", "core", "factors")
@@ -25,8 +22,17 @@ MERGEKIT_NAME = "mergekit.yaml"
 DEFAULT_PARAMETERS: Mapping[str, Mapping[str, Any]] = {"slerp": {"t": 0.5}}
 """Values for parameters that mergekit requires and that have one neutral choice."""
 
-PROBE_SCALES = (1e-6, 1e-3, 1.0, 1e3)
-"""Magnitudes of the probe's entries: methods with absolute thresholds look basis-free at any single one."""
+COMMUTING: Mapping[str, frozenset[str]] = {
+    "karcher": frozenset({"max_iter", "tol"}),
+    "linear": frozenset({"normalize"}),
+    "model_stock": frozenset(),
+    "multislerp": frozenset({"normalize_weights"}),
+    "nuslerp": frozenset(),
+    "passthrough": frozenset({"scale"}),
+    "slerp": frozenset({"t"}),
+    "task_arithmetic": frozenset({"lambda", "normalize"}),
+}
+"""Methods that commute with an orthonormal change of basis, with the parameters that leave it so."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,20 @@ class MergeRule:
 
     @classmethod
     def create(cls, method: str, parameters: Mapping[str, Any] | None = None) -> "MergeRule":
-        """Check the names of method and parameters, add the defaults; raises `ValueError` saying what is wrong."""
-        spec = _spec(method)
+        """Checks the names of method and parameters, adds the defaults; raises `ValueError` saying what is wrong."""
+        names = merge_methods()
+        if method not in names:
+            near = _nearest(method, names)
+            raise ValueError(f"Unknown merge_method {method!r}{near}. mergekit has {', '.join(names)}.")
         merged = {**DEFAULT_PARAMETERS.get(method, {}), **(parameters or {})}
-        _check_parameter_names(spec, merged)
+        _check_parameters(cls(method).spec, merged)
         return cls(method, tuple(sorted((name, _plain(name, value)) for name, value in merged.items())))
 
     @property
-    def spec(self) -> MergeMethodSpec:
+    def spec(self) -> "MergeMethodSpec":
         """mergekit's declaration of the method."""
+        from mergekit.merge_methods import get
+
         return get(self.method).spec
 
     @property
@@ -67,12 +78,19 @@ class MergeRule:
     @property
     def passes_lone_input(self) -> bool:
         """Whether mergekit copies a tensor that only one model has, where interpolating with zero has no meaning."""
-        return self.spec.optional_tensor_policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
+        return bool(self.spec.optional_tensor_policy.name == "PASSTHROUGH_SINGLETON")
 
     @property
-    def needs_base(self) -> bool:
-        """Whether the method merges updates of a base model."""
-        return self.spec.contract.base == BasePolicy.REQUIRED
+    def commutes(self) -> bool:
+        """Whether merging small cores and lifting the result equals merging the dense updates."""
+        return self.method in COMMUTING and {name for name, _ in self.parameters} <= COMMUTING[self.method]
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether only the proportions of the weights matter."""
+        given, flags = dict(self.parameters), ("normalize", "normalize_weights")
+        values = [given.get(item.name, item.default) for item in self.spec.parameters if item.name in flags]
+        return self.takes_weights and (self.method == "nuslerp" or any(values))
 
     @property
     def input_range(self) -> tuple[int, float]:
@@ -83,7 +101,7 @@ class MergeRule:
         return max(lows), min(highs[0] - base, highs[1])
 
     def check_count(self, count: int | float) -> None:
-        """Raise `ValueError` if the method does not merge `count` adapters."""
+        """Raises `ValueError` if the method does not merge `count` adapters."""
         low, high = self.input_range
         if not low <= count <= high:
             expected = (
@@ -96,21 +114,11 @@ class MergeRule:
             )
 
     def merge(self, tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """
-        Let mergekit merge one matrix of each adapter.
+        """Returns mergekit's merge of one matrix of each adapter; raises `ValueError` if mergekit refuses them."""
+        from mergekit.merge_methods import merge_tensors
 
-        Args:
-            tensors (sequence of `torch.Tensor`): One matrix per adapter, all of one shape and dtype.
-            weights (sequence of `float`): One weight per adapter; unused by methods without a `weight`.
-
-        Returns:
-            `torch.Tensor`: The merged matrix.
-
-        Raises:
-            ValueError: If mergekit refuses the inputs or its result is not finite.
-        """
         parameters = dict(self.parameters) | ({"weight": tuple(weights)} if self.takes_weights else {})
-        base_index = 0 if self.spec.contract.base == BasePolicy.REQUIRED else None
+        base_index = 0 if self.needs_base else None
         if self._needs_zero_base:
             tensors = [torch.zeros_like(tensors[0]), *tensors]
         try:
@@ -122,26 +130,41 @@ class MergeRule:
             raise ValueError(f"mergekit's {self.method} with {parameters} gave values that are not finite.")
         return merged
 
-    def commutes(self, count: int) -> bool:
-        """
-        Whether merging `count` adapters commutes with an orthonormal change of basis, measured once on random cores.
+    @property
+    def needs_base(self) -> bool:
+        """Whether mergekit's configuration has to name a base model."""
+        return bool(self.spec.contract.base.name == "REQUIRED")
 
-        Where it does, merging small cores and lifting the result equals merging the dense updates. A method that
-        draws random numbers does not: its draws depend on the shape.
-        """
-        return _commutes(self, count)
-
-    def normalises(self, count: int) -> bool:
-        """Whether only the proportions of the weights matter, measured once on random cores."""
-        return self.takes_weights and _normalises(self, count)
+    @property
+    def interpolates(self) -> bool:
+        """Whether the method goes from one model to another: mergekit calls the first of the two the base."""
+        return self.needs_base and self.spec.contract.max_inputs == 2
 
     @property
     def _needs_zero_base(self) -> bool:
-        return self.spec.contract.base == BasePolicy.REQUIRED and self.spec.contract.max_inputs != 2
+        return self.needs_base and not self.interpolates
+
+
+def mergekit_config(
+    rule: MergeRule, models: Sequence[Any], weights: Sequence[float | None], base: Any = None, **options: Any
+) -> dict[str, Any]:
+    """Returns mergekit's configuration of a merge of models, each in mergekit's terms; `options` are added to it."""
+    entries = []
+    for index, (model, weight) in enumerate(zip(models, weights, strict=True)):
+        own = {name: value[index] for name, value in rule.parameters if isinstance(value, tuple)}
+        own |= {"weight": weight} if rule.takes_weights else {}
+        entries.append({"model": model} | ({"parameters": own} if own else {}))
+    config: dict[str, Any] = {"merge_method": rule.method, "models": entries}
+    if rule.needs_base:
+        config["base_model"] = models[0] if rule.interpolates else base
+    shared = {name: value for name, value in rule.parameters if not isinstance(value, tuple)}
+    return config | ({"parameters": shared} if shared else {}) | options
 
 
 def merge_methods() -> tuple[str, ...]:
     """Names of the merge methods registered in the installed mergekit."""
+    from mergekit.merge_methods import registered_methods
+
     return tuple(method.spec.name for method in registered_methods())
 
 
@@ -152,21 +175,7 @@ def check_merge(
     space: str = "delta",
     top_k: int | str | None = None,
 ) -> None:
-    """
-    Check the settings of a merge before any work is done.
-
-    Args:
-        method (`str`): A method registered in mergekit, or `"auto"`, which the callback resolves later.
-        parameters (`Mapping[str, Any]`, *optional*): mergekit's parameters except `weight`; per-adapter ones take a
-            number or one value per adapter.
-        weights (`str` or sequence of `float`, *optional*, defaults to `"equal"`): `"equal"`, `"softmax"` or numbers.
-        space (`str`, *optional*, defaults to `"delta"`): `"delta"`, `"core"` or `"factors"`.
-        top_k (`int` or `str`, *optional*): Number of adapters, or `"auto"`; None where it is not known yet.
-
-    Raises:
-        ValueError: If a name is unknown, a required parameter is missing, mergekit refuses a value, or the numbers of
-            adapters, weights and inputs of the method do not fit together.
-    """
+    """Checks the settings of a merge before any work is done; raises `ValueError` saying what is wrong."""
     if space not in SPACES:
         raise ValueError(f"Unknown merge_space {space!r}{_nearest(space, SPACES)}. Valid: {', '.join(SPACES)}.")
     numbers = _check_weights(weights, top_k)
@@ -177,10 +186,11 @@ def check_merge(
     count = _count(rule, numbers, top_k)
     if weights != "equal" and not rule.takes_weights and len(set(numbers or (0, 1))) > 1:
         raise ValueError(f'{method} has no weights, found weights={weights!r}. Use weights="equal".')
-    # The probe inside is also the trial run: mergekit itself validates the parameters' types and values.
-    rule.commutes(count)
-    if numbers is not None and abs(sum(numbers)) < 1e-6 and rule.normalises(count):
+    if numbers is not None and abs(sum(numbers)) < 1e-6 and rule.normalizes:
         raise ValueError(f"{method} divides by the sum of the weights, found {list(numbers)} with sum 0. Change them.")
+    # mergekit validates types and values when it merges.
+    with private_rng(0, torch.device("cpu")):
+        rule.merge([torch.eye(2) + index for index in range(count)], numbers or [1 / count] * count)
 
 
 def _check_auto(parameters: Mapping[str, Any] | None) -> None:
@@ -209,26 +219,19 @@ def _count(rule: MergeRule, numbers: Sequence[float] | None, top_k: int | str | 
         rule.check_count(math.inf if high < math.inf else low)
     if top_k in (None, "auto"):
         top_k = len(numbers) if numbers else int(min(high, max(low, 2)))
-    rule.check_count(top_k)
-    return int(top_k)
+    count = int(top_k)
+    rule.check_count(count)
+    return count
 
 
-def _spec(method: str) -> MergeMethodSpec:
-    if method not in merge_methods():
-        names = merge_methods()
-        raise ValueError(f"Unknown merge_method {method!r}{_nearest(method, names)}. mergekit has {', '.join(names)}.")
-    return get(method).spec
-
-
-def _check_parameter_names(spec: MergeMethodSpec, parameters: Mapping[str, Any]) -> None:
+def _check_parameters(spec: "MergeMethodSpec", parameters: Mapping[str, Any]) -> None:
     valid = [parameter.name for parameter in spec.parameters if parameter.name != "weight"]
     if "weight" in parameters:
         raise ValueError("merge_parameters must not hold 'weight': use the setting `weights`.")
-    for name in parameters:
+    for name, value in parameters.items():
         if name not in valid:
             known = ", ".join(valid) or "none"
             raise ValueError(f"{spec.name} has no parameter {name!r}{_nearest(name, valid)}. It takes: {known}.")
-    for name, value in parameters.items():
         accepts, expected = _RANGES.get((spec.name, name)) or _RANGES.get(name) or (lambda number: True, "")
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(number, (int, float)) and math.isfinite(number) and not accepts(number):
@@ -268,39 +271,3 @@ def _plain(name: str, value: Any) -> Any:
 def _nearest(name: str, valid: Sequence[str]) -> str:
     matches = difflib.get_close_matches(str(name), valid, n=1)
     return f", did you mean {matches[0]!r}?" if matches else ""
-
-
-def _probe(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random cores of shape `(count, 7, 6)` and orthonormal bases that lift them into 24 x 20 matrices."""
-    generator = torch.Generator().manual_seed(0)
-    randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    left, right = (torch.linalg.qr(randn(rows, columns))[0] for rows, columns in ((24, 7), (20, 6)))
-    return randn(count, 7, 6), left, right
-
-
-def _probe_weights(count: int) -> list[float]:
-    return [2 * (index + 1) / (count * (count + 1)) for index in range(count)]
-
-
-@functools.lru_cache(maxsize=256)
-def _commutes(rule: MergeRule, count: int) -> bool:
-    cores, left, right = _probe(count)
-    weights = _probe_weights(count)
-    with private_rng(0, cores.device):
-        state = torch.get_rng_state()
-        for scale in PROBE_SCALES:
-            merged = rule.merge(list(cores * scale), weights)
-            dense = rule.merge(list(left @ (cores * scale) @ right.T), weights)
-            if (left @ merged @ right.T - dense).norm() > 1e-6 * dense.norm():
-                return False
-        return torch.equal(state, torch.get_rng_state())
-
-
-@functools.lru_cache(maxsize=256)
-def _normalises(rule: MergeRule, count: int) -> bool:
-    cores, weights = _probe(count)[0], _probe_weights(count)
-    with private_rng(0, cores.device):
-        once = rule.merge(list(cores), weights)
-    with private_rng(0, cores.device):
-        doubled = rule.merge(list(cores), [2 * weight for weight in weights])
-    return torch.allclose(once, doubled)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from .candidates import Candidate, Hub, find_candidates, same_data
 from .config import MashupConfig
 from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
 from .guard import Decision, choose
-from .model.layers import base_model_name
+from .model import base_model_name
 from .report import CandidateRow, MashupReport, environment
 from .scoring import Rows, Score, draw_sample, make_metric, race_rounds, score_candidates
 from .selection import select
@@ -58,7 +59,7 @@ class MashupRun:
         self.report: MashupReport | None = None
         self.swapped = False
 
-    def run(self, specs: Sequence[str], dataloader: DataLoader) -> None:
+    def run(self, specs: Sequence[str | PathLike[str]], dataloader: DataLoader) -> None:
         config = self.config
         with self._timed("candidates"):
             candidates = in_turns(lambda: self._find(specs))
@@ -217,7 +218,9 @@ def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
     return Path(config.report_dir or Path(args.output_dir) / "mashup")
 
 
-def candidate_rows(scores: Sequence[Score], weights: Mapping[tuple, float]) -> tuple[CandidateRow, ...]:
+def candidate_rows(
+    scores: Sequence[Score], weights: Mapping[tuple[str, str | None], float]
+) -> tuple[CandidateRow, ...]:
     """Returns the report's rows; `weights` has the weights in the merge by the key of the candidate."""
     return tuple(
         CandidateRow(

@@ -3,23 +3,18 @@
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .checked import from_values, parse_json
-from .short_names import told_apart
-
-
-if TYPE_CHECKING:
-    from .guard import Start
-    from .scoring.race import Score
 
 # In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
 MARK = {"producer": "mashup_callback"}
@@ -34,25 +29,10 @@ _PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "
 @dataclass(frozen=True)
 class CandidateRow:
     """
-    One candidate in the report.
+    One candidate in the report: its loss, accuracy, rows and label tokens are of the sample that it was scored on.
 
-    Args:
-        name (`str`): Path or repository id.
-        status (`str`): `"scored"`, `"eliminated"`, `"rejected"`, `"failed"`, or `"unscored"` where there was no data.
-        revision (`str`, *optional*): Commit sha of a Hub candidate.
-        reason (`str`, *optional*): Why it was not scored to the end.
-        loss (`float`, *optional*): Loss per label token on the rows it was scored on; None if never scored.
-        accuracy (`float`, *optional*): Token accuracy on these rows.
-        probe_loss (`float`, *optional*): Loss per label token after a few steps of training, with `metric="probe"`.
-        rows (`int`): Rows it was scored on.
-        tokens (`int`): Label tokens in them.
-        weight (`float`, *optional*): Its weight in the merge; None if it is not in it.
-        rank (`int`, *optional*): Its largest rank.
-        license (`str`, *optional*): Its licence.
-        bytes (`int`, *optional*): Size of its weights.
-        seconds (`float`): Time spent on scoring it.
-        warnings (`tuple[str, ...]`): What is odd about it.
-        repo_id (`str`, *optional*): Repository of a Hub candidate.
+    Its status is `"scored"`, `"eliminated"`, `"rejected"`, `"failed"`, or `"unscored"` where there was no data; its
+    weight is None where it is not in the merge, and its probe loss that after a few steps of training.
     """
 
     name: str
@@ -81,18 +61,10 @@ class CandidateRow:
 @dataclass(frozen=True)
 class MergeInfo:
     """
-    How the candidates were merged.
+    How the candidates were merged, and the share of the merge's squared Frobenius norm that the trainee holds.
 
-    Args:
-        method (`str`): mergekit's name of the method.
-        space (`str`): `"delta"`, `"core"` or `"factors"`; `"weights"` for full models.
-        parameters (`dict`): The method's parameters.
-        rank (`int`): Largest rank of the merge.
-        kept_energy (`float`): Share of the merge's squared Frobenius norm that the trainee's ranks keep.
-        kept_energy_by_module (`dict[str, float]`): The same for each layer.
-        lost_energy (`float`): Share of it in layers that the trainee lacks.
-        lost_layers (`tuple[str, ...]`): These layers.
-        mergekit_version (`str`): Version of mergekit.
+    Kept is what its ranks keep, over all modules and in each; lost is what was in layers that it lacks. The space is
+    `"weights"` for full models.
     """
 
     method: str
@@ -107,15 +79,8 @@ class MergeInfo:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """
-    One comparison of a race.
-
-    Args:
-        rows (`int`): Rows on which the candidates were compared.
-        entered (`int`): Candidates that were scored on them.
-        kept (`int`): Candidates that went on, or are left at the end.
-    """
+class RaceRound:
+    """One comparison of a race: on how many rows, how many candidates were scored on them, and how many went on."""
 
     rows: int
     entered: int
@@ -130,7 +95,7 @@ class MashupReport:
     Args:
         decision (`str`): What training starts from: `"merged"`, `"single"` (the best candidate alone) or `"scratch"`.
         reason (`str`): Why.
-        base_loss (`float`, *optional*): Held-out loss of the fresh initialisation.
+        base_loss (`float`, *optional*): Held-out loss of the fresh initialization.
         merged_loss (`float`, *optional*): Held-out loss of the merge.
         single_loss (`float`, *optional*): Held-out loss of the best single candidate, at the trainee's rank.
         gain (`float`, *optional*): How far below `base_loss` the start is, or the best one that was refused.
@@ -138,7 +103,7 @@ class MashupReport:
         swapped_loss (`float`, *optional*): Loss on one held-out batch after the swap, with the model as it is trained.
         expected_loss (`float`, *optional*): What the guard found on that batch for what was written.
         candidates (`tuple[CandidateRow, ...]`): One row each, the best first.
-        rungs (`tuple[Rung, ...]`): Comparisons on growing samples that the race went through, the first one first.
+        rounds (`tuple[RaceRound, ...]`): Comparisons on growing samples that the race went through.
         merge (`MergeInfo`, *optional*): How the candidates were merged.
         base_model (`str`, *optional*): Name of the base model.
         dry_run (`bool`): Whether the model was left alone whatever the decision.
@@ -160,7 +125,7 @@ class MashupReport:
     swapped_loss: float | None = None
     expected_loss: float | None = None
     candidates: tuple[CandidateRow, ...] = ()
-    rungs: tuple[Rung, ...] = ()
+    rounds: tuple[RaceRound, ...] = ()
     merge: MergeInfo | None = None
     base_model: str | None = None
     dry_run: bool = False
@@ -170,11 +135,6 @@ class MashupReport:
     environment: dict[str, Any] = field(default_factory=dict)
     sample: dict[str, int] = field(default_factory=dict)
     schema: int = SCHEMA
-
-    @property
-    def is_full(self) -> bool:
-        """Whether full models were merged, and not adapters."""
-        return self.merge is not None and self.merge.space == "weights"
 
     @property
     def seconds(self) -> float:
@@ -187,17 +147,8 @@ class MashupReport:
 
     @classmethod
     def from_json(cls, text: str) -> "MashupReport":
-        """
-        Reads a report.
-
-        Args:
-            text (`str`):
-                What [`MashupReport.to_json`] returned.
-
-        Raises:
-            ValueError: The text is not a report, or one of another version.
-        """
-        values = parse_json(text)
+        """Reads a report; raises `ValueError` where the text is none, or one of another version."""
+        values = _parsed(text)
         if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
             raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
         if values.get("schema") != SCHEMA:
@@ -205,9 +156,10 @@ class MashupReport:
                 f"This mashup report has `schema` {values.get('schema')!r}, expected {SCHEMA}: another version of "
                 "mashup_callback wrote it. Read it with that version, or make the mashup anew."
             )
-        return from_values(cls, values, "This mashup report")
+        report: MashupReport = _made(cls, values, "This mashup report")
+        return report
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as JSON, to a temporary name first."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
@@ -216,7 +168,7 @@ class MashupReport:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "MashupReport":
+    def load(cls, path: str | os.PathLike[str]) -> "MashupReport":
         """Reads `report.json`, the one in a directory, or in the `mashup` directory of a run's output."""
         path = Path(path)
         inside = [path / REPORT_NAME, path / "mashup" / REPORT_NAME] if path.is_dir() else [path]
@@ -240,76 +192,30 @@ class MashupReport:
         shared = os.path.commonpath(parents) if parents else ""
         return [os.path.relpath(name, shared) if os.path.isabs(name) else name for name in names]
 
-    def shared_names(self) -> list[str]:
-        """Returns the candidates' names for others: of a local path, the last directories that tell it apart."""
-        return told_apart([row.name for row in self.candidates], [row.is_local for row in self.candidates])
-
     def show(self, console: Console | None = None) -> None:
         """Shows the report as one table."""
         (console or Console()).print(self.table())
 
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
-        left = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason), **left)
-        for name, justify in (("candidate", "left"), ("loss", "right"), ("rows", "right"), ("weight", "right")):
-            table.add_column(name, justify=justify, overflow="fold")
-        table.add_column("status", overflow="fold")
+        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason))
+        table.title_justify = table.caption_justify = "left"
+        for name in ("candidate", "loss", "rows", "weight", "status"):
+            table.add_column(name, justify="left" if name in ("candidate", "status") else "right", overflow="fold")
         for short, row in zip(self.short_names(), self.candidates, strict=True):
             status = f"{row.status}: {row.reason}" if row.reason else row.status
             if row.probe_loss is not None:
                 status += f", loss {row.probe_loss:.4f} after a few steps"
             table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
         table.add_section()
-        if len(self.rungs) > 1:
-            steps = (f"{rung.entered} on {rung.rows} rows" for rung in self.rungs)
-            table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rungs[-1].kept} left")
+        if len(self.rounds) > 1:
+            steps = (f"{one.entered} on {one.rows} rows" for one in self.rounds)
+            table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rounds[-1].kept} left")
             table.add_section()
-        for name, loss in (("fresh initialisation", self.base_loss), ("best single", self.single_loss)):
+        for name, loss in (("fresh initialization", self.base_loss), ("best single", self.single_loss)):
             table.add_row(name, _number(loss), "", "", "held-out rows")
         table.add_row("merge", _number(self.merged_loss), "", "", f"held-out rows, {self.seconds:.1f} s in all")
         return table
-
-
-def candidate_rows(scores: "Sequence[Score]", weights: Mapping[int, float]) -> tuple[CandidateRow, ...]:
-    """Returns the report's rows; `weights` has the weights in the merge by `id` of the score."""
-    return tuple(
-        CandidateRow(
-            name=score.candidate.name,
-            status=score.status,
-            revision=score.candidate.revision,
-            reason=score.reason,
-            loss=score.loss,
-            accuracy=None if score.losses is None else score.losses.accuracy,
-            probe_loss=score.probe_loss,
-            rows=score.rows,
-            tokens=score.tokens,
-            weight=weights.get(id(score)),
-            rank=None if score.adapter is None else score.adapter.rank,
-            license=score.candidate.license,
-            bytes=score.candidate.bytes,
-            seconds=round(score.seconds, 4),
-            warnings=() if score.adapter is None else score.adapter.warnings,
-            repo_id=score.candidate.repo_id,
-        )
-        for score in scores
-    )
-
-
-def merge_info(start: "Start") -> MergeInfo:
-    """Returns what the report says about a merge."""
-    merged, fitted = start.merged, start.fitted
-    return MergeInfo(
-        method=merged.method,
-        space=merged.space,
-        parameters=dict(merged.parameters),
-        rank=merged.rank,
-        kept_energy=merged.total_kept_energy,
-        kept_energy_by_module=dict(merged.kept_energy),
-        lost_energy=fitted.lost_energy,
-        lost_layers=fitted.lost_layers,
-        mergekit_version=merged.mergekit_version,
-    )
 
 
 def environment() -> dict[str, Any]:
@@ -322,20 +228,49 @@ def environment() -> dict[str, Any]:
         device = "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0)
     except (AttributeError, RuntimeError):
         # torch.mps has no such function, and a report must not fail for a name.
-        device = accelerator.type
-    return {
-        "python": platform.python_version(),
-        "device": device,
-        **{name: _version(name) for name in _PACKAGES},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        device = getattr(accelerator, "type", "cpu")
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"python": platform.python_version(), "device": device, **versions}
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _parsed(text: str) -> Any:
+    """Returns what JSON holds, None where the text is not JSON or has numbers that JSON does not know."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _made(cls: Any, values: Mapping[str, Any], what: str) -> Any:
+    """Returns a dataclass made from JSON, each value checked against its field's type; unknown fields are left out."""
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{what} has no `{item.name}`, expected {hints[item.name]}.")
+    known = {item.name for item in fields(cls)} & set(values)
+    return cls(**{name: _value(hints[name], values[name], f"{what}: `{name}`") for name in known})
+
+
+def _value(hint: Any, value: Any, what: str) -> Any:
+    for option in get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        kind, inner = get_origin(option) or option, get_args(option)
+        if is_dataclass(kind) and isinstance(value, dict):
+            return _made(kind, value, what)
+        if kind is tuple and isinstance(value, list):
+            return tuple(_value(inner[0], item, what) for item in value)
+        if kind is dict and isinstance(value, dict):
+            return {name: _value(inner[1], item, what) for name, item in value.items()}
+        if kind is Any or type(value) is kind or (kind is float and type(value) is int):
+            return value
+    raise ValueError(f"{what} is {str(value)[:80]!r}, expected {hint}.")

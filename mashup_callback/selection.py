@@ -27,7 +27,7 @@ class Selection:
         """Returns the best `count` candidates of this selection, weighted anew."""
         return _weighted(self.scores[:count], weights, self.ranked)
 
-    def weight_of(self) -> dict[tuple, float]:
+    def weight_of(self) -> dict[tuple[str, str | None], float]:
         """Returns the weights by the key of the candidate."""
         keys = [score.candidate.key for score in self.scores]
         return dict(zip(keys, self.weights, strict=True))
@@ -59,9 +59,9 @@ def select(scores: Sequence[Score], top_k: int | None, weights: str | Sequence[f
 
 def _weighted(scores: tuple[Score, ...], weights: str | Sequence[float], ranked: tuple[Score, ...]) -> Selection:
     if weights == "softmax":
-        values = np.array([-score.loss for score in scores], dtype=np.float64)
+        values = -np.array([score.loss for score in scores], dtype=np.float64)
         shares = np.exp(values - values.max(initial=-np.inf))
         return Selection(scores, tuple((shares / shares.sum()).tolist()), ranked)
     if weights == "equal":
         return Selection(scores, (1 / max(1, len(scores)),) * len(scores), ranked)
-    return Selection(scores, tuple(weights[: len(scores)]), ranked)
+    return Selection(scores, tuple(map(float, weights[: len(scores)])), ranked)

@@ -1,7 +1,7 @@
 """What is trained, as the stages see it: the protocols of a trainee, of what a candidate is and of what it changes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .candidates import Candidate
+from .candidates import Candidate, read_source
 from .config import MashupConfig
-from .full import FullTrainee, find_trained_weights
+from .formats import BaseModel
+from .full import CheckpointSource, FullTrainee, find_trained_weights
 from .lora import AdapterSource, LoraTrainee, find_adapter
 from .model import weight_norms
 from .report import MergeInfo
@@ -34,14 +35,20 @@ class Source(Protocol):
         warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
     """
 
-    rank: int | None
-    warnings: tuple[str, ...]
+    @property
+    def rank(self) -> int | None: ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
     def load(self, device: torch.device | str = "cpu") -> Update:
         """Returns what it changes; raises `AdapterError` where its files changed or hold unusable values."""
 
     def fingerprint(self) -> str | None:
         """Returns a hash of what it computes, by which its scores are cached; None where they are not."""
+
+    def release(self) -> None:
+        """Forgets what was read and kept in memory; it is read again when it is needed."""
 
 
 class Trainee(Protocol):
@@ -55,7 +62,8 @@ class Trainee(Protocol):
             `"finetune"`.
     """
 
-    relations: tuple[str, ...]
+    @property
+    def relations(self) -> tuple[str, ...]: ...
 
     def check(self, description: Any) -> Any:
         """Returns a candidate's description as it fits the model, by its headers alone; raises `AdapterError`."""
@@ -64,26 +72,26 @@ class Trainee(Protocol):
         """Returns a candidate on disk as something that can be scored and merged; raises `AdapterError`."""
 
     def merge(
-        self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+        self, sources: Sequence[Any], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
     ) -> tuple[Update, MergeInfo]:
         """Merges candidates in the form that the trainee can hold."""
 
-    def written(self, update: Update) -> AbstractContextManager[None]:
+    def written(self, update: Any) -> AbstractContextManager[None]:
         """Returns a context in which the trainee holds an update, and after which it holds what it held before."""
 
-    def write(self, update: Update) -> None:
+    def write(self, update: Any) -> None:
         """Fills the trainee's parameters, reads them back, and puts back what they held where that fails."""
 
     def undo(self) -> None:
         """Gives the trainee what it held before [`Trainee.write`]."""
 
-    def keep(self, update: Update) -> Update:
+    def keep(self, update: Any) -> Update:
         """Returns an update whose files are its own: those of a candidate are copied."""
 
-    def discard(self, update: Update) -> None:
+    def discard(self, update: Any) -> None:
         """Forgets an update that was not chosen, with the files that were made for it."""
 
-    def save(self, update: Update, directory: Path, base_model: str | None) -> None:
+    def save(self, update: Any, directory: Path, base_model: str | None) -> None:
         """Writes an update as an adapter or a model; never takes a candidate's files."""
 
     def close(self) -> None:
@@ -108,7 +116,7 @@ def find_trainee(
         ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialization
             alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained.
     """
-    config, workspace = config or MashupConfig(), Workspace(Path(directory))
+    config, workspace = config or MashupConfig(seed=42), Workspace(Path(directory))
     adapter = find_adapter(model, config.overwrite)
     if adapter is not None:
         return LoraTrainee(model, adapter, config, workspace)
@@ -121,3 +129,17 @@ def find_trainee(
         )
     norms = weight_norms(model)
     return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms))
+
+
+def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candidate], Source]:
+    """
+    Returns what makes of a candidate on disk something to score on any model, trained or not: an adapter is added to
+    its layers, a full checkpoint takes the place of its weights.
+    """
+    base = BaseModel.of(model, base_model)
+    norms = weight_norms(model)
+    sources: dict[str, Callable[[Any], Source]] = {
+        "adapter": lambda found: AdapterSource(found, norms),
+        "model": CheckpointSource,
+    }
+    return lambda candidate: sources[candidate.kind](read_source(candidate, lambda found: found.fit(base)))

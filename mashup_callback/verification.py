@@ -8,7 +8,7 @@ from torch import nn
 
 from .distributed import place
 from .guard import Decision
-from .model.isolation import undisturbed
+from .model import undisturbed
 from .scoring import Metric, RowLosses, Rows, evaluate
 
 

@@ -1,13 +1,11 @@
-"""Supervised fine-tuning that starts from a mashup: TRL's SFT script plus candidates and the settings of MashupConfig.
+"""Supervised fine-tuning that starts from a mashup: TRL's SFT script plus `MashupArguments`.
 
     python recipes/sft.py --config recipes/sft/gemma3_1b_arc_easy.yaml
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/sft.py --config recipes/sft/....yaml
 
-Every field of `ScriptArguments`, `SFTConfig`, `ModelConfig` and `MashupConfig` can stand in the YAML file or on the
-command line. `seed` is one setting for training and for the mashup.
+Every field of `ScriptArguments`, `SFTConfig`, `ModelConfig` and `MashupArguments` can stand in the YAML file or on the
+command line.
 """
-
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
 
 from datasets import load_dataset
 from trl import (
@@ -20,36 +18,17 @@ from trl import (
     get_quantization_config,
 )
 
-from mashup_callback import MashupCallback, MashupConfig
+from mashup_callback import MashupArguments
 
 
-@dataclass
-class CandidateArguments:
-    """Where the candidates are."""
-
-    candidates: list[str] = field(
-        default_factory=list, metadata={"help": "Directories, globs, Hub repositories, searches and collections."}
-    )
-
-
-# TrlParser wants every name once, and training has a `seed` of its own: it is the mashup's too.
-MashupSettings = make_dataclass(
-    "MashupSettings",
-    [
-        (setting.name, setting.type, field(default=setting.default, metadata=setting.metadata))
-        for setting in fields(MashupConfig)
-        if setting.name != "seed"
-    ],
-)
-CONFIGS = (ScriptArguments, SFTConfig, ModelConfig, CandidateArguments, MashupSettings)
+CONFIGS = (ScriptArguments, SFTConfig, ModelConfig, MashupArguments)
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
     """Trains as the arguments (the command line's by default) say, and returns the trainer."""
-    script, training, model, where, settings = TrlParser(CONFIGS).parse_args_and_config(arguments)
-    mashup = MashupConfig(seed=training.seed, **asdict(settings))
+    script, training, model, mashup = TrlParser(CONFIGS).parse_args_and_config(arguments)
+    callback = mashup.callback()
     dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    callback = MashupCallback(where.candidates, config=mashup) if where.candidates else None
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

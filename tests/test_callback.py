@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupConfig, MashupReport, score_candidates
+from mashup_callback.lora.source import LoraUpdate
+from mashup_callback.lora.trainee import LoraTrainee
 from mashup_callback.lowrank import LoraFactors
-from mashup_callback.lora.trainee import FittedMerge, swap
 from tests.tiny import (
     LINEAR,
     llama,
@@ -59,7 +60,7 @@ def test_scratch_is_bit_identical_to_no_callback(tmp_path, library):
     alone = sft_trainer(tmp_path / "without", peft_config=config)
     alone.train()
     assert callback.report.decision == "scratch"
-    assert "better than a fresh initialisation" in callback.report.reason
+    assert "better than a fresh initialization" in callback.report.reason
     assert losses(trainer) == losses(alone)
     weights = lora_parameters(alone.model)
     assert all(torch.equal(value, weights[name]) for name, value in lora_parameters(trainer.model).items())
@@ -142,7 +143,7 @@ def test_model_with_transformers_own_adapter(tmp_path, library):
     arguments = TrainingArguments(
         str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
     )
-    tokens = [{"input_ids": list(range(7, 20)), "labels": list(range(7, 20))} for _ in range(16)]
+    tokens = [{"input_ids": list(range(7, 20 + n)), "labels": list(range(7, 20 + n))} for n in range(16)]
     before, after = Snapshot(), Snapshot()
     Trainer(model, arguments, train_dataset=tokens, callbacks=[before, callback, after]).train()
     assert callback.report.decision != "scratch"
@@ -239,20 +240,30 @@ def test_a_new_model_is_a_new_run(tmp_path, library):
         assert (tmp_path / name / "mashup/report.json").exists()
 
 
-def test_report_on_disk_in_the_log_and_in_the_trackers(tmp_path, library, capsys):
-    logged = []
+def test_the_scalars_reach_the_trackers_of_a_bound_trainer(tmp_path, library):
+    scalars, logged = {"mashup/base_loss", "mashup/merged_loss", "mashup/seconds"}, []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            logged.append(logs)
+            logged.append(set(logs))
 
-    callback = MashupCallback(str(library / "*"))
+    callback = MashupCallback(str(library / "trained-*"))
     trainer = sft_trainer(tmp_path / "out", callbacks=[Tracker(), callback])
+    callback.bind(trainer)
+    trainer.train()
+    assert scalars <= logged[0]
+    assert [scalars <= set(entry) for entry in trainer.state.log_history].count(True) == 1
+    assert trainer.model.model_tags.count("mashup") == 1
+
+
+def test_report_on_disk_and_in_the_log(tmp_path, library, capsys):
+    callback = MashupCallback(str(library / "*"))
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback])
     trainer.train()
     report = MashupReport.load(tmp_path / "out/mashup")
     assert report == callback.report
     scalars = {"mashup/base_loss", "mashup/merged_loss", "mashup/seconds"}
-    assert set(logged[0]) == scalars and scalars <= set(trainer.state.log_history[0])
+    assert scalars <= set(trainer.state.log_history[0])
     assert (tmp_path / "out/mashup/ranking.png").stat().st_size > 1000
     shown = capsys.readouterr().out
     assert f"mashup: {report.decision}" in shown and "held-out loss" in shown
@@ -288,7 +299,7 @@ def test_first_run_of_a_team_trains_from_scratch(tmp_path, caplog):
     callback = MashupCallback(str(tmp_path / "runs/*"))
     sft_trainer(tmp_path / "out", callbacks=[callback]).train()
     assert callback.report.decision == "scratch" and "no candidate was found" in callback.report.reason
-    assert "training starts from the fresh initialisation" in caplog.text
+    assert "training starts from the fresh initialization" in caplog.text
     with pytest.raises(RuntimeError, match="no candidate was found"):
         sft_trainer(tmp_path / "o2", callbacks=[MashupCallback(str(tmp_path / "runs/*"), on_error="raise")]).train()
 
@@ -433,7 +444,7 @@ def test_report_that_cannot_be_saved_does_not_hide_the_swap(tmp_path, library, m
     def fail(*args):
         raise ValueError("no place")
 
-    monkeypatch.setattr("mashup_callback.pipeline.publish", fail)
+    monkeypatch.setattr("mashup_callback.pipeline.save_mashup", fail)
     callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert callback.report.decision in ("merged", "single")
@@ -444,20 +455,20 @@ def test_failure_after_the_swap_says_what_is_in_the_model(tmp_path, library, mon
     def fail(*args):
         raise ValueError("the other process is gone")
 
-    monkeypatch.setattr("mashup_callback.pipeline.MashupRun._publish", fail)
+    monkeypatch.setattr("mashup_callback.pipeline.MashupRun._save", fail)
     callback, after = MashupCallback(str(library / "trained-*")), Snapshot()
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert any(value.any() for name, value in after.values.items() if "lora_B" in name)
     assert callback.report.decision in ("merged", "single") and callback.report.merge is not None
     assert "something failed after it was written" in caplog.text and "the other process is gone" in caplog.text
-    assert "fresh initialisation: " not in caplog.text
+    assert "fresh initialization: " not in caplog.text
 
 
 def test_failed_swap_is_scratch(tmp_path, library, monkeypatch):
     def fail(found, values):
         raise RuntimeError("it does not hold")
 
-    monkeypatch.setattr("mashup_callback.lora.trainee._check_written", fail)
+    monkeypatch.setattr("mashup_callback.swap._check_written", fail)
     callback = MashupCallback(str(library / "trained-*"))
     _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
     assert callback.report.decision == "scratch" and "it does not hold" in callback.report.reason
@@ -473,13 +484,14 @@ def test_loss_after_the_swap_is_what_the_guard_found(tmp_path, library):
 
 @pytest.mark.parametrize(("factor", "decision"), [(-3.0, "scratch"), (0.5, "merged")])
 def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatch, caplog, factor, decision):
-    def swap_other(model, trainee, fitted):
-        other = {n: LoraFactors(f.A, factor * f.B, f.scaling) for n, f in fitted.factors.items()}
-        return swap(model, trainee, FittedMerge(other))
+    def write_other(self, update):
+        other = {n: LoraFactors(f.A, factor * f.B, f.scaling) for n, f in update.factors.items()}
+        write(self, LoraUpdate(other))
 
-    monkeypatch.setattr("mashup_callback.pipeline.swap", swap_other)
+    write = LoraTrainee.write
+    monkeypatch.setattr(LoraTrainee, "write", write_other)
     # In float32 on a CPU there is next to no rounding.
-    monkeypatch.setattr("mashup_callback.guard.AfterSwap.tolerance", 0.005)
+    monkeypatch.setattr("mashup_callback.verification._tolerance", lambda model: 0.005 / 5)
     monkeypatch.setattr("mashup_callback.guard._decide", lambda *args: "merged")
     callback = MashupCallback(str(library / "trained-*"))
     _, before, after = run_with_snapshots(tmp_path / "out", callback, max_steps=1)
@@ -493,7 +505,7 @@ def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatc
 
 def test_method_that_fails_loses(tmp_path, library, monkeypatch, caplog):
     methods = {"linear": {}, "ties": {"density": "none"}}
-    monkeypatch.setattr("mashup_callback.guard.AUTO_METHODS", methods)
+    monkeypatch.setattr("mashup_callback.initialization.AUTO_METHODS", methods)
     settings = {"merge_method": "auto", "on_error": "raise", "guard": False}
     callback = MashupCallback(str(library / "trained-*"), **settings)
     sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()

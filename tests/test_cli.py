@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mashup_callback.candidates import find_candidates
 from mashup_callback.cli import app
 from mashup_callback.config import MashupConfig
-from mashup_callback.without_trainer import finished, publish_merge
+from mashup_callback.without_trainer import finished, save_merge
 from tests.hub.conftest import hub  # noqa: F401
 
 
@@ -200,10 +200,10 @@ def test_merge_replaces_nothing_but_a_merge(world, tmp_path):
     found = find_candidates(str(world / "runs/a1"))
     target = tmp_path / "merged"
     for _ in range(2):
-        assert publish_merge(target, found, config).decision == "single"
+        assert save_merge(target, found, config).decision == "single"
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes\.txt and would be replaced"):
-        publish_merge(target, found, config)
+        save_merge(target, found, config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     assert (target / "notes.txt").read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""What is better than a fresh initialisation, by how much it must be, and candidates that are lost on the way."""
+"""What is better than a fresh initialization, by how much it must be, and candidates that are lost on the way."""
 
 import math
 import shutil
@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mashup_callback import MashupCallback, MashupConfig, score_candidates
 from mashup_callback import pipeline as run
-from mashup_callback.guard import Start, _decide, _reason
-from mashup_callback.scoring.losses import RowLosses, paired_gain
+from mashup_callback.guard import _decide, _reason
+from mashup_callback.initialization import Init
+from mashup_callback.scoring import RowLosses, paired_gain
 from mashup_callback.selection import Selection
 from tests.full_model import full_trainer, save_models
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
@@ -26,7 +27,7 @@ def row_losses(loss, tokens=TOKENS):
 
 
 def start(loss, count=1):
-    return Start(Selection((None,) * count, (1.0,) * count), None, None, row_losses(loss))
+    return Init(Selection((None,) * count, (1.0,) * count), None, None, row_losses(loss))
 
 
 BASE = [6.0, 9.0, 8.5, 17.0]
@@ -75,7 +76,7 @@ def test_what_is_not_better_by_the_margin_is_not_better(merge, single, margin, e
 
 
 def test_one_held_out_row_gives_no_error_and_any_gain_counts():
-    one = Start(Selection((None, None), (1.0, 1.0)), None, None, row_losses([2.9], [2.0]))
+    one = Init(Selection((None, None), (1.0, 1.0)), None, None, row_losses([2.9], [2.0]))
     assert _decide(row_losses([3.0], [2.0]), one, one, MashupConfig()) == "merged"
 
 
@@ -103,7 +104,12 @@ def test_the_report_gives_the_error_and_noise_is_scratch(tmp_path, library):
 
 @pytest.fixture
 def losing(monkeypatch):
-    """Lets a function do something to the best candidate's directory after scoring; gives the names it was done to."""
+    """
+    Lets a function do something to the best candidate's directory after scoring; gives the names it was done to.
+
+    No room is left to keep what was read of a candidate in memory.
+    """
+    monkeypatch.setattr("mashup_callback.lora.source.KEPT_BYTES", 0)
 
     def arrange(harm):
         names = []
@@ -140,6 +146,21 @@ def test_the_next_best_takes_the_place_of_a_lost_adapter(tmp_path, library, losi
     assert len(lost) == 1 and merged <= {row.name for row in left} and left[0].name in merged
     assert len(merged) == 2 or settings["top_k"] == "auto"
     assert f"{lost[0]} was left out: " in report.reason
+
+
+def test_what_is_kept_in_memory_is_merged_though_its_files_are_gone(tmp_path, library, losing, monkeypatch):
+    merged = {}
+    for kind, kept in (("kept", 2**32), ("whole", 0)):
+        shutil.copytree(library, tmp_path / kind)
+        if kept:
+            losing(shutil.rmtree)
+        monkeypatch.setattr("mashup_callback.lora.source.KEPT_BYTES", kept)
+        callback = MashupCallback(str(tmp_path / kind / "trained-*"), on_error="raise", guard=False, top_k=2)
+        sft_trainer(tmp_path / f"out-{kind}", callbacks=[callback]).train()
+        monkeypatch.undo()
+        merged[kind] = load_file(tmp_path / f"out-{kind}/mashup/adapter_model.safetensors")
+        assert "left out" not in callback.report.reason
+    assert all(torch.equal(value, merged["whole"][name]) for name, value in merged["kept"].items())
 
 
 def test_the_next_best_takes_the_place_of_a_lost_checkpoint(tmp_path, losing):

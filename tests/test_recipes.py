@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import TrlParser
 
-from mashup_callback import MashupConfig, MashupReport
+from mashup_callback import MashupReport
 from recipes import sft
 from tests.tiny import LINEAR, llama, rows, tokenizer
 
@@ -32,14 +31,13 @@ def test_recipe_starts_with_its_own_launch_command(path):
 @pytest.mark.parametrize("path", SFT, ids=lambda path: path.name)
 def test_recipe_parses(path):
     settings = yaml.safe_load(path.read_text())
-    _, training, model, where, mashup = TrlParser(sft.CONFIGS).parse_args_and_config(
+    _, training, model, mashup = TrlParser(sft.CONFIGS).parse_args_and_config(
         ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
     )
-    assert where.candidates == settings["candidates"]
+    assert mashup.mashup_candidates == settings["mashup_candidates"]
     assert model.model_name_or_path == settings["model_name_or_path"]
     assert training.learning_rate == settings["learning_rate"]
-    assert mashup.max_candidates == settings.get("max_candidates", 64)
-    MashupConfig(seed=training.seed, **asdict(mashup))
+    assert mashup.config().max_candidates == settings.get("mashup_max_candidates", 64)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)
@@ -67,8 +65,8 @@ def test_script_trains_from_a_mashup(tmp_path, library):
         "use_cpu": True,
         "bf16": False,
         "report_to": "none",
-        "candidates": [str(library / "trained-*")],
-        "top_k": 2,
+        "mashup_candidates": [str(library / "trained-*")],
+        "mashup_top_k": 2,
         "seed": 7,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mashup_callback.lowrank import in_float64
 from mashup_callback.report import CandidateRow, MashupReport, MergeInfo, environment
-from mashup_callback.sharing.plot import plot_ranking
+from mashup_callback.sharing.save import plot_ranking
 
 
 number = st.none() | st.floats(allow_nan=False, allow_infinity=False)

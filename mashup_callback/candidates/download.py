@@ -30,19 +30,8 @@ AHEAD = 3
 Item = TypeVar("Item")
 
 
-def download(candidate: Candidate, hub: Hub) -> Candidate:
-    """
-    Downloads the files of a candidate into the Hub's cache, at its commit, and verifies their hashes.
-
-    Args:
-        candidate (`Candidate`):
-            From `find_candidates`. One that is local, cached or unusable is returned as it is.
-        hub (`Hub`):
-            The connection.
-
-    Returns:
-        `Candidate`: with its `path`, or with the `reason` why there is none.
-    """
+def download_candidate(candidate: Candidate, hub: Hub) -> Candidate:
+    """Downloads a candidate into the Hub's cache and verifies it; returns it with its `path`, or with the `reason`."""
     if not _is_remote(candidate):
         return candidate
     try:
@@ -57,13 +46,7 @@ def arriving(candidates: Sequence[Item], hub: Hub) -> Iterator[Iterator[Item]]:
     Context with an iterator over the candidates in their order, each with its files on this machine.
 
     In a single process the next ones are downloaded while one is used. Several processes must agree on what there is
-    before any goes on: one of each machine downloads everything first.
-
-    Args:
-        candidates (`Sequence`):
-            Candidates, among which other things may be: they are passed on as they are.
-        hub (`Hub`):
-            The connection.
+    before any goes on: one of each machine downloads everything first. What is no candidate is passed on as it is.
     """
     pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="mashup-download")
     # The main process found them: where they are in its machine's cache says nothing of other machines.
@@ -82,10 +65,6 @@ def cached(candidate: Candidate) -> Candidate | None:
 
     A file in the cache has the name of its content's hash. One whose content is another, because it was damaged or a
     process was killed before it had verified it, is removed and so will be downloaded again.
-
-    Args:
-        candidate (`Candidate`):
-            A candidate on the Hub at a commit.
     """
     files = tuple(dict.fromkeys([*candidate.files, *_shards(candidate)]))
     found = {name: _in_cache(candidate, name) for name in files}
@@ -118,7 +97,7 @@ def _without_path(item: Item) -> Item:
 
 
 def _ahead(candidates: Sequence[Item], hub: Hub, pool: ThreadPoolExecutor) -> Generator[Item, None, None]:
-    started = (pool.submit(download, item, hub) if _is_remote(item) else item for item in candidates)
+    started = (pool.submit(download_candidate, item, hub) if _is_remote(item) else item for item in candidates)
     waiting = deque(itertools.islice(started, AHEAD + 1))
     try:
         while waiting:

@@ -17,7 +17,7 @@ from ..formats import Adapter, is_checkpoint, quote, read_adapter, read_checkpoi
 from .candidate import Candidate
 from .download import cached, snapshot
 from .hub import RECOVERABLE, Hub, describe
-from .local import find_locally, reject_duplicates
+from .local import find_locally, is_file, reject_duplicates
 from .search import COMMIT, RemoteFiles, files_of, held_candidates, list_repositories, repository_info, stated_license
 from .spec import FORMS, Spec, parse_spec
 
@@ -59,8 +59,8 @@ def find_candidates(
         max_download_gb (`float`, *optional*):
             Bound on what is left to download from the Hub, in 10⁹ bytes; the first candidates that fit can be used.
         allow_licenses (`Sequence[str]`, *optional*):
-            Licenses that a Hub candidate may have; None allows every license. They are on the Hub only, so that
-            without it no candidate has any.
+            Licenses that a Hub candidate may have; None allows every license. Only the Hub knows them: without it no
+            candidate of the Hub passes.
         allow_authors (`Sequence[str]`, *optional*):
             Users and organizations that a Hub candidate may come from; None allows everyone.
         check (`Callable`, *optional*):
@@ -91,25 +91,19 @@ def find_candidates(
     return _limit_download(_first_usable(named, max_candidates), max_download_gb)
 
 
-def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str, ...]:
-    """
-    Checks the text of candidates before anything is looked for, and returns it as a tuple.
-
-    Args:
-        specs (`str`, path or list of them):
-            As in [`find_candidates`].
-
-    Raises:
-        ValueError: If there is none, an entry is not of the grammar, or a local path that is no glob does not exist.
-        TypeError: If an entry is neither text nor a path.
-    """
+def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str | os.PathLike, ...]:
+    """Returns the candidates' specs as a tuple; raises what [`find_candidates`] would, and where there is none."""
     entries = tuple([specs] if isinstance(specs, str | os.PathLike) else specs)
     if not entries:
         raise ValueError(f"There are no candidates, expected at least one of: {FORMS}.")
     for spec in _resolved(entries):
-        if spec.kind == "path" and not spec.is_glob and not os.path.lexists(os.path.expanduser(spec.path)):
+        path = os.path.expanduser(spec.path or "")
+        if spec.kind == "path" and not spec.is_glob and not os.path.lexists(path):
             raise ValueError(f"{str(spec)!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
-    return tuple(map(os.fspath, entries))
+        if spec.kind == "path" and os.path.isfile(path):
+            raise is_file(Path(path))
+    # A path stays one: as text, it might be something else.
+    return entries
 
 
 def read_source(candidate: Candidate, check: Check | None = None) -> Any:
@@ -260,36 +254,29 @@ def _allowed(value: str | None, allowed: Iterable[str] | None) -> bool:
 def _first_usable(named: Sequence[_Named], max_candidates: int | None) -> list[Candidate]:
     """Checks candidates in their order, several at a time, until enough can be used and are not the same."""
     bound = sys.maxsize if max_candidates is None else max_candidates
-    found: list[Candidate] = []
-    start = 0
+    found: dict[object, Candidate] = {}
+    waiting = list(named)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="mashup-find") as pool:
         while True:
-            kept = [index for index, item in enumerate(found) if item.reason is None][:bound]
-            if len(kept) < bound and start < len(named):
-                part = pool.map(lambda item: item[1](), named[start : start + _THREADS])
-                found = _unique([*found, *itertools.chain.from_iterable(part)])
-                start += _THREADS
+            kept = [key for key, item in found.items() if item.reason is None][:bound]
+            if len(kept) < bound and waiting:
+                part, waiting = waiting[:_THREADS], waiting[_THREADS:]
+                for item in itertools.chain.from_iterable(pool.map(lambda entry: entry[1](), part)):
+                    found.setdefault(_identity(item), item)
                 continue
-            distinct = reject_duplicates([found[index] for index in kept])
-            for index, item in zip(kept, distinct, strict=True):
-                found[index] = item
-            if all(item.reason is None for item in distinct):
+            distinct = dict(zip(kept, reject_duplicates([found[key] for key in kept]), strict=True))
+            found |= distinct
+            if all(item.reason is None for item in distinct.values()):
                 break
-    found = _unique([*found, *(item for item, _ in named[start:])])
+    for item, _ in waiting:
+        found.setdefault(_identity(item), item)
+    over = {key for key, item in found.items() if item.reason is None} - {*kept}
     reason = f"beyond max_candidates={max_candidates}"
-    beyond = {*range(len(found))} - {*kept}
-    return [
-        replace(item, reason=reason) if index in beyond and item.reason is None else item
-        for index, item in enumerate(found)
-    ]
+    return [replace(item, reason=reason) if key in over else item for key, item in found.items()]
 
 
-def _unique(found: Iterable[Candidate]) -> list[Candidate]:
-    """Drops what is listed twice."""
-    unique: dict[object, Candidate] = {}
-    for item in found:
-        unique.setdefault(os.path.realpath(item.path) if item.path else item.key, item)
-    return list(unique.values())
+def _identity(candidate: Candidate) -> object:
+    return os.path.realpath(candidate.path) if candidate.path else candidate.key
 
 
 def _limit_download(found: Sequence[Candidate], max_download_gb: float | None) -> list[Candidate]:

@@ -33,8 +33,8 @@ HTTP_ERROR = HfHubHTTPError.__bases__[0]
 RECOVERABLE = (HubError, HTTP_ERROR, OSError, ValueError)
 RETRY_STATUS = (408, 429, 500, 502, 503, 504)
 RETRY_SECONDS = (0.5, 1.0, 2.0)
-# What waiting for retries may add up to; after that, or for a longer `Retry-After`, a failure is final.
-MAX_WAIT_SECONDS = 60.0
+# What waiting for retries may add up to over all threads; after that a failure is final.
+MAX_WAIT_SECONDS = 120.0
 # Calls in a row that fail for good before the Hub counts as down.
 MAX_FAILURES = 8
 # A call may take this long, and a download as much longer as this speed allows.
@@ -69,7 +69,7 @@ class Hub:
         self.requests, self.bytes, self.seconds = 0, 0, 0.0
         self._lock = threading.RLock()
         self._running, self._began = 0, 0.0
-        self._waited, self._waiting_until = 0.0, 0.0
+        self._waited = 0.0
         self._failures = 0
         self._stopped: Future[str] = Future()
 
@@ -98,23 +98,8 @@ class Hub:
             self.bytes += count
 
     def call(self, function: Callable[..., Result], *args: Any, size: int = 0, **kwargs: Any) -> Result:
-        """
-        Calls a function of huggingface_hub.
-
-        Args:
-            function (`Callable`):
-                The function; it goes on in its thread when the deadline is over.
-            size (`int`, *optional*, defaults to 0):
-                Bytes of the file that it downloads.
-            args, kwargs (*optional*):
-                What it is given.
-
-        Raises:
-            HubError: If the Hub is not asked any more, or its reply is malformed.
-            TimeoutError: If there was no reply in time.
-            OSError or the HTTP client's error: If the Hub cannot be reached or refuses.
-        """
-        seconds = DEADLINE_SECONDS + size / MIN_BYTES_PER_SECOND
+        """Calls a function of huggingface_hub that receives about `size` bytes; raises one of `RECOVERABLE`."""
+        seconds = DEADLINE_SECONDS + max(0, size) / MIN_BYTES_PER_SECOND
         for attempt in itertools.count():
             try:
                 result = self._in_time(partial(function, *args, **kwargs), seconds)
@@ -122,7 +107,8 @@ class Hub:
                 delay = self._delay(error, attempt)
                 if delay is None:
                     self._count_failure(error)
-                    raise self._ended() or error from error
+                    self._require_up()
+                    raise
                 logger.info("A call to the Hub failed (%s); again in %.1f s.", quote(error), delay)
                 wait([self._stopped], timeout=delay)
             else:
@@ -136,21 +122,22 @@ class Hub:
         self.received(len(data))
         return data, size
 
-    def _ended(self) -> HubError | None:
-        return HubError(f"the Hub is not asked: {self.down}") if self.down else None
+    def _require_up(self) -> None:
+        if self.down:
+            raise HubError(f"the Hub is not asked: {self.down}")
 
     def _in_time(self, function: Callable[[], Result], seconds: float) -> Result:
-        if error := self._ended():
-            raise error
+        self._require_up()
         future: Future[Result] = Future()
         # A daemon, so that a call without end does not keep the interpreter from ending.
         thread = threading.Thread(target=_run, args=(function, future), daemon=True, name="mashup-hub-call")
         with self._counted():
             thread.start()
             wait([future, self._stopped], timeout=seconds, return_when=FIRST_COMPLETED)
-        if future.done():
-            return future.result()
-        raise self._ended() or TimeoutError(f"the Hub is too slow: the reply was not complete in {seconds:.0f} s")
+        if not future.done():
+            self._require_up()
+            raise TimeoutError(f"the Hub is too slow: the reply was not complete in {seconds:g} s")
+        return future.result()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -173,22 +160,13 @@ class Hub:
             return None
         asked = retry_after(error.response) if isinstance(error, HfHubHTTPError) else 0.0
         delay = max(asked, RETRY_SECONDS[attempt])
-        if not self._may_wait(delay):
-            if asked:
-                self.stop(f"it asks to wait {asked:.0f} s")
-            return None
-        return delay
-
-    def _may_wait(self, seconds: float) -> bool:
-        """Takes a time from what may be waited in all; threads that wait at the same time share it."""
-        now = time.monotonic()
         with self._lock:
-            until = max(self._waiting_until, now + seconds)
-            waited = self._waited + until - max(self._waiting_until, now)
-            if waited > MAX_WAIT_SECONDS:
-                return False
-            self._waited, self._waiting_until = waited, until
-        return True
+            if self._waited + delay <= MAX_WAIT_SECONDS:
+                self._waited += delay
+                return delay
+        if asked:
+            self.stop(f"it asks to wait {asked:.0f} s")
+        return None
 
     def _count_failure(self, error: Exception) -> None:
         with self._lock:

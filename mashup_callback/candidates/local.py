@@ -21,24 +21,18 @@ logger = logging.getLogger(__name__)
 
 # A directory of runs holds runs, and these hold adapters and checkpoints.
 _DEPTH = 2
+SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
+SHARDED = (
+    f"its weights are split over several files, expected one {WEIGHTS_NAME}: load it with peft and save it again with "
+    "a larger `max_shard_size`"
+)
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 # What this package writes into a run's output directory.
 _MASHUP = {"mashup"}
 
 
 def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
-    """
-    Returns what a path or glob leads to, in natural order, a run's final adapter before its checkpoints.
-
-    Args:
-        spec (`Spec`):
-            A local path.
-        excluded (`Sequence[str]`):
-            Real paths of directories that are skipped with all that is in them.
-
-    Raises:
-        ValueError: If a path that is no glob does not exist, or is a file.
-    """
+    """Returns what a path or glob leads to in natural order, without what is in the excluded real paths."""
     path = Path(os.path.expanduser(spec.path))
     if os.path.lexists(path):
         return _expand_literal(path, excluded)
@@ -54,7 +48,7 @@ def _expand_literal(path: Path, excluded: Sequence[str]) -> list[Candidate]:
     if _skip(path, excluded):
         return [_candidate(path, reason="it is this run's own output or that of a mashup")]
     if os.path.isfile(path):
-        raise ValueError(f"{str(path)!r} is a file, expected the directory that holds {CONFIG_NAME}: {path.parent}.")
+        raise is_file(path)
     reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
     return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
 
@@ -111,10 +105,17 @@ def _expand(directory: Path, excluded: Sequence[str], depth: int = _DEPTH) -> It
             yield from _expand(child, excluded, depth - 1)
 
 
+def is_file(path: Path) -> ValueError:
+    """Returns the error for a path that is the file of an adapter and not its directory."""
+    return ValueError(f"{str(path)!r} is a file, expected the directory that holds {CONFIG_NAME}: {path.parent}.")
+
+
 def _describe(directory: Path, entries: Iterable[str]) -> Candidate | None:
     if CONFIG_NAME in entries:
         if WEIGHTS_NAME in entries:
             return _candidate(directory, bytes=_size(directory / WEIGHTS_NAME))
+        if any(SHARD.fullmatch(name) for name in entries):
+            return _candidate(directory, reason=SHARDED)
         if any(name.endswith((".bin", ".pt", ".pth")) for name in entries):
             return _candidate(
                 directory, reason=f"it has only pickled weights, which are never opened, and no {WEIGHTS_NAME}"

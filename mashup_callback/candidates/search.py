@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_url, metadata_load
 from huggingface_hub.hf_api import ModelInfo
@@ -33,6 +34,7 @@ from ..formats import (
 )
 from .candidate import Candidate
 from .hub import RECOVERABLE, Hub, describe
+from .local import SHARD, SHARDED
 from .spec import Spec, hub_name
 
 
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # What a search without `limit` looks at.
 MAX_LISTED = 1000
+# More rows than that may take longer.
+_ROW_BYTES = 1000
 # Enough for the headers of nearly all adapters, so that one request reads them.
 HEADER_BYTES = 2**17
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -54,22 +58,7 @@ _PICKLED = (".bin", ".pt", ".pth")
 def list_repositories(
     spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[str]
 ) -> list[tuple[Candidate, ModelInfo | None]]:
-    """
-    Lists the repositories that an entry of the grammar names, with what the listing says of each.
-
-    Args:
-        spec (`Spec`):
-            A repository, a search or a collection.
-        base_model (`str`, *optional*):
-            Name or path of the base model, of which a search lists what was made of it.
-        hub (`Hub`):
-            The connection.
-        relations (`Sequence[str]`):
-            What a search lists, in turns: `"adapter"`, `"finetune"`.
-
-    Raises:
-        HubError: If the Hub cannot be reached, or the name of the base model is not known.
-    """
+    """Lists the repositories that an entry of the grammar names, with what the listing says of each, if anything."""
     if spec.kind == "repo":
         return [(_repository(spec.repo_id, spec.subfolder, spec.revision), None)]
     if spec.kind == "collection":
@@ -106,13 +95,7 @@ def files_of(info: ModelInfo) -> tuple[str, ...]:
 def held_candidates(
     repository: Candidate, revision: str, paths: Sequence[str], license: str | None = None
 ) -> list[Candidate]:
-    """
-    Returns what is in the folder asked for or in the root, if that is an adapter or a full model; else what is in the
-    folders below. The files of a model are those of its description; its index names the others.
-
-    Raises:
-        AdapterError: It holds nothing that can be used.
-    """
+    """Returns what is in the folder asked for or the root, if that is an adapter or a model; else what is below it."""
     here = repository.subfolder or ""
     below = f"{here}/" if here else ""
     folders = dict.fromkeys(path.rpartition("/")[0] for path in paths if f"{path}/".startswith(below))
@@ -130,29 +113,14 @@ def path_in_repository(candidate: Candidate, name: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """
-    The files of a candidate on the Hub, read by ranged requests; nothing goes to the disk.
-
-    Args:
-        candidate (`Candidate`): The candidate.
-        hub (`Hub`): The connection.
-        paths (`frozenset[str]`): All files of its repository.
-    """
+    """The files of a candidate on the Hub among all `paths` of its repository, read by ranged requests."""
 
     candidate: Candidate
     hub: Hub
     paths: frozenset[str] = field(repr=False)
 
     def describe(self) -> tuple[Candidate, Adapter | Checkpoint]:
-        """
-        Reads the small files and the headers of the weights.
-
-        Returns:
-            `tuple`: The candidate with all its files and the size of its weights, and its description.
-
-        Raises:
-            AdapterError: The reason why it cannot be used.
-        """
+        """Returns the candidate with all its files and the size of its weights, and its description."""
         if self.candidate.kind == "model":
             checkpoint = describe_checkpoint(self)
             size = sum(stamp.size for stamp in checkpoint.stamps.values())
@@ -192,9 +160,12 @@ class RemoteFiles:
 
 def base_model_names(base_model: str | None, hub: Hub) -> tuple[str, ...]:
     """Returns the Hub names whose adapters fit a base model: its own, and that of the model it quantizes."""
-    name = _recorded_name(base_model)
+    names = [hub_name(recorded) for recorded in _recorded_names(base_model)]
+    name = next((name for name in names if name is not None and not os.path.isdir(name)), None)
     if name is None:
         return ()
+    if name != base_model:
+        logger.info("%s is searched for on the Hub as %s; set `base_model` if it is another.", base_model, name)
     try:
         tags = hub.call(HfApi().model_info, name, expand=["tags"], timeout=_TIMEOUT_SECONDS).tags or ()
     except RECOVERABLE as error:
@@ -229,37 +200,34 @@ def _search(spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[st
 
 def _listed(spec: Spec, tag: str, hub: Hub) -> list[ModelInfo]:
     given = {"author": spec.author, "search": spec.search, "sort": spec.sort, "limit": spec.limit or MAX_LISTED + 1}
-    return hub.call(lambda: [*HfApi().list_models(filter=[tag, *spec.tags], expand=_PROPERTIES, **given)])
+    settings = {"filter": [tag, *spec.tags], "expand": _PROPERTIES, **given}
+    return hub.call(lambda: [*HfApi().list_models(**settings)], size=_ROW_BYTES * (given["limit"] - MAX_LISTED - 1))
 
 
-def _recorded_name(base_model: str | None) -> str | None:
+def _recorded_names(base_model: str | None) -> Iterator[str | None]:
+    """Yields what may be a model's name on the Hub: its own, or what a local directory says of where it is from."""
     if base_model is None or not os.path.isdir(base_model):
-        return hub_name(base_model)
-    directory = Path(base_model)
-    for recorded in (str(directory.resolve()), _from_config(directory), _from_card(directory)):
-        name = hub_name(recorded)
-        if name is not None and not os.path.isdir(name):
-            logger.info("%s is searched for on the Hub as %s; set `base_model` if it is another.", base_model, name)
-            return name
-    return None
+        yield base_model
+        return
+    yield os.path.realpath(base_model)
+    for read in (_read_config, _read_card):
+        try:
+            name = read(Path(base_model))
+        except Exception as error:
+            # Whatever JSON or YAML makes of a broken file: it says nothing then.
+            logger.debug("%s does not say where it is from: %r", base_model, error)
+            continue
+        name = name[0] if isinstance(name, list) and name else name
+        if isinstance(name, str) and "/" in name:
+            yield name
 
 
-def _from_config(directory: Path) -> str | None:
-    try:
-        name = json.loads(read_limited(directory / "config.json", _MAX_NAME_BYTES)).get("_name_or_path")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return name if isinstance(name, str) and "/" in name else None
+def _read_config(directory: Path) -> Any:
+    return json.loads(read_limited(directory / CONFIG_NAME, _MAX_NAME_BYTES)).get("_name_or_path")
 
 
-def _from_card(directory: Path) -> str | None:
-    try:
-        name = (metadata_load(directory / "README.md") or {}).get("base_model")
-    except Exception:
-        # Whatever YAML makes of a broken card: it says nothing then.
-        return None
-    name = name[0] if isinstance(name, list) and name else name
-    return name if isinstance(name, str) and "/" in name else None
+def _read_card(directory: Path) -> Any:
+    return (metadata_load(directory / "README.md") or {}).get("base_model")
 
 
 def _is_safe(path: object) -> bool:
@@ -289,6 +257,8 @@ def _description_in(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
 def _why_nothing(paths: Sequence[str], below: str) -> str:
     names = [path.rpartition("/")[2] for path in paths if path.startswith(below)]
     pickled = any(name.endswith(_PICKLED) for name in names)
+    if CONFIG_NAME in names and any(map(SHARD.fullmatch, names)):
+        return SHARDED
     for config, weights in ((CONFIG_NAME, WEIGHTS_NAME), (MODEL_CONFIG_NAME, MODEL_WEIGHTS_NAME)):
         if config in names and pickled:
             return f"it has only pickled weights, which are never opened, and no {weights}"

@@ -80,18 +80,7 @@ def is_glob(text: str) -> bool:
 
 
 def parse_spec(text: str) -> Spec:
-    """
-    Parses one entry of the grammar. Looks at the text only: whether `org/name` is also a local directory is for
-    `find_candidates` to see.
-
-    Args:
-        text (`str`):
-            A path (it starts with `.`, `/` or `~`, has glob characters or a single segment), `org/name` with optional
-            folder and revision, `hub:...` or `collection:...`.
-
-    Raises:
-        ValueError: If it is none of the forms; the message lists them.
-    """
+    """Parses one entry of the grammar by its text alone; raises a ValueError that lists the forms if it is none."""
     stripped = text.strip()
     if not stripped or not stripped.isprintable():
         raise ValueError(f"{text!r} is no candidate, expected {FORMS}.")

@@ -1,18 +1,11 @@
 """Files that strangers wrote, read safely: LoRA adapters and full checkpoints."""
 
-from .adapter import WEIGHTS_NAME, Adapter, adapter_hash, load_factors, parse_adapter, read_adapter
+from .adapter import WEIGHTS_NAME, Adapter, adapter_hash, load_factors, parse_adapter, read_adapter, read_weights
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from .adapter_modules import ModuleShape
 from .adapter_writer import write_adapter
 from .base import BaseModel, Description
-from .checkpoint import (
-    Checkpoint,
-    check_unchanged,
-    describe_checkpoint,
-    is_checkpoint,
-    read_checkpoint,
-    read_tensor,
-)
+from .checkpoint import Checkpoint, check_unchanged, describe_checkpoint, is_checkpoint, read_checkpoint, read_tensor
 from .checkpoint_files import (
     INDEX_NAME,
     MAX_JSON_BYTES,
@@ -57,6 +50,7 @@ __all__ = [
     "read_checkpoint",
     "read_limited",
     "read_tensor",
+    "read_weights",
     "shard_names",
     "write_adapter",
 ]

@@ -53,7 +53,14 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights file, taken once."""
-        return self.known_digest or hashlib.sha256(_read_unchanged(self)).hexdigest()
+        return self.known_digest or hashlib.sha256(read_weights(self)).hexdigest()
+
+    @property
+    def weights(self) -> Path:
+        """The weights file."""
+        if self.path is None:
+            raise AdapterError("it has not been downloaded yet")
+        return self.path / WEIGHTS_NAME
 
     def fit(self, base: BaseModel) -> "Adapter":
         """
@@ -103,16 +110,21 @@ def _described(
 
 @torch.no_grad()
 def load_factors(
-    adapter: Adapter, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    adapter: Adapter,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    data: bytes | None = None,
 ) -> dict[str, LoraFactors]:
     """
     Loads an adapter's factors by module name.
+
+    `data` is from [`read_weights`], where the file has been read already.
 
     Raises:
         AdapterError: The file changed since it was read, or values are not finite or absurdly large.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
-    data = _read_unchanged(adapter)
+    data = read_weights(adapter) if data is None else data
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -120,9 +132,15 @@ def load_factors(
     return {name: _load_module(name, shape, tensors, device, dtype) for name, shape in adapter.modules.items()}
 
 
-def adapter_hash(adapter: Adapter) -> str:
-    """Returns a hash that adapters share that compute the same; raises `AdapterError` if the file changed."""
-    return hashlib.sha256(json.dumps([adapter.config.effective(), adapter.digest]).encode()).hexdigest()
+def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
+    """
+    Returns a hash that adapters share that compute the same; `data` is the weights file where it was read already.
+
+    Raises:
+        AdapterError: If the file changed since it was read.
+    """
+    digest = adapter.digest if data is None else hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(json.dumps([adapter.config.effective(), digest]).encode()).hexdigest()
 
 
 def _short_name(base_model: str) -> str:
@@ -132,10 +150,9 @@ def _short_name(base_model: str) -> str:
     return (cached[-1].split("--")[-1] if cached else parts[-1]).lower()
 
 
-def _read_unchanged(adapter: Adapter) -> bytes:
-    if adapter.path is None:
-        raise AdapterError("it has not been downloaded yet")
-    with os.fdopen(open_regular(adapter.path / WEIGHTS_NAME), "rb") as file:
+def read_weights(adapter: Adapter) -> bytes:
+    """Returns the content of the weights file; raises `AdapterError` if it changed since its header was read."""
+    with os.fdopen(open_regular(adapter.weights), "rb") as file:
         try:
             data, stamp = file.read(adapter.stamp.size + 1), FileStamp.of(file.fileno())
         except OSError as error:

@@ -24,6 +24,10 @@ class BaseModel:
     refusal: str = ""
     name: str | None = None
 
+    def check(self, description: "Description") -> "Description":
+        """Returns the description of a candidate as it fits; raises `AdapterError`."""
+        return description.fit(self)
+
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None) -> "BaseModel":
         """Describes a live model, without the adapters on it."""

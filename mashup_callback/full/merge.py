@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from ..methods import MergeRule
+from ..methods import MergeRule, mergekit_config
 from ..model import random_state
 
 
@@ -91,18 +91,18 @@ def merge_config(
     out_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Returns mergekit's configuration of a merge of full models; raises `ValueError` where a base is missing."""
-    shared = {name: value for name, value in rule.parameters if not isinstance(value, tuple)}
-    models = []
-    for index, (model, weight) in enumerate(zip(inputs, weights, strict=True)):
-        own = {name: value[index] for name, value in rule.parameters if isinstance(value, tuple)}
-        own |= {"weight": float(weight)} if rule.takes_weights else {}
-        models.append({"model": model.reference()} | ({"parameters": own} if own else {}))
-    config: dict[str, Any] = {"merge_method": rule.method, "models": models, "dtype": "float32"}
-    if rule.needs_base:
-        config["base_model"] = _base(rule, inputs, base).reference()
-    if shared:
-        config["parameters"] = shared
-    return config | ({"out_dtype": out_dtype} if out_dtype else {})
+    if rule.needs_base and not rule.interpolates and base is None:
+        raise ValueError(f"{rule.method} merges updates of a base model, and no `base` is given.")
+    options: dict[str, Any] = {"dtype": "float32"}
+    if out_dtype:
+        options["out_dtype"] = out_dtype
+    return mergekit_config(
+        rule,
+        [model.reference() for model in inputs],
+        [float(weight) for weight in weights],
+        base and ModelInput(base).reference(),
+        **options,
+    )
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -113,15 +113,6 @@ def check_space(directory: Path, needed: int) -> None:
             f"Merging full models needs {needed / 1e9:.3g} GB in {directory}, and {free / 1e9:.3g} GB are free. Free "
             "some space, or set `report_dir` to a larger disk."
         )
-
-
-def _base(rule: MergeRule, inputs: Sequence[ModelInput], base: Path | None) -> ModelInput:
-    if rule.spec.contract.max_inputs == 2:
-        # slerp and its kind interpolate between two models, of which mergekit calls the first the base.
-        return inputs[0]
-    if base is None:
-        raise ValueError(f"{rule.method} merges updates of a base model, and no `base` is given.")
-    return ModelInput(base)
 
 
 def _run(config: Mapping[str, Any], output_dir: Path, cache: Path, seed: int) -> None:

@@ -26,8 +26,11 @@ class CheckpointSource:
     """A full checkpoint that fits the model, with its tensors named as the model names them."""
 
     checkpoint: Checkpoint
-    rank: None = None
     needs_base: bool = False
+
+    @property
+    def rank(self) -> None:
+        return None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -39,6 +42,9 @@ class CheckpointSource:
 
     def fingerprint(self) -> str | None:
         return None
+
+    def release(self) -> None:
+        """Does nothing: a checkpoint is read a tensor at a time."""
 
     def alone(self) -> Checkpoint | None:
         """Returns the checkpoint that it is without a merge; None where one has to be made."""
@@ -72,6 +78,9 @@ class AdapterOnBase:
 
     def fingerprint(self) -> str | None:
         return self.source.fingerprint()
+
+    def release(self) -> None:
+        self.source.release()
 
     def alone(self) -> Checkpoint | None:
         """Returns None: an adapter is no model without its base."""

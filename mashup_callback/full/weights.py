@@ -37,6 +37,9 @@ def find_trained_weights(model: nn.Module) -> frozenset[str]:
         return frozenset()
     return frozenset(clean_name(name) for name, parameter in bare.named_parameters() if parameter.requires_grad)
 
+    def release(self) -> None:
+        """Nothing is kept: tensors are read one at a time."""
+
 
 @contextmanager
 def replaced(model: nn.Module, update: FullUpdate) -> Iterator[None]:

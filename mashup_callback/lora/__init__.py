@@ -1,10 +1,10 @@
 """A LoRA adapter is trained."""
 
-from .hooks import applied
+from .hooks import applied, structure_kept
 from .merge import MergedAdapter, merge_adapters, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter, find_adapter
-from .trainee import LoraTrainee, fit
+from .trainee import LoraTrainee, cut_to, fit
 from .writer import save_adapter
 
 
@@ -15,9 +15,11 @@ __all__ = [
     "MergedAdapter",
     "TrainedAdapter",
     "applied",
+    "cut_to",
     "find_adapter",
     "fit",
     "merge_adapters",
     "merge_factors",
     "save_adapter",
+    "structure_kept",
 ]

@@ -17,6 +17,7 @@ from ..candidates import Candidate, as_candidate, read_source
 from ..formats import Adapter, load_factors
 from ..lowrank import Factors, LoraFactors, trainable
 from ..methods import SPACES, MergeRule, check_merge
+from ..report import MergeInfo
 from ..storage import refuse_foreign, refuse_overlap
 from .spaces import ModuleMerge
 from .writer import save_adapter
@@ -61,6 +62,22 @@ class MergedAdapter:
         kept = {name: factors.norm() ** 2 for name, factors in self.factors.items()}
         total = sum(energy / self.kept_energy[name] for name, energy in kept.items() if energy > 0)
         return sum(kept.values()) / total if total > 0 else 1.0
+
+    def info(self, layers: Collection[str] | None = None) -> MergeInfo:
+        """Returns what a report says about the merge, of which only some layers can be held."""
+        layers = self.factors.keys() if layers is None else layers
+        (lost_energy, lost_layers), held = self.outside(layers), self.within(layers)
+        return MergeInfo(
+            method=held.method,
+            space=held.space,
+            parameters=dict(held.parameters),
+            rank=held.rank,
+            kept_energy=held.total_kept_energy,
+            kept_energy_by_module=dict(held.kept_energy),
+            lost_energy=lost_energy,
+            lost_layers=lost_layers,
+            mergekit_version=held.mergekit_version,
+        )
 
     def outside(self, layers: Collection[str]) -> tuple[float, tuple[str, ...]]:
         """Returns the share of the merge's squared Frobenius norm that is in other layers, and these layers."""

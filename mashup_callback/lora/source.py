@@ -1,5 +1,6 @@
 """An adapter on disk as a candidate, and its update as hooks on the live model."""
 
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -7,10 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..formats import Adapter, adapter_hash, load_factors
-from ..lowrank import Factors
+from ..formats import Adapter, adapter_hash, load_factors, read_weights
+from ..lowrank import Factors, LoraFactors
 from ..model import refuse_huge
 from .hooks import applied
+
+
+# Bytes that all sources together keep in memory, so that a file is read once.
+KEPT_BYTES = 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +28,40 @@ class LoraUpdate:
         return applied(model, self.factors)
 
 
-@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Counts the bytes that the sources of this process keep."""
+
+    def __init__(self) -> None:
+        self.bytes, self.lock = 0, threading.Lock()
+
+    def take(self, size: int) -> bool:
+        with self.lock:
+            fits = self.bytes + size <= KEPT_BYTES
+            self.bytes += size if fits else 0
+        return fits
+
+    def give_back(self, size: int) -> None:
+        with self.lock:
+            self.bytes -= size
+
+
+_KEPT = _Kept()
+
+
+@dataclass(eq=False)
 class AdapterSource:
-    """A LoRA adapter that fits the model, named as the model names its layers; `norms` are those of its weights."""
+    """
+    A LoRA adapter that fits the model, named as the model names its layers; `norms` are those of its weights.
+
+    Its file is read and hashed once: what was read stays in memory until [`AdapterSource.release`], within bounds.
+    """
 
     adapter: Adapter
     norms: Mapping[str, float] = field(default_factory=dict)
+    _digest: str | None = field(default=None, init=False, repr=False)
+    _data: bytes | None = field(default=None, init=False, repr=False)
+    _factors: Factors | None = field(default=None, init=False, repr=False)
+    _size: int = field(default=0, init=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -39,9 +72,38 @@ class AdapterSource:
         return self.adapter.warnings
 
     def load(self, device: torch.device | str = "cpu") -> LoraUpdate:
-        factors = load_factors(self.adapter, device)
-        refuse_huge(factors, self.norms)
-        return LoraUpdate(factors)
+        factors = self._factors
+        if factors is None:
+            factors = load_factors(self.adapter, data=self._data)
+            refuse_huge(factors, self.norms)
+            self.release()
+            if self._keep(sum(update.A.nbytes + update.B.nbytes for update in factors.values())):
+                self._factors = factors
+        return LoraUpdate(
+            {
+                name: LoraFactors(update.A.to(device), update.B.to(device), update.scaling)
+                for name, update in factors.items()
+            }
+        )
 
     def fingerprint(self) -> str | None:
-        return adapter_hash(self.adapter)
+        if self._digest is None:
+            data = read_weights(self.adapter)
+            self._digest = adapter_hash(self.adapter, data)
+            if self._factors is None and self._keep(len(data)):
+                self._data = data
+        return self._digest
+
+    def release(self) -> None:
+        """Forgets what was read; it is read again when it is needed."""
+        self._data = self._factors = None
+        _KEPT.give_back(self._size)
+        self._size = 0
+
+    def __del__(self) -> None:
+        self.release()
+
+    def _keep(self, size: int) -> bool:
+        if fits := _KEPT.take(size):
+            self._size = size
+        return fits

@@ -47,14 +47,14 @@ class ModuleMerge:
             return truncate_core(basis, core, rank)
         if self.space == "factors":
             return self._merge_apart(inputs, rank)
-        if self.space == "core" or self.rule.commutes(len(inputs)):
+        if self.space == "core" or self.rule.commutes:
             return self._merge_cores(inputs, present, rank)
         return self._merge_dense(inputs, present, rank)
 
     def _merge_cores(
         self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], rank: int
     ) -> Truncation:
-        basis, cores = shared_cores(present, principal=not self.rule.commutes(len(inputs)))
+        basis, cores = shared_cores(present, principal=not self.rule.commutes)
         core_of = dict(zip(map(id, present), cores, strict=True))
         zero = torch.zeros_like(cores[0])
         merged = self.rule.merge([core_of.get(id(f), zero) for f in inputs], self.weights)

@@ -19,7 +19,7 @@ from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap, written
 from .extraction import extract
-from .merge import MergedAdapter, merge_factors
+from .merge import merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import Target, TrainedAdapter
 
@@ -56,14 +56,12 @@ class LoraTrainee:
                 seed=self.config.seed,
             )
         )
-        return LoraUpdate(fit(merged.factors, self.adapter)), self._info(merged)
+        return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.targets)
 
     def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
         """Returns a context in which the adapter holds an update of any rank, cut to its own."""
-        known = {name: factors for name, factors in update.factors.items() if name in self.adapter.targets}
-        if any(factors.rank > self.adapter.ranks[name] for name, factors in known.items()):
-            known = merge_factors([known], weights=[1.0], ranks=self.adapter.ranks).factors
-        return written(self.model, self.adapter.values(fit(known, self.adapter)), self._before)
+        held = fit(cut_to(update.factors, self.adapter), self.adapter)
+        return written(self.model, self.adapter.values(held), self._before)
 
     def write(self, update: LoraUpdate) -> None:
         """Fills A and B in place."""
@@ -106,20 +104,13 @@ class LoraTrainee:
         adapter = extract(self.model, checkpoint, self.adapter.ranks, self.config.min_kept_energy, path)
         return self._adapter_source(adapter.fit(self.base))
 
-    def _info(self, merged: MergedAdapter) -> MergeInfo:
-        lost_energy, lost_layers = merged.outside(self.adapter.targets)
-        held = merged.within(self.adapter.targets)
-        return MergeInfo(
-            method=held.method,
-            space=held.space,
-            parameters=dict(held.parameters),
-            rank=held.rank,
-            kept_energy=held.total_kept_energy,
-            kept_energy_by_module=dict(held.kept_energy),
-            lost_energy=lost_energy,
-            lost_layers=lost_layers,
-            mergekit_version=held.mergekit_version,
-        )
+
+def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
+    """Returns the best approximation of updates in the layers and the ranks of the trained adapter."""
+    known = {name: update for name, update in factors.items() if name in adapter.targets}
+    if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
+        return known
+    return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ from .layers import (
     layer_shape,
     layer_shapes,
     linear_layers,
+    output_head,
     refuse_huge,
+    unwrapped,
     weight_norms,
 )
 from .parameters import (
@@ -36,6 +38,7 @@ __all__ = [
     "layer_shapes",
     "linear_layers",
     "local_part",
+    "output_head",
     "quantized_layers",
     "random_state",
     "read_parameters",
@@ -44,6 +47,7 @@ __all__ = [
     "reshard",
     "stream_parameters",
     "undisturbed",
+    "unwrapped",
     "weight_norms",
     "without_adapters",
     "write_parameters",

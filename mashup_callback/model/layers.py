@@ -90,3 +90,13 @@ def base_model_name(model: nn.Module) -> str | None:
     """Returns the name or path that the model was loaded from, None if it was built from a configuration."""
     config = getattr(extract_model_from_parallel(model), "config", None)
     return getattr(config, "_name_or_path", None) or None
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the layer that turns hidden states into logits; None where the model does not tell."""
+    return unwrapped(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model in a `PeftModel`, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,1 +1,37 @@
-"""The loss of each candidate on a sample."""
+"""The losses of candidates on a sample of the training data."""
+
+from .cache import CacheInfo, ScoreCache
+from .evaluation import evaluate
+from .halving import race_rounds, round_sizes, survivors
+from .losses import RowLosses, joined, language_model_losses, paired_gain
+from .metrics import CallableMetric, LossMetric, Metric, ScoreMetric, TrainerLoss, make_metric
+from .race import score_candidates
+from .sample import Rows, Sample, as_rows, draw_sample, token_budget
+from .score import Score
+
+
+__all__ = [
+    "CacheInfo",
+    "CallableMetric",
+    "LossMetric",
+    "Metric",
+    "RowLosses",
+    "Rows",
+    "Sample",
+    "Score",
+    "ScoreCache",
+    "ScoreMetric",
+    "TrainerLoss",
+    "as_rows",
+    "draw_sample",
+    "evaluate",
+    "joined",
+    "language_model_losses",
+    "make_metric",
+    "paired_gain",
+    "race_rounds",
+    "round_sizes",
+    "score_candidates",
+    "survivors",
+    "token_budget",
+]

@@ -18,14 +18,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..distributed import exchange
-from ..formats.adapter import Adapter, adapter_hash
-from ..model.parameters import clean_name, local_part
+from ..model import clean_name, is_sharded, local_part, reshard
 from .losses import RowLosses
 
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 _SUFFIX = ".json"
 _FIELDS = ("loss", "correct", "tokens")
 # What a configuration says besides the architecture.
@@ -34,14 +33,7 @@ _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """
-    What the cache holds.
-
-    Args:
-        directory (`str`): Where it is.
-        scores (`int`): Number of scores.
-        bytes (`int`): Their size.
-    """
+    """Where the cache is, how many scores it holds, and their size in bytes."""
 
     directory: str
     scores: int
@@ -113,25 +105,9 @@ class ScoreCache:
         return self.directory / "scores" / key[:2] / (key + _SUFFIX)
 
 
-def score_key(adapter: Adapter, base: str, sample: str, metric: str) -> str:
-    """
-    Returns the key of a score.
-
-    Args:
-        adapter (`Adapter`):
-            The candidate's; its tensors and effective configuration count, its place does not.
-        base (`str`):
-            From [`base_fingerprint`].
-        sample (`str`):
-            From [`Rows.fingerprint`].
-        metric (`str`):
-            What was measured.
-
-    Raises:
-        AdapterError: The adapter's file changed since it was read.
-    """
-    parts = [VERSION, adapter_hash(adapter), sorted(adapter.modules), base, sample, metric]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def score_key(candidate: str, base: str, rows: str, metric: str) -> str:
+    """Returns the key of a score: hashes of the candidate, the base model and the rows, and the metric's name."""
+    return hashlib.sha256(json.dumps([VERSION, candidate, base, rows, metric]).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -140,12 +116,17 @@ def base_fingerprint(model: nn.Module) -> str:
     Returns a hash in hex that tells one base model, precision and kind of device from another.
 
     Every number of every parameter and buffer counts, and the scales of quantized weights; the trainee's adapter does
-    not. The hash is XXH3, which is as fast as memory: it guards against change, not against forgery.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model that is trained, or a bare model. Of a sharded one, what this process holds counts.
+    not. Of a sharded model every process hashes what it holds, and all must call it. The hash is XXH3, as fast as
+    memory: it guards against change, not against forgery.
     """
+    if not is_sharded(model):
+        return _fingerprint(model)
+    # A forward pass leaves parameters gathered, under other names.
+    reshard(model)
+    return xxhash.xxh3_128("".join(exchange(_fingerprint(model))).encode()).hexdigest()
+
+
+def _fingerprint(model: nn.Module) -> str:
     model = extract_model_from_parallel(model)
     digest = xxhash.xxh3_128(json.dumps(_setting(model), sort_keys=True, default=str).encode())
     foreign = _adapter_tensors(model)
@@ -160,13 +141,6 @@ def base_fingerprint(model: nn.Module) -> str:
             scales = getattr(module.weight, "SCB", None)
             _hash(digest, module.state.SCB if scales is None else scales)
     return digest.hexdigest()
-
-
-def shared_fingerprint(model: nn.Module) -> str:
-    """Returns the fingerprint of a model of which each process may hold a part only; every process must call it."""
-    parts = dict.fromkeys(exchange(base_fingerprint(model)))
-    # Where each process holds the whole model, it is the same as in a single process.
-    return xxhash.xxh3_128("".join(parts).encode()).hexdigest()
 
 
 def _setting(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The loss of a language model on a batch, row by row, without ever building the logits of the whole batch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed import exchange
 from ..errors import UsageError
+from ..model import output_head, unwrapped
 
 
 # Logits built at a time: 2²⁵ numbers are 128 MiB in float32.
@@ -42,14 +43,15 @@ class RowLosses:
     @property
     def mean_loss(self) -> float:
         """Loss per label token, or per what a callable metric counts."""
-        return (self.loss.sum() / self._count()).item()
+        return self.mean(self.loss)
 
     @property
     def accuracy(self) -> float:
         """Share of the label tokens that were the most likely ones."""
-        return (self.correct.sum() / self._count()).item()
+        return self.mean(self.correct)
 
-    def _count(self) -> torch.Tensor:
+    def mean(self, values: torch.Tensor) -> float:
+        """Returns the sum of values of the rows per label token; raises `ValueError` where there is none."""
         count = self.tokens.sum()
         if not count > 0:
             raise ValueError(
@@ -57,7 +59,12 @@ class RowLosses:
                 f"has a label other than {IGNORE} (is the text cut off, masked, or a response template not found?), "
                 "or a callable metric returned such counts."
             )
-        return count
+        return (values.sum() / count).item()
+
+
+def joined(parts: Sequence[RowLosses]) -> RowLosses:
+    """Returns the losses on several parts of a sample as one."""
+    return RowLosses(*(torch.cat([getattr(part, name) for part in parts]) for name in ("loss", "correct", "tokens")))
 
 
 def sum_error(differences: torch.Tensor) -> float:
@@ -66,21 +73,13 @@ def sum_error(differences: torch.Tensor) -> float:
 
 
 def paired_gain(losses: RowLosses, base: RowLosses) -> tuple[float, float]:
-    """
-    Returns by how much a mean loss is below that of the base on the same rows, and the standard error of that.
-
-    Args:
-        losses (`RowLosses`):
-            The losses that are judged.
-        base (`RowLosses`):
-            What they are compared with.
-    """
+    """Returns by how much a mean loss is below that of the base on the same rows, and the standard error of that."""
     # Where a batch counts as a whole, it is one difference in the place of its first row.
     counted = (losses.tokens > 0) & (base.tokens > 0)
     groups = (counted.cumsum(0) - 1).clamp(min=0)
     differences = torch.zeros(max(1, int(counted.sum())), dtype=base.loss.dtype)
     differences.index_add_(0, groups, base.loss - losses.loss)
-    return base.mean_loss - losses.mean_loss, sum_error(differences) / base.tokens.sum().clamp(min=1).item()
+    return base.mean_loss - losses.mean_loss, sum_error(differences) / base.tokens.sum().item()
 
 
 def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: int | None = None) -> RowLosses:
@@ -88,20 +87,8 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
     Returns the negative log-likelihood of the labels of a batch, summed over each row.
 
     The sum over rows divided by the number of label tokens is the loss that the Trainer reports for the batch. Only
-    the positions that have a label reach the language model head, and they do so in chunks, so the logits of the
-    batch, (rows, length, vocabulary), never exist.
-
-    Args:
-        model (`torch.nn.Module`):
-            A causal, masked or sequence-to-sequence language model, on the device of the batch.
-        batch (`Mapping[str, Any]`):
-            Model inputs with `labels` of shape (rows, length); -100 marks positions that are not predicted.
-        chunks (`int`, *optional*):
-            Calls of the head, where a sharded model needs the same number on every process; see [`head_chunks`].
-
-    Raises:
-        UsageError: The batch has no labels.
-        ValueError: The model gives no logits for them.
+    the positions that have a label reach the language model head, in chunks (of a sharded model so many as `chunks`
+    says), so the logits of the batch, (rows, length, vocabulary), never exist.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
@@ -129,7 +116,7 @@ def head_chunks(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
 
 def _is_masked(model: nn.Module) -> bool:
-    return "MaskedLM" in (getattr(model, "loss_type", None) or type(_unwrapped(model)).__name__)
+    return "MaskedLM" in (getattr(model, "loss_type", None) or type(unwrapped(model)).__name__)
 
 
 def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
@@ -221,14 +208,7 @@ class _LabelPositions:
 
 
 def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    Returns what a model does to its head's output to get logits: scaling (Cohere, Granite, Falcon-H1), then
-    soft-capping (Gemma). Without gradients it does so in place.
-
-    Args:
-        config (`transformers.PretrainedConfig`):
-            The model's configuration.
-    """
+    """Returns what a model does to its head's output: scaling, then soft-capping; in place without gradients."""
     config = config.get_text_config()
     scale = next((value for name in _SCALES if (value := getattr(config, name, None)) is not None), 1.0)
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
@@ -243,11 +223,6 @@ def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     return apply
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Returns the layer that turns hidden states into logits; None where the model does not tell."""
-    return _unwrapped(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _chunk_size(head: nn.Module | None) -> int:
@@ -273,7 +248,3 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     ours, theirs = ours.float().flatten(), theirs.float().flatten()
     # bfloat16 keeps 8 bits: two ways through the same operation may differ by a few parts in 2⁸.
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2, equal_nan=True)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,17 +1,18 @@
-"""Losses that a batch alone does not give: a Trainer's own, and the user's score."""
+"""Metrics: how losses on a batch are measured, and how a candidate is applied meanwhile."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from ..factors import Factors
-from ..lora.trainee import held
-from ..model.layers import Trainee
+from ..errors import UsageError
+from ..model import without_adapters
+from ..trainee import Trainee, Update
+from .losses import RowLosses, language_model_losses
 
 
 if TYPE_CHECKING:
@@ -19,52 +20,109 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-@dataclass(frozen=True, eq=False)
-class TrainerLoss:
+class Metric(Protocol):
     """
-    A Trainer's own loss as a metric, for trainers whose batches have no labels (DPO, KTO, reward modelling, ...).
+    What candidates are measured by; lower is better.
 
-    A candidate is judged as what training would start from: cut to the trainee's rank and layers and written into the
-    trainee's parameters, which get back what they held. Hooks would not do: these trainers compare the model with
-    itself without its adapter, and hooks would change both.
+    Attributes:
+        name (`str`, *optional*): Under which its losses are cached; None where they are measured each time.
+        labeled (`bool`): Whether it is the loss of a language model, which needs rows with labels.
+        repeatable (`bool`): Whether it gives the same numbers twice.
+        collective (`bool`): Whether all processes of a run must measure the same candidate at the same time.
+    """
+
+    name: str | None
+    labeled: bool
+    repeatable: bool
+    collective: bool
+
+    def losses(self, model: nn.Module, batch: Any, chunks: int | None = None) -> RowLosses:
+        """Returns the losses on a batch; with `chunks`, the head of a sharded model is called so many times."""
+
+    def base(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Returns the context in which candidates are applied: with the model's own adapters switched off, or not."""
+
+    def applied(self, model: nn.Module, update: Update | None) -> AbstractContextManager[None]:
+        """Returns a context in which the model is what a candidate makes of it; without one it stays as it is."""
+
+    def compared(self, losses: RowLosses) -> torch.Tensor:
+        """Returns what candidates are compared by, row by row; lower is better."""
+
+
+class _OnBaseModel:
+    """A metric of the base model with a candidate added to it."""
+
+    name: str | None = None
+    labeled = repeatable = collective = False
+
+    def base(self, model: nn.Module) -> AbstractContextManager[None]:
+        return without_adapters(model)
+
+    def applied(self, model: nn.Module, update: Update | None) -> AbstractContextManager[None]:
+        return nullcontext() if update is None else update.applied(model)
+
+    def compared(self, losses: RowLosses) -> torch.Tensor:
+        return losses.loss
+
+
+@dataclass(frozen=True)
+class LossMetric(_OnBaseModel):
+    """
+    The language model's loss on the labels.
 
     Args:
-        trainer (`transformers.Trainer`):
-            Whose `compute_loss` is used.
-        trainee (`Trainee`):
-            The adapter that it trains.
+        name (`str`, *optional*, defaults to `"loss"`):
+            `"loss"`: negative log-likelihood in nats per label token; `"token_accuracy"`: share of the label tokens
+            predicted ranks the candidates.
     """
 
-    trainer: "Trainer"
-    trainee: Trainee
+    name: str = "loss"
+    labeled = repeatable = True
 
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[float, float]:
-        """Returns the batch's mean loss times its rows, and its rows."""
-        with _books_kept(self.trainer):
-            loss = self.trainer.compute_loss(model, batch)
-        rows = _rows(batch)
-        return float(loss) * rows, rows
+    def losses(self, model: nn.Module, batch: Any, chunks: int | None = None) -> RowLosses:
+        return language_model_losses(model, batch, chunks)
 
-    @contextmanager
-    def applied(self, model: nn.Module, factors: Factors | None) -> Iterator[None]:
-        """Context in which the trainee holds a candidate; without one it stays as it is."""
-        if not factors:
-            yield
-            return
-        # Imported here so that importing the callback does not import mergekit.
-        from ..lora.merge import merge_factors
+    def compared(self, losses: RowLosses) -> torch.Tensor:
+        return -losses.correct if self.name == "token_accuracy" else losses.loss
 
-        known = {name: update for name, update in factors.items() if name in self.trainee.targets}
-        if any(update.rank > self.trainee.ranks[name] for name, update in known.items()):
-            known = merge_factors([known], weights=[1.0], ranks=self.trainee.ranks).factors
-        with held(model, self.trainee, known):
-            yield
+
+LOSS = LossMetric()
+
+
+class _SumAndCount(_OnBaseModel):
+    """A metric that is called with the model and a batch, and returns a sum and what to divide it by."""
+
+    def losses(self, model: nn.Module, batch: Any, chunks: int | None = None) -> RowLosses:
+        loss, count = (float(value) for value in self(model, batch))
+        if not count >= 0:
+            raise UsageError(
+                f"The metric returned a loss of {loss:g} and the count {count:g}. Expected (loss summed over the "
+                "batch, what to divide it by), the count positive, or 0 for a batch that does not count."
+            )
+        return RowLosses(*torch.tensor([[loss], [0.0], [count]], dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreMetric:
+class CallableMetric(_SumAndCount):
     """
-    A user's score, higher is better, as a metric, lower is better.
+    A function as a metric.
+
+    Args:
+        function (`Callable`):
+            Called with the model that has the candidate applied, and a batch; returns a loss summed over the batch
+            and what to divide it by.
+    """
+
+    function: Callable[[nn.Module, Any], tuple[float, float]]
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[float, float]:
+        return self.function(model, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMetric(_SumAndCount):
+    """
+    A user's score, higher is better, as a metric.
 
     Args:
         score (`Callable`):
@@ -77,16 +135,71 @@ class ScoreMetric:
         return -float(self.score(model, batch)), 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class TrainerLoss(_SumAndCount):
+    """
+    A Trainer's own loss as a metric, for trainers whose batches have no labels (DPO, KTO, reward modelling, ...).
+
+    A candidate is judged as what training would start from, written into the trainee's parameters. Hooks would not do:
+    these trainers compare the model with itself without its adapter, and hooks would change both.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            Whose `compute_loss` is used.
+        trainee (`Trainee`):
+            What it trains.
+    """
+
+    trainer: "Trainer"
+    trainee: Trainee
+    repeatable = collective = True
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[float, float]:
+        """Returns the batch's mean loss times its rows, and its rows."""
+        with _trainer_metrics_restored(self.trainer):
+            loss = self.trainer.compute_loss(model, batch)
+        rows = _rows(batch)
+        return float(loss) * rows, rows
+
+    def base(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def applied(self, model: nn.Module, update: Update | None) -> AbstractContextManager[None]:
+        return nullcontext() if update is None else self.trainee.written(update)
+
+
+def make_metric(
+    value: str | Callable[[nn.Module, Any], tuple[float, float]] | Metric,
+    trainer: "Trainer | None" = None,
+    trainee: Trainee | None = None,
+) -> Metric:
+    """
+    Returns what a setting says as a metric.
+
+    Args:
+        value (`str`, `Callable` or `Metric`):
+            `"loss"`, `"token_accuracy"`, `"probe"` (whose first stage is the loss), a function, see
+            [`CallableMetric`], or a metric, which is returned as it is.
+        trainer (`transformers.Trainer`, *optional*):
+            Whose own loss is used instead.
+        trainee (`Trainee`, *optional*):
+            What that trainer trains.
+    """
+    if trainer is not None:
+        return TrainerLoss(trainer, trainee)
+    if isinstance(value, str):
+        return LossMetric("loss" if value == "probe" else value)
+    return value if hasattr(value, "losses") else CallableMetric(value)
+
+
 @contextmanager
-def _books_kept(trainer: "Trainer") -> Iterator[None]:
+def _trainer_metrics_restored(trainer: "Trainer") -> Iterator[None]:
     # TRL's trainers note metrics and token counts while they compute a loss; the first log would show them.
-    books = {name: value for name, value in vars(trainer).items() if _is_plain(value)}
-    before = copy.deepcopy(books)
+    before = copy.deepcopy({name: value for name, value in vars(trainer).items() if _is_plain(value)})
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)
+        vars(trainer).update(before)
 
 
 def _is_plain(value: Any) -> bool:

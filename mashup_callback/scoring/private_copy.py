@@ -29,10 +29,6 @@ def private_copy(value: Any) -> tuple[Any, list[Any]]:
 
     Copied are random generators, iterators, small arrays, containers, and the functions, methods and objects that hold
     any of these. Models, optimizers, tokenizers, trainers and what cannot be copied are shared with the original.
-
-    Args:
-        value (`Any`):
-            A collator or a stream.
     """
     copier = _Copier()
     return copier.copy(value), copier.stuck

@@ -1,6 +1,5 @@
 """The rows that candidates are judged on: a small sample of what the Trainer trains on, in the Trainer's own form."""
 
-import hashlib
 import itertools
 import logging
 import math
@@ -8,19 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
 from ..distributed import decided
 from ..errors import UsageError
-from ..model.isolation import random_state
+from ..model import random_state
+from .content import content_hash
 from .losses import IGNORE
 from .private_copy import private_copy
 
 
 logger = logging.getLogger(__name__)
+
+# Tokens of a forward pass without gradients. More make a CPU slower again, as their activations are beyond what the
+# allocator reuses; an accelerator needs more to be busy.
+CPU_TOKENS, TOKENS = 1024, 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,56 +42,57 @@ class Rows:
             Makes a batch (a mapping of tensors) from a list of rows.
         batch_size (`int`, *optional*, defaults to `1`):
             Rows in a batch.
+        tokens (`int`, *optional*, defaults to `0`):
+            Tokens, with the padding, up to which a batch has more rows than that.
     """
 
     rows: Sequence[Any]
     collate: Callable[[list[Any]], Mapping[str, Any]]
     batch_size: int = 1
+    tokens: int = 0
     _groups: list[list[int]] = field(default_factory=list, repr=False)
     _batches: dict[tuple[int, ...], Mapping[str, Any]] = field(default_factory=dict, repr=False)
     _shares: dict[tuple[int, int], "Rows"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self._groups:
-            self._groups.extend(self._grouped(self.batch_size))
+            self._groups.extend(self._grouped(len(self.rows)))
 
-    def _grouped(self, size: int) -> list[list[int]]:
+    def _grouped(self, limit: int) -> list[list[int]]:
+        """Returns the indices of the rows by batch, at most `limit` in each."""
         # Rows of similar length share a batch, the longest first: a lack of memory shows at once.
         order = sorted(range(len(self.rows)), key=lambda index: (-_length(self.rows[index]), index))
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        groups = []
+        while order:
+            longest = _length(self.rows[order[0]])
+            size = min(limit, max(self.batch_size, self.tokens // longest if longest else 0))
+            groups.append(order[:size])
+            order = order[size:]
+        return groups
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def part(self, start: int, stop: int) -> "Rows":
         """Returns the rows from `start` to `stop` with the same collator and batch size."""
-        return Rows(self.rows[start:stop], self.collate, self.batch_size)
+        return Rows(self.rows[start:stop], self.collate, self.batch_size, self.tokens)
 
     def share(self, index: int, count: int) -> "Rows":
-        """
-        Returns the same rows with the batches that one of several processes looks at.
-
-        Every share has the same number of batches: where they do not come out even, the first batch fills up.
-
-        Args:
-            index (`int`):
-                Which process.
-            count (`int`):
-                How many there are.
-        """
+        """Returns the rows with the batches of one of several processes, the same number of batches for each."""
         if count == 1:
             return self
         if (index, count) not in self._shares:
-            groups = self._grouped(min(self.batch_size, max(1, math.ceil(len(self.rows) / count))))
+            groups = self._grouped(max(1, math.ceil(len(self.rows) / count)))
+            # Where they do not come out even, the first batch fills up.
             groups += groups[:1] * (-len(groups) % count)
             mine = [list(group) for group in groups[index::count]]
-            self._shares[index, count] = Rows(self.rows, self.collate, self.batch_size, mine)
+            self._shares[index, count] = Rows(self.rows, self.collate, self.batch_size, self.tokens, mine)
         return self._shares[index, count]
 
     def first(self, index: int, count: int) -> "Rows":
         """Returns the same rows with the first batch alone of each of several processes, the very same batches."""
         mine = self.share(index, count)
-        single = Rows(self.rows, self.collate, self.batch_size, mine._groups[:1], mine._batches)
+        single = Rows(self.rows, self.collate, self.batch_size, self.tokens, mine._groups[:1], mine._batches)
         single._shares[index, count] = single
         return single
 
@@ -113,10 +118,7 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Returns a sha256 of the batches, to tell whether two samples are the same."""
-        digest = hashlib.sha256()
-        for _, batch in self.batches():
-            _feed(digest, batch)
-        return digest.hexdigest()
+        return content_hash([batch for _, batch in self.batches()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,7 @@ def draw_sample(
         size (`int`):
             Rows in all; one half selects, the other is held out.
         batch_size (`int`):
-            Rows in a forward pass.
+            Rows in a forward pass; of short rows with labels there may be more, see [`token_budget`].
         seed (`int`, *optional*, defaults to `42`):
             Seed of a private generator.
         guard_rows (`Sequence`, *optional*):
@@ -187,7 +189,7 @@ def draw_sample(
         rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
     if 1 < len(rows) < size:
         logger.info("The training data has %d rows, fewer than sample_size=%d; all are used.", len(rows), size)
-    contents = [_content(row) for row in rows]
+    contents = [content_hash(row) for row in rows]
     places = {content: place for place, content in enumerate(dict.fromkeys(contents))}
     needed = 2 if guard_rows is None else 1
     if len(places) < needed:
@@ -201,7 +203,8 @@ def draw_sample(
     if guard_rows is not None:
         selection, held_out = rows, _check_guard(guard_rows, rows[0])
     collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
-    parts = [Rows(part, collate, batch_size) for part in (selection, held_out)]
+    # What a batch of a callable metric counts as is its own affair, so its size stays.
+    parts = [Rows(part, collate, batch_size, token_budget() if labeled else 0) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
     return Sample(*kept, duplicates=len(rows) - len(places), unlabeled=unlabeled)
@@ -244,17 +247,26 @@ def _drawn(count: int, size: int, generator: torch.Generator) -> list[int]:
     return drawn
 
 
+def token_budget() -> int:
+    """Returns the tokens up to which a batch has more rows than asked for, on the device that training uses."""
+    return CPU_TOKENS if PartialState().device.type == "cpu" else TOKENS
+
+
 def _labeled(rows: Rows) -> Rows:
     """Returns the rows that have a label, the same object if all have one."""
     without, total, seen = [], 0, False
+    # A batch that is one row (padding-free) is one difference of the guard's, and many small ones tell more.
+    small = Rows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
     for indices, batch in rows.batches():
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
-            return rows
+            return small
         seen, counts = True, (labels != IGNORE).sum(1).tolist()
         total += sum(counts)
         if len(counts) == len(indices):
             without += [index for index, count in zip(indices, counts, strict=True) if not count]
+        elif rows.tokens:
+            return _labeled(small)
     if seen and not total:
         raise ValueError(
             f"None of the {len(rows)} rows looked at has a label: all `labels` of all batches are {IGNORE}, so there "
@@ -263,35 +275,7 @@ def _labeled(rows: Rows) -> Rows:
             "was not found."
         )
     left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
-    return Rows(left, rows.collate, rows.batch_size) if without else rows
-
-
-def _content(row: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, row)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Takes the content of a row or batch into a hash."""
-    if isinstance(value, Mapping):
-        for name in sorted(value, key=str):
-            digest.update(repr(name).encode())
-            _feed(digest, value[name])
-    elif isinstance(value, torch.Tensor):
-        digest.update(repr((value.dtype, tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
-    elif isinstance(value, list | tuple) and not (value and isinstance(value[0], str | int | float)):
-        digest.update(f"{len(value)} values".encode())
-        for item in value:
-            _feed(digest, item)
-    elif hasattr(value, "tobytes") and hasattr(value, "size"):
-        # An image of Pillow's.
-        digest.update(repr(value.size).encode() + value.tobytes())
-    else:
-        digest.update(repr(value).encode())
+    return Rows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
 
 
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:

@@ -1,16 +1,16 @@
-"""What a mashup says of itself to others: the model card, and its part in the card of a trained model."""
+"""The model card of a mashup."""
 
 import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub import ModelCardData, constants
 
-from ..candidates.spec import Spec, hub_name, parse_spec
+from ..candidates import Spec, hub_name, parse_spec
 from ..report import CandidateRow, MashupReport
 
 
@@ -18,9 +18,12 @@ CARD_NAME = "README.md"
 TAGS = ("mashup", "merge", "lora")
 ADAPTER_PLACEHOLDER = "path/to/this/adapter"
 """Stands in the card for the name of the repository until that is known."""
-
-_BEGIN, _END = "<!-- mashup: begin -->", "<!-- mashup: end -->"
 BASE_PLACEHOLDER = "path/to/the/base/model"
+_NO_BASE = (
+    "the base model was loaded from a local path, and its name on the Hub was not recorded, so that this card cannot "
+    "name it. The setting `base_model` does."
+)
+_LOST = "on held-out rows this merge was not better than a fresh initialization."
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -53,121 +56,84 @@ def hub_source(row: CandidateRow) -> Spec | None:
     return spec if spec is not None and spec.kind == "repo" else None
 
 
-def mashup_card(report: MashupReport, task_type: str | None = None) -> str:
-    """
-    Returns the model card of a merged adapter.
+def short_names(rows: Sequence[CandidateRow]) -> list[str]:
+    """Returns the candidates' names, those that are local paths cut to the last directories that tell them apart."""
+    tails = [_tails(row.name) if row.is_local else [row.name] for row in rows]
+    counts = Counter(tail for own in tails for tail in own)
+    short = [next((tail for tail in own if counts[tail] == 1), own[-1]) for own in tails]
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(short):
+        seen[name] += 1
+        short[index] = f"{name} ({seen[name]})" if seen[name] > 1 else name
+    return short
 
-    Whatever comes from a stranger (names, licences, reasons) appears as inert code only.
+
+def _tails(path: str) -> list[str]:
+    """Returns the ends of a path below the user's home, the shortest first, in printable characters."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    path = path.removeprefix(home) if path.startswith(home) else re.sub(r"^/(home|Users)/[^/]+/", "", path)
+    parts = [part for part in re.split(r"[/\\]+", _printable(path)) if part not in ("", ".", "..", "~")] or ["adapter"]
+    first = 2 if parts[-1].startswith("checkpoint-") and len(parts) > 1 else 1
+    return ["/".join(parts[-length:]) for length in range(first, len(parts) + 1)]
+
+
+def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
+    """
+    Returns the model card of a merge. Whatever comes from a stranger (names, licenses, reasons) is inert code in it.
 
     Args:
         report (`MashupReport`):
             The report.
-        task_type (`str`, *optional*):
-            peft's task type of the adapter, for the example.
+        adapter (`Mapping[str, Any]`, *optional*):
+            What `adapter_config.json` holds; None for a full model.
     """
-    base_model = base_name(report)
-    licence, warning = shared_license(merged_rows(report))
-    library, tags = ("transformers", TAGS[:2]) if report.is_full else ("peft", TAGS)
-    data = ModelCardData(base_model=base_model, library_name=library, license=licence, tags=list(tags))
-    warnings = [warning, _base_warning(report), _scratch_warning(report)]
+    base_model, sources = base_name(report), merged_rows(report)
+    license, warning = shared_license(sources)
+    warnings = (warning, None if base_model else _NO_BASE, _LOST if report.decision == "scratch" else None)
+    library, tags = ("transformers", TAGS[:2]) if adapter is None else ("peft", TAGS)
+    data = ModelCardData(base_model=base_model, library_name=library, license=license, tags=list(tags))
+    form, kind = ("A full model", "models") if adapter is None else ("A LoRA adapter", "adapters")
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# Mashup",
-        f"{'A full model' if report.is_full else 'A LoRA adapter'} of "
-        f"{_code(base_model) if base_model else 'a local base model'}, merged from past "
-        f"{'models' if report.is_full else 'adapters'} by "
+        f"{form} of {_code(base_model) if base_model else 'a local base model'}, merged from past {kind} by "
         "[Mashup Learning](https://arxiv.org/abs/2603.10156). It is meant as a start for further training.",
         *(f"> **Warning:** {text}" for text in warnings if text),
         "## Use",
-        _full_usage(task_type) if report.is_full else _usage(base_model, task_type),
-        mashup_section(report),
+        _usage(base_model, adapter),
+        "## Mashup",
+        _decision(report, adapter),
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def mashup_section(report: MashupReport) -> str:
-    """Returns the part of a card that says what was merged, how, and how good it is, between two markers."""
-    sources = merged_rows(report)
-    parts = [_BEGIN, "## Mashup", _decision(report)]
     if sources:
         parts.append(_source_table(sources))
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
     if report.merge is not None and sources:
-        parts += ["### Reproduce", _command(report, sources)]
-    return "\n\n".join([*parts, _END])
-
-
-def with_section(card: str, report: MashupReport) -> str:
-    """
-    Returns a trained model's card with the mashup's section in it, in place of an earlier one.
-
-    The tag `mashup` is added, and the base model where the card has none and its Hub name is known.
-
-    Args:
-        card (`str`):
-            The card, with or without metadata.
-        report (`MashupReport`):
-            The report.
-
-    Raises:
-        ValueError: The card's metadata is not YAML.
-    """
-    try:
-        parsed = ModelCard(card, ignore_metadata_errors=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the card's metadata is not YAML: {error}") from error
-    tags = list(parsed.data.tags or [])
-    parsed.data.tags = tags if TAGS[0] in tags else [*tags, TAGS[0]]
-    parsed.data.base_model = parsed.data.base_model or base_name(report)
-    start, end = parsed.text.find(_BEGIN), parsed.text.rfind(_END)
-    before, after = (parsed.text[:start], parsed.text[end + len(_END) :]) if 0 <= start < end else (parsed.text, "\n")
-    parsed.text = f"{before.rstrip()}\n\n{mashup_section(report)}{after}"
-    return str(parsed)
-
-
-def has_section(card: str) -> bool:
-    """Whether a card has the mashup's section."""
-    return 0 <= card.find(_BEGIN) < card.rfind(_END)
+        parts += ["### Reproduce", _command(report, sources, adapter)]
+    return "\n\n".join(parts) + "\n"
 
 
 def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | None]:
     """
-    Returns the licence that all sources share, with a warning where they do not.
-
-    Args:
-        sources (`Sequence[CandidateRow]`):
-            What was merged.
-
-    Returns:
-        `tuple[str | None, str | None]`: The licence for a card's metadata (`"other"` where they differ, one of them is
-        unknown or it is no identifier; None where none is stated), and the warning.
+    Returns the license for a card's metadata and a warning: `"other"` with one where the sources do not agree, one of
+    them is unknown or it is no identifier; None where none is stated.
     """
     stated = [(row.license or "").strip().lower() for row in sources]
     if not any(stated):
         return None, None
     if len(set(stated)) == 1 and _LICENSE.fullmatch(stated[0]) and stated[0] not in ("other", "unknown"):
         return stated[0], None
-    return "other", f"the sources do not share one licence: {_license_list(sources)}. All of them bind this merge."
+    listed = ", ".join(dict.fromkeys(map(_license, sources)))
+    return "other", f"the sources do not share one license: {listed}. All of them bind this merge."
 
 
-def _base_warning(report: MashupReport) -> str | None:
-    if base_name(report) is not None:
-        return None
-    return (
-        "the base model was loaded from a local path, and its name on the Hub was not recorded, so that this card "
-        "cannot name it. The setting `base_model` does."
-    )
-
-
-def _scratch_warning(report: MashupReport) -> str | None:
-    if report.decision != "scratch":
-        return None
-    return "on held-out rows this merge was not better than a fresh initialisation."
-
-
-def _usage(base_model: str | None, task_type: str | None) -> str:
-    auto = _AUTO_CLASSES.get(task_type, "AutoModelForCausalLM")
+def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
+    if adapter is None:
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
+        )
+    auto = _AUTO_CLASSES.get(str(adapter.get("task_type")), "AutoModelForCausalLM")
     return (
         "```python\nfrom peft import PeftModel\n"
         f"from transformers import {auto}\n\n"
@@ -178,75 +144,62 @@ def _usage(base_model: str | None, task_type: str | None) -> str:
     )
 
 
-def _full_usage(task_type: str | None) -> str:
-    auto = _AUTO_CLASSES.get(task_type, "AutoModelForCausalLM")
-    return (
-        f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
-    )
-
-
-def _decision(report: MashupReport) -> str:
+def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     if report.decision == "scratch":
-        return f"Start of training: a fresh initialisation ({_code(report.reason)})."
+        return f"Start of training: a fresh initialization ({_code(report.reason)})."
     merge = report.merge
     start = "a merge of past adapters" if report.decision == "merged" else "the best past adapter"
     text = f"Start of training: {start}."
     if merge is None:
         return text
     parameters = f" with {_code(_json(merge.parameters))}" if merge.parameters else ""
-    if report.is_full:
-        return f"{text} Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}."
-    return (
-        f"{text} Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters} on "
-        f"{_code(merge.space)} updates, rank {int(merge.rank)}, which keeps {float(merge.kept_energy):.1%} of the "
-        "energy."
-    )
+    text += f" Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}"
+    if adapter is not None:
+        kept = f"{float(merge.kept_energy):.1%}"
+        text += f" on {_code(merge.space)} updates, rank {int(merge.rank)}, which keeps {kept} of the energy"
+    return f"{text}."
 
 
 def _source_table(sources: Sequence[CandidateRow]) -> str:
-    rows = [
-        (_source_name(row), _code(row.revision or "local"), _number(row.weight), _number(row.loss), _license(row))
-        for row in sources
-    ]
-    return _table(("source", "revision", "weight", "loss", "licence"), rows)
-
-
-def _source_name(row: CandidateRow) -> str:
-    spec = hub_source(row)
-    if spec is None:
-        return _code(row.name)
-    folder = f"/{spec.subfolder}" if spec.subfolder else ""
-    return f"[{_code(row.name)}]({constants.ENDPOINT}/{spec.repo_id}/tree/{spec.revision}{folder})"
+    rows = []
+    for row in sources:
+        spec, name = hub_source(row), _code(row.name)
+        if spec is not None:
+            folder = f"/{spec.subfolder}" if spec.subfolder else ""
+            name = f"[{name}]({constants.ENDPOINT}/{spec.repo_id}/tree/{spec.revision}{folder})"
+        rows.append((name, _code(row.revision or "local"), _number(row.weight), _number(row.loss), _license(row)))
+    return _table(("source", "revision", "weight", "loss", "license"), rows)
 
 
 def _result_table(report: MashupReport) -> str:
     metric = report.config.get("metric", "loss")
     label = "loss per token" if metric in ("loss", "token_accuracy") else _code(metric)
     losses = (
-        ("fresh initialisation", report.base_loss),
+        ("fresh initialization", report.base_loss),
         ("best single adapter", report.single_loss),
         ("merge", report.merged_loss),
     )
     return _table(("start", label), [(name, _number(loss)) for name, loss in losses if loss is not None])
 
 
-def _command(report: MashupReport, sources: Sequence[CandidateRow]) -> str:
+def _command(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
     merge = report.merge
-    if report.is_full:
+    if adapter is None:
         # The configuration beside the card; a single model as it is needs none.
         return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={report.config.get('seed', 42)}\n```"
     names = [f"{row.name}@{row.revision}" if hub_source(row) else row.name for row in sources]
     weights = [row.weight for row in sources]
     equal = all(weight == 1 / len(weights) for weight in weights)
-    words = ["mashup", "merge", *names, "--weights=" + ("equal" if equal else ",".join(map(repr, weights)))]
-    words += [f"--method={merge.method}", f"--space={merge.space}", f"--rank={max(int(merge.rank), 1)}"]
-    words += [f"--parameters={_json(merge.parameters)}"] if merge.parameters else []
-    words += [f"--seed={report.config.get('seed', 42)}", "-o", "merged"]
+    options = {
+        "weights": "equal" if equal else ",".join(map(repr, weights)),
+        "method": merge.method,
+        "space": merge.space,
+        "rank": max(int(merge.rank), 1),
+        **({"parameters": _json(merge.parameters)} if merge.parameters else {}),
+        "seed": report.config.get("seed", 42),
+    }
+    words = ["mashup", "merge", *names, *(f"--{key}={value}" for key, value in options.items()), "-o", "merged"]
     return "```bash\n" + " ".join(shlex.quote(_printable(word)) for word in words) + "\n```"
-
-
-def _license_list(sources: Sequence[CandidateRow]) -> str:
-    return ", ".join(dict.fromkeys(map(_license, sources)))
 
 
 def _license(row: CandidateRow) -> str:
@@ -267,8 +220,7 @@ def _code(text: object) -> str:
 
 
 def _printable(text: str) -> str:
-    # A comment could pass for a marker of the section.
-    return "".join(character if character.isprintable() else "?" for character in text).replace("<!--", "<!- -")
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _number(value: float | None) -> str:

@@ -1,24 +1,24 @@
-"""A mashup back to the Hub: the merged adapter as a repository of its own, and its part in a trained model's card."""
+"""A mashup to the Hub, as a repository of its own."""
 
-import inspect
+import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..candidates import WEIGHTS_NAME, hub_name
-from ..candidates.hub import describe, is_transient, retry_after
+from ..candidates import WEIGHTS_NAME, describe, hub_name, is_transient, retry_after
 from ..errors import AdapterError
-from ..formats.adapter_config import CONFIG_NAME
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
-from .card import ADAPTER_PLACEHOLDER, CARD_NAME, with_section
-from .plot import PLOT_NAME
-from .recipe import MERGEKIT_NAME
-from .shareable import refuse_paths, share, shareable, shared_texts
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, mashup_card
+from .save import MERGEKIT_NAME, PLOT_NAME, mergekit_recipe
+from .shareable import refuse_paths, shareable, without_paths
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MODEL_CONFIG_NAME = "config.json"
+_NAME_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+_SETTINGS = (CONFIG_NAME, MODEL_CONFIG_NAME, "generation_config.json", "tokenizer_config.json")
 _LONGEST_WAIT = 60.0
 
 
@@ -77,7 +79,9 @@ def push_mashup(
     api = HfApi(library_name="mashup_callback")
     files = _files(folder, base_model)
     repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    files[CARD_NAME] = files[CARD_NAME].replace(ADAPTER_PLACEHOLDER.encode(), repo_id.encode())
+    card = files[CARD_NAME]
+    if isinstance(card, bytes):
+        files[CARD_NAME] = card.replace(ADAPTER_PLACEHOLDER.encode(), repo_id.encode())
     _announce(repo_id, _retried(lambda: api.model_info(repo_id)).private, files)
     commit = _retried(
         lambda: api.create_commit(
@@ -91,32 +95,37 @@ def push_mashup(
     return commit.pr_url or commit.commit_url
 
 
-def describe_on_push(report: MashupReport, output_dir: str | Path, directory: Path) -> None:
-    """
-    Prepares what a Trainer is about to push: no local paths in the mashup's directory, and the mashup's section in the
-    card of the trained model.
+def share(folder: Path) -> None:
+    """Takes the local paths out of a mashup's texts, as a Trainer is about to upload its directory."""
+    for name, content in shared_texts(folder).items():
+        path, temporary = folder / name, folder / f".{name}.tmp"
+        if path.is_file() and path.read_bytes() != content:
+            temporary.write_bytes(content)
+            temporary.replace(path)
 
-    To be called in `on_push_begin`. `Trainer.push_to_hub` fires it before it writes the card, and has no event between
-    writing and uploading; so the card that is there gets the section now, and the one that this Trainer writes next
-    gets it as soon as it is written.
 
-    Args:
-        report (`MashupReport`):
-            The report.
-        output_dir (`str` or `Path`):
-            The Trainer's output directory.
-        directory (`Path`):
-            The mashup's directory.
-    """
-    if (directory / REPORT_NAME).is_file():
-        share(directory)
-    report, path = shareable(report), Path(output_dir) / CARD_NAME
-    _add_section(path, report)
-    trainer = _pushing_trainer()
-    if trainer is None:
-        logger.warning("No Trainer was found behind this push: a card that it writes now will not tell of the mashup.")
-        return
-    _after_next_card(trainer, lambda: _add_section(path, report))
+def shared_texts(folder: Path, base_model: str | None = None) -> dict[str, bytes]:
+    """Returns the texts of a mashup as they may be shared; the card is written anew where a base model is named."""
+    report = MashupReport.load(folder)
+    if base_model is not None:
+        report = replace(report, base_model=base_model, config={**report.config, "base_model": base_model})
+    shared = shareable(report)
+    paths = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    settings = {path.name: parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) for path in paths}
+    adapter, card = settings.get(CONFIG_NAME), folder / CARD_NAME
+    anew = base_model is not None or not card.is_file()
+    files = {CARD_NAME: mashup_card(shared, adapter) if anew else card.read_bytes().decode("utf-8")}
+    if (folder / MERGEKIT_NAME).is_file():
+        recipe = None if adapter is None else mergekit_recipe(shared, shared=True)
+        files[MERGEKIT_NAME] = recipe or _clean_yaml(folder / MERGEKIT_NAME, report)
+    for name, values in settings.items():
+        own = {"base_model_name_or_path": base_model or shared.base_model} if name == CONFIG_NAME else {}
+        files[name] = _named(folder / name, values, own)
+    if (folder / FAILED_NAME).is_file():
+        files[FAILED_NAME] = shareable(MashupReport.load(folder / FAILED_NAME)).to_json()
+    # The last to be written: a full model without a newer file than its report may be replaced.
+    files[REPORT_NAME] = shared.to_json()
+    return {name: text.encode() for name, text in files.items()}
 
 
 def _check(folder: Path, base_model: str | None) -> None:
@@ -129,15 +138,14 @@ def _check(folder: Path, base_model: str | None) -> None:
             "what `mashup merge` wrote."
         )
     report = MashupReport.load(folder)
-    is_model = report.is_full and (folder / MODEL_CONFIG_NAME).is_file()
+    is_model = (folder / MODEL_CONFIG_NAME).is_file()
     if not is_model and not (folder / WEIGHTS_NAME).is_file():
         raise ValueError(
             f"{str(folder)!r} holds no {WEIGHTS_NAME}: the decision was {report.decision!r} ({report.reason}). There "
             "is no merged adapter to push."
         )
     # Imported here because they import torch.
-    from ..formats.adapter import read_adapter
-    from ..formats.checkpoint import read_checkpoint
+    from ..formats import read_adapter, read_checkpoint
 
     try:
         (read_checkpoint if is_model else read_adapter)(folder)
@@ -153,7 +161,7 @@ def _files(folder: Path, base_model: str | None) -> dict[str, bytes | Path]:
         names &= {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, MERGEKIT_NAME, PLOT_NAME}
     texts = shared_texts(folder, base_model)
     files = {name: texts.get(name, folder / name) for name in sorted(names)}
-    refuse_paths(files, folder)
+    refuse_paths(files, MashupReport.load(folder), folder)
     return files
 
 
@@ -164,46 +172,20 @@ def _announce(repo_id: str, private: bool, files: dict[str, bytes | Path]) -> No
     logger.info("Pushing %d files to %s, which is %s: %s.", len(files), repo_id, seen, listed)
 
 
-def _add_section(path: Path, report: MashupReport) -> None:
-    if not path.is_file():
-        return
+def _named(path: Path, values: dict[str, Any], own: dict[str, Any]) -> str:
+    """Returns a JSON file with the Hub name of a model, or none, in place of a path; as it is if there is no path."""
+    names = {key: hub_name(values[key]) for key in _NAME_KEYS if isinstance(values.get(key), str)} | own
+    if all(values.get(key) == name for key, name in names.items()):
+        return path.read_text(encoding="utf-8")
+    return json.dumps(values | names, indent=2, sort_keys=True) + "\n"
+
+
+def _clean_yaml(path: Path, report: MashupReport) -> str:
     try:
-        # Bytes, so that line ends stay what they are.
-        text = with_section(path.read_bytes().decode("utf-8"), report)
-    except ValueError as error:
-        logger.warning("The model card %s stays without the mashup's section: %s", path, error)
-        return
-    path.write_bytes(text.encode("utf-8"))
-
-
-def _pushing_trainer() -> Any:
-    # A callback is not given the Trainer, and only the Trainer knows when it has written its card.
-    from transformers import Trainer
-
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
-
-
-def _after_next_card(trainer: Any, then: Callable[[], None]) -> None:
-    """Has the Trainer call `then` after the next card that it writes; once, and nothing of it stays behind."""
-    overridden = vars(trainer).pop("create_model_card", None)
-    overridden = getattr(overridden, "overridden", overridden)
-    write = overridden or trainer.create_model_card
-
-    def create_model_card(*args: Any, **kwargs: Any) -> None:
-        vars(trainer).pop("create_model_card", None)
-        if overridden is not None:
-            trainer.create_model_card = overridden
-        write(*args, **kwargs)
-        if trainer.is_world_process_zero():
-            then()
-
-    create_model_card.overridden = overridden
-    trainer.create_model_card = create_model_card
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from error
+    return yaml.safe_dump(without_paths(values, report), sort_keys=False)
 
 
 def _retried(request: Callable[[], Result]) -> Result:

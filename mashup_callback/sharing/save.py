@@ -1,74 +1,123 @@
-"""What a mashup leaves on disk: the report, the picture and the merge, all at once or not at all."""
+"""A mashup's directory: the report, the picture and the merge with its card and mergekit's configuration."""
 
+import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from ..formats.adapter_writer import save_adapter
-from ..guard import Start
-from ..model.layers import Trainee
-from ..model.tensors import FullTrainee
-from ..report import FAILED_NAME, REPORT_NAME, MashupReport
+import yaml
+
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
+from ..methods import MergeRule, mergekit_config
+from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
-from .card import CARD_NAME, mashup_card
-from .plot import PLOT_NAME, plot_ranking
-from .recipe import MERGEKIT_NAME, mergekit_config
+from .card import BASE_PLACEHOLDER, CARD_NAME, base_name, hub_source, mashup_card, merged_rows, short_names
+from .shareable import shareable
 
 
 logger = logging.getLogger(__name__)
 
+PLOT_NAME = "ranking.png"
+MERGEKIT_NAME = "mergekit.yaml"
+_BARS = 30
+_HEADER = """\
+# The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone,
+# and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear
+# (with normalized weights), task_arithmetic and model_stock.
+"""
 
-def publish(directory: Path, report: MashupReport, start: Start | None, trainee: Trainee | FullTrainee) -> Path:
+
+def save_mashup(directory: Path, report: MashupReport, write: Callable[[Path], object] | None = None) -> None:
     """
-    Writes a mashup's directory: `report.json`, `ranking.png` and, where something was merged, a PEFT adapter with its
-    model card and mergekit's configuration of the merge.
-
-    Everything is written to a temporary directory beside it, which then takes its place; nothing reads half of it.
+    Replaces a mashup's directory at once: `report.json`, `ranking.png`, and the merge with its card and configuration.
 
     Args:
         directory (`Path`):
             Where to; an earlier mashup there is replaced.
         report (`MashupReport`):
             The report.
-        start (`Start`, *optional*):
-            What was merged, saved in the trainee's ranks and precision.
-        trainee (`Trainee` or `FullTrainee`):
-            The adapter that is trained, or the weights: then what is written is a full model.
+        write (`Callable`, *optional*):
+            Called with an empty directory, to write the weights of the merge there, if there is one.
     """
     with replacing(directory) as draft:
-        if start is not None:
-            _save(draft, report, start, trainee)
+        if write is not None:
+            write(draft)
+        if any(draft.iterdir()):
+            describe(draft, report)
         plot_ranking(report, draft / PLOT_NAME)
         report.save(draft / REPORT_NAME)
-    return directory
 
 
-def publish_failure(directory: Path, report: MashupReport, trainee: Trainee | FullTrainee) -> None:
+def save_failure(directory: Path, report: MashupReport) -> None:
     """Writes the report of a mashup that failed; beside an earlier merge, which is kept, as `failed.json`."""
     if not any(directory.glob("*.safetensors")):
-        publish(directory, report, None, trainee)
+        save_mashup(directory, report)
         return
     logger.warning("The earlier merge in %s is kept; the report of this failure is %s there.", directory, FAILED_NAME)
     report.save(directory / FAILED_NAME)
 
 
-def _save(draft: Path, report: MashupReport, start: Start, trainee: Trainee | FullTrainee) -> None:
-    if isinstance(trainee, FullTrainee):
-        if not start.merged.owned:
-            # A candidate that is not used stays where it is; one that is used was copied.
-            return
-        start.merged.move_to(draft)
-        if start.merged.recipe:
-            (draft / MERGEKIT_NAME).write_text(start.merged.recipe, encoding="utf-8")
-        (draft / CARD_NAME).write_text(mashup_card(report), encoding="utf-8")
-        return
-    task_type = getattr(trainee.config.task_type, "value", trainee.config.task_type)
-    save_adapter(draft, start.fitted.factors, base_model=report.base_model, task_type=task_type)
-    describe(draft, report, task_type)
-
-
-def describe(directory: Path, report: MashupReport, task_type: str | None = None) -> None:
-    """Writes the model card of a merged adapter and mergekit's configuration of the merge."""
-    (directory / CARD_NAME).write_text(mashup_card(report, task_type), encoding="utf-8")
-    recipe = mergekit_config(report)
+def describe(directory: Path, report: MashupReport) -> None:
+    """Writes the card of the merge in a directory, as others may see it, and mergekit's configuration of it."""
+    path = directory / CONFIG_NAME
+    adapter = parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) if path.is_file() else None
+    (directory / CARD_NAME).write_text(mashup_card(shareable(report), adapter), encoding="utf-8")
+    recipe = None if adapter is None else mergekit_recipe(report)
     if recipe is not None:
         (directory / MERGEKIT_NAME).write_text(recipe, encoding="utf-8")
+
+
+def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
+    """Returns mergekit's configuration of a merge of adapters; `shared` keeps the report's names of local ones."""
+    sources = merged_rows(report)
+    if report.merge is None or not sources:
+        return None
+    rule = MergeRule.create(report.merge.method, report.merge.parameters)
+    base = {"path": base_name(report) or report.base_model or BASE_PLACEHOLDER}
+    models = [{"model": base, "lora": _model_path(row, shared)} for row in sources]
+    config = mergekit_config(rule, models, [row.weight for row in sources], {"model": base})
+    # Through JSON, since YAML would write an object that it meets twice as an alias.
+    return _HEADER + yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)
+
+
+def plot_ranking(report: MashupReport, path: Path) -> bool:
+    """Draws the losses of the best candidates, the fresh initialization and the merge; False where it cannot."""
+    pairs = zip(report.candidates, short_names(report.candidates), strict=True)
+    rows = [(row, name) for row, name in pairs if row.loss is not None][:_BARS]
+    if not rows:
+        return False
+    try:
+        # Figure, not pyplot: it needs no display and leaves the user's backend alone.
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info('No picture of the ranking: matplotlib is missing (pip install "mashup-callback[plot]").')
+        return False
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, name in rows:
+        axes.barh(
+            name if len(name) <= 40 else f"…{name[-39:]}", row.loss, color="tab:blue" if row.weight else "lightgray"
+        )
+    axes.invert_yaxis()
+    for loss, color, label in (
+        (report.base_loss, "black", "fresh initialization, held out"),
+        (report.single_loss, "tab:orange", "best single, held out"),
+        (report.merged_loss, "tab:green", "merge, held out"),
+    ):
+        if loss is not None:
+            axes.axvline(loss, color=color, linestyle="--", label=f"{label}: {loss:.3f}")
+    axes.set(xlabel="loss per label token [nats]; bars: on the rows each was scored on, blue: merged")
+    axes.set_title(f"mashup: {report.decision}", loc="left")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _model_path(row: CandidateRow, shared: bool) -> dict[str, str]:
+    spec = hub_source(row)
+    if spec is None:
+        return {"path": row.name if shared else os.path.abspath(os.path.expanduser(row.name))}
+    # mergekit knows no folders of a repository: such an input has to be downloaded first.
+    return {"path": "/".join(filter(None, (spec.repo_id, spec.subfolder))), "revision": spec.revision}

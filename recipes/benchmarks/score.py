@@ -35,11 +35,9 @@ from torch import nn
 from mashup_callback import score_candidates
 from mashup_callback.formats.adapter import load_factors, read_adapter
 from mashup_callback.lora.merge import merge_factors
+from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.scoring.evaluation import evaluate
-from mashup_callback.scoring.halving import rung_sizes, survivors
-from mashup_callback.scoring.losses import RowLosses
-from mashup_callback.scoring.sample import Rows, draw_sample
+from mashup_callback.scoring import RowLosses, Rows, draw_sample, evaluate, round_sizes, survivors
 
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
@@ -140,11 +138,11 @@ def _part(losses: RowLosses, rows: torch.Tensor | slice) -> RowLosses:
 
 def _race(losses: dict[str, RowLosses], runs: dict[str, str]) -> tuple[list[str], int]:
     seen, start, alive = 0, 0, list(losses)
-    sizes = rung_sizes(SAMPLE, "racing")
+    sizes = round_sizes(SAMPLE, "racing")
     for size in sizes:
         seen += len(alive) * (size - start)
         if size != sizes[-1]:
-            alive = survivors({name: _part(losses[name], slice(size)) for name in alive}, runs, KEEP, "loss")
+            alive = survivors({name: _part(losses[name], slice(size)) for name in alive}, runs, KEEP)
         start = size
     return _top({name: losses[name] for name in alive}, runs), seen
 
@@ -167,7 +165,7 @@ def _merged_loss(model: nn.Module, held_out: Rows, paths: Sequence[str]) -> floa
     rank = max(factors.rank for factors in inputs[0].values())
     with undisturbed(model):
         merged = merge_factors(inputs, weights=[1 / len(inputs)] * len(inputs), ranks=rank)
-        return evaluate(model, held_out, "loss", merged.factors).mean_loss
+        return evaluate(model, held_out, "loss", LoraUpdate(merged.factors)).mean_loss
 
 
 def growth(plot: Path | None) -> dict[str, float]:

@@ -27,8 +27,7 @@ from trl import SFTTrainer
 
 from mashup_callback import MashupCallback, score_candidates
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.scoring.evaluation import evaluate
-from mashup_callback.scoring.sample import Rows, draw_sample
+from mashup_callback.scoring import Rows, draw_sample, evaluate
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))

@@ -21,6 +21,7 @@ from .worlds import World
 
 LIBRARY = "library"
 LIBRARY_SEED = 1000
+NO_LIBRARY = {"scratch", "eva", "lora_ga"}
 SWEPT = ("scratch", "mashup")
 
 
@@ -198,7 +199,9 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
 
 
 def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
-    """Yields the runs that train the library's missing adapters, each from a seed of its own."""
+    """Yields the runs that train the missing adapters, each from a seed of its own; none where no arm needs them."""
+    if set(world.budget.arms) <= NO_LIBRARY:
+        return
     for index, task in enumerate((*world.library_tasks, *world.controls())):
         if world.adapter(task) is not None and not world.adapter(task).is_dir():
             job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)

@@ -105,7 +105,7 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
     library = [os.path.relpath(world.ADAPTERS / task) for task in world.TASKS if task != options.target]
-    callback = MashupCallback(library, top_k=3)
+    callback = MashupCallback(library, top_k=3, seed=42)
     started = time.perf_counter()
     scratch = train(options.target, options.seed, options.output_dir)
     mashup = train(options.target, options.seed, options.output_dir, callback)

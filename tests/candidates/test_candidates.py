@@ -7,11 +7,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mashup_callback.candidates import Candidate, Spec, find_candidates, fits, local, parse_spec
+from mashup_callback import MashupConfig
+from mashup_callback.candidates import Candidate, Spec, find_candidates, local, parse_spec
+from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
+from mashup_callback.formats.base import BaseModel
+from mashup_callback.full.trainee import FullTrainee
+from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import LoraFactors
-from mashup_callback.formats.adapter import adapter_hash, read_adapter, save_adapter
-from mashup_callback.scoring import preparing
-from mashup_callback.scoring.halving import Score
+from mashup_callback.scoring import Score, race
+from mashup_callback.storage import Workspace
+from tests.tiny import llama
 
 
 def write_adapter(directory: Path, value: float = 1.0, alpha: float = 2.0) -> Path:
@@ -232,8 +237,8 @@ def mixed(tmp_path) -> Path:
 
 def test_unfit_candidates_do_not_count_towards_the_maximum(mixed, monkeypatch):
     opened = hashed_files(monkeypatch)
-    found = find_candidates(mixed, max_candidates=10, check=fits(LAYERS))
-    alone = find_candidates(str(mixed / "good-*"), max_candidates=10, check=fits(LAYERS))
+    found = find_candidates(mixed, max_candidates=10, check=BaseModel(LAYERS).check)
+    alone = find_candidates(str(mixed / "good-*"), max_candidates=10, check=BaseModel(LAYERS).check)
     assert [item for item in found if not item.reason] == [item for item in alone if not item.reason]
     assert names(found, mixed) == [f"good-{number:02d}" for number in range(10)]
     assert {name: reasons(found, mixed)[name] for name in ("good-10", "good-11")} == dict.fromkeys(
@@ -249,7 +254,7 @@ def test_without_a_check_nothing_is_judged(mixed):
 
 
 def test_the_hash_travels_to_the_score_cache(mixed, monkeypatch):
-    first, second = find_candidates(str(mixed / "good-0[01]"), check=fits(LAYERS))
+    first, second = find_candidates(str(mixed / "good-0[01]"), check=BaseModel(LAYERS).check)
     known = adapter_hash(read_adapter(first))
     assert known == adapter_hash(read_adapter(first.path)) != adapter_hash(read_adapter(second))
     with monkeypatch.context() as patch:
@@ -367,9 +372,18 @@ def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monke
     found = [Candidate("org/name", repo_id="org/name", revision=digit * 40, run=digit) for digit in "ab"]
     scores = [Score(candidate) for candidate in found]
     everywhere = lambda value: [value, {**value, ("org/name", "a" * 40): ("a", "it is broken there")}]  # noqa: E731
-    monkeypatch.setattr(preparing, "exchange", everywhere)
-    agreed = preparing.admitted_by_all(scores)
+    monkeypatch.setattr(race, "exchange", everywhere)
+    agreed = race._on_all_processes(scores)
     assert [(score.candidate.revision[0], score.candidate.run, score.status) for score in agreed] == [
         ("a", "a", "rejected"),
         ("b", "b", "scored"),
     ]
+
+
+def test_two_revisions_of_an_adapter_are_two_inputs_of_a_full_merge(tmp_path):
+    trainee = FullTrainee(llama(), frozenset(), MashupConfig(), Workspace(tmp_path / "mashup"), lambda found: found)
+    sources = [read_adapter(write_adapter(tmp_path / digit, float(int(digit, 16)))) for digit in "ab"]
+    saved = [trainee.adapter_directory(source) for source in (*sources, sources[0])]
+    values = [load_factors(read_adapter(path))["layers.0.q_proj"].A[0, 0].item() for path in saved]
+    assert values == [10.0, 11.0, 10.0]
+    assert saved[0] == saved[2] != saved[1]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import LoraFactors
-from mashup_callback.formats.adapter import save_adapter
 from tests.hub import conftest
 from tests.hub.faults import BROKEN_CARD, safetensors_file
 
@@ -23,19 +23,16 @@ CARD = "---\nbase_model: {base}\nlibrary_name: peft\nlicense: {license}\ntags: [
 PRELUDE = """
 import json, logging, os, sys, time
 from pathlib import Path
-from mashup_callback import hub as hub_module
 from mashup_callback.formats.adapter import load_factors, read_adapter
-from mashup_callback.candidates import find_candidates
-from mashup_callback.hub import Hub
-from mashup_callback.hub_download import arriving
-from mashup_callback.formats.adapter import load_factors, read_adapter
-from mashup_callback.candidates import Hub, arriving, find_candidates, fits, hub as hub_module
+from mashup_callback.formats.base import BaseModel
+from mashup_callback.candidates import Hub, arriving, find_candidates, hub as hub_module
 
 LAYERS = {"layers.0.q_proj": (4, 3)}
+fits = BaseModel(LAYERS, name="acme/base").check
 
 def find(specs, base="acme/base", fetch=False, connection=None, **limits):
     connection = connection or Hub()
-    found = find_candidates(specs, base, check=fits(LAYERS, base), hub=connection, **limits)
+    found = find_candidates(specs, base, check=BaseModel(LAYERS, name=base).check, hub=connection, **limits)
     if fetch:
         with arriving(found, connection) as coming:
             found = list(coming)
@@ -441,7 +438,7 @@ def test_downloads_stay_a_few_ahead(hub, run_client, adapter):
         hub.seed(f"acme/{number}", adapter(number))
     program = """
 connection = Hub()
-found = find_candidates([f"acme/{n}" for n in range(10)], "acme/base", check=fits(LAYERS, "acme/base"), hub=connection)
+found = find_candidates([f"acme/{n}" for n in range(10)], "acme/base", check=fits, hub=connection)
 ahead = []
 with arriving(found, connection) as coming:
     for number, item in zip(range(4), coming):
@@ -474,7 +471,7 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2
 hub = Hub(asks=is_first_on_machine())
 with joint():
-    found = decided(lambda: find_candidates("hub:author=acme", "acme/base", check=fits(LAYERS, "acme/base"), hub=hub))
+    found = decided(lambda: find_candidates("hub:author=acme", "acme/base", check=fits, hub=hub))
     with arriving(found, hub) as coming:
         rows = {item.name: [item.reason, item.path and value(item.path)] for item in coming}
 Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps([rows, hub.requests]))

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from mashup_callback import MashupCallback
+from tests.candidates.test_hub import reasons, usable
 from tests.full_model import full_trainer, same, save_models
 from tests.hub import conftest
 from tests.hub.views import front_matter
-from tests.test_hub import reasons, usable
 from tests.tiny import llama, save_random_adapter
 
 
@@ -24,15 +24,8 @@ PRELUDE = """
 import json, sys
 from mashup_callback import MashupCallback
 from mashup_callback.full import merge as full_merge
-from mashup_callback.candidates import find_candidates
-from mashup_callback.hub import Hub
-from mashup_callback.hub_download import arriving
-from mashup_callback.full.weights import fit_checkpoint
-from tests.full_model import full_trainer
-from mashup_callback import MashupCallback
-from mashup_callback.full import merge as full_merge
-from mashup_callback.candidates import Hub, arriving, find_candidates, fits
-from mashup_callback.full.weights import fit_checkpoint
+from mashup_callback.candidates import Hub, arriving, find_candidates
+from mashup_callback.formats.base import BaseModel
 from tests.full_model import full_trainer
 from tests.tiny import llama, losses, sft_trainer, tokenizer
 
@@ -43,8 +36,7 @@ def train(make, output, *specs, **settings):
     return callback, {"report": json.loads(callback.report.to_json()), "losses": losses(trainer)}
 
 def find(*specs, fetch=False, **limits):
-    model, vocabulary, hub = llama(), tokenizer().get_vocab(), Hub()
-    check = fits({}, check_model=lambda checkpoint: fit_checkpoint(model, checkpoint, vocabulary))
+    check, hub = BaseModel.of(llama()).check, Hub()
     found = find_candidates(specs, "acme/base", check=check, relations=("adapter", "finetune"), hub=hub, **limits)
     if fetch:
         with arriving(found, hub) as coming:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import mashup_callback.candidates.find
 import mashup_callback.guard
-import mashup_callback.lora.trainee
+import mashup_callback.lora.source
 import mashup_callback.model.parameters
+import mashup_callback.pipeline
+import mashup_callback.scoring
 import mashup_callback.scoring.evaluation
-import mashup_callback.scoring.preparing
 import mashup_callback.scoring.race
-import mashup_callback.scoring.tiling
+import mashup_callback.swap
 from mashup_callback.errors import AdapterError
 
 
@@ -35,23 +37,23 @@ def installed(fault: str | None, rank: int) -> Iterator[None]:
 def unreadable(rank: int) -> None:
     """Process 1 cannot read the tensors of one candidate."""
 
-    def load(source: Any) -> Any:
-        if rank == 1 and source.candidate.name.endswith("trained-0"):
+    def load(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == 1 and adapter.path.name == "trained-0":
             raise AdapterError("its file cannot be read (Input/output error)")
-        return original(source)
+        return original(adapter, *args, **kwargs)
 
-    original = _replace(mashup_callback.scoring.preparing, "load_update", load)
+    original = _replace(mashup_callback.lora.source, "load_factors", load)
 
 
 def missing(rank: int) -> None:
     """Process 1 does not have one candidate at all."""
 
-    def read(candidate: Any) -> Any:
-        if rank == 1 and candidate.name.endswith("trained-0"):
+    def read(path: Any) -> Any:
+        if rank == 1 and path.name == "trained-0":
             raise AdapterError("adapter_config.json is missing")
-        return original(candidate)
+        return original(path)
 
-    original = _replace(mashup_callback.scoring.preparing, "read_adapter", read)
+    original = _replace(mashup_callback.candidates.find, "read_adapter", read)
 
 
 def scoring_raises(rank: int) -> None:
@@ -62,20 +64,18 @@ def scoring_raises(rank: int) -> None:
             raise KeyError("a defect on process 1")
         return original(*args, **kwargs)
 
-    # Each candidate is scored alone.
-    _replace(mashup_callback.scoring.tiling, "CPU_TOKENS", 0)
     original = _replace(mashup_callback.scoring.race, "evaluate", evaluate)
 
 
 def batch_raises(rank: int) -> None:
     """Process 1 fails on its rows, before the model sees them."""
 
-    def losses(*args: Any) -> Any:
+    def losses(*args: Any, **kwargs: Any) -> Any:
         if rank == 1:
             raise RuntimeError("process 1 chokes on its rows")
-        return original(*args)
+        return original(*args, **kwargs)
 
-    original = _replace(mashup_callback.scoring.evaluation, "_batch_losses", losses)
+    original = _replace(mashup_callback.scoring.LossMetric, "losses", losses)
 
 
 def forward_raises(rank: int) -> None:
@@ -92,16 +92,24 @@ def forward_raises(rank: int) -> None:
 def lost(rank: int) -> None:
     """The main process, which merges, finds one candidate gone after scoring."""
 
-    def load(adapter: Any) -> Any:
-        if rank == 0 and adapter.candidate.name.endswith("trained-0"):
-            raise AdapterError("it is gone")
-        return original(adapter)
+    def choose(*args: Any) -> Any:
+        # Whatever was kept in memory is forgotten, and the file cannot be read any more.
+        for score in args[2].scores:
+            score.source.release()
+        original_load.append(_replace(mashup_callback.lora.source, "load_factors", load))
+        return original(*args)
 
-    original = _replace(mashup_callback.guard, "load_factors", load)
+    def load(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == 0 and adapter.path.name == "trained-0":
+            raise AdapterError("it is gone")
+        return original_load[0](adapter, *args, **kwargs)
+
+    original_load: list[Any] = []
+    original = _replace(mashup_callback.pipeline, "choose", choose)
 
 
 def guard_refuses(rank: int) -> None:
-    """The guard finds nothing better than a fresh initialisation."""
+    """The guard finds nothing better than a fresh initialization."""
     _replace(mashup_callback.guard, "_decide", lambda *args: "scratch")
 
 
@@ -123,8 +131,8 @@ def writes_on_main_only(rank: int) -> None:
         if rank == 0:
             original(*args)
 
-    original = _replace(mashup_callback.lora.trainee, "write_parameters", write)
-    _replace(mashup_callback.lora.trainee, "_check_written", lambda *args: None)
+    original = _replace(mashup_callback.swap, "write_parameters", write)
+    _replace(mashup_callback.swap, "_check_written", lambda *args: None)
 
 
 def other_values(rank: int) -> None:
@@ -136,8 +144,8 @@ def other_values(rank: int) -> None:
     def check(found: Any, values: Any) -> None:
         original_check(found, {name: value + rank for name, value in values.items()})
 
-    original = _replace(mashup_callback.lora.trainee, "write_parameters", write)
-    original_check = _replace(mashup_callback.lora.trainee, "_check_written", check)
+    original = _replace(mashup_callback.swap, "write_parameters", write)
+    original_check = _replace(mashup_callback.swap, "_check_written", check)
 
 
 def no_master(rank: int) -> None:

@@ -132,28 +132,6 @@ def test_large_dense_merges_keep_the_energy_of_a_full_svd():
     assert result.kept_energy[MODULE] == pytest.approx(1 - lost, abs=1e-5)
 
 
-COMMUTING = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic", "passthrough"}
-COMMUTING_WHEN_DENSE = {"dare_linear", "della_linear", "breadcrumbs"}
-
-
-@pytest.mark.parametrize("method", merge_methods())
-def test_methods_that_commute_with_a_change_of_basis(method):
-    rule = MergeRule.create(method, {"t": 0.01} if method == "nearswap" else None)
-    low, high = rule.input_range
-    assert rule.commutes(int(min(high, max(low, 3)))) == (method in COMMUTING | COMMUTING_WHEN_DENSE)
-
-
-@pytest.mark.parametrize("method", sorted(COMMUTING_WHEN_DENSE | {"ties", "dare_ties", "della"}))
-@pytest.mark.parametrize("density", [0.5, 0.8])
-def test_sparsifying_methods_do_not_commute(method, density):
-    assert not MergeRule.create(method, {"density": density}).commutes(3)
-
-
-@pytest.mark.parametrize(("method", "option"), [("nuslerp", "nuslerp_flatten"), ("model_stock", "filter_wise")])
-def test_options_that_work_on_rows_do_not_commute(method, option):
-    assert not MergeRule.create(method, {option: option == "filter_wise"}).commutes(2)
-
-
 # Random methods.
 
 

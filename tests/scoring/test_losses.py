@@ -18,8 +18,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from mashup_callback.scoring import RowLosses, language_model_losses
 from mashup_callback.scoring import losses as module
-from mashup_callback.scoring.losses import RowLosses, language_model_losses
 from tests.tiny import llama
 
 

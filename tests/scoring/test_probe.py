@@ -10,8 +10,7 @@ from peft import PeftModel, get_peft_model
 from mashup_callback import score_candidates
 from mashup_callback.model.isolation import undisturbed
 from mashup_callback.model.layers import find_trainee
-from mashup_callback.scoring.losses import language_model_losses
-from mashup_callback.scoring.sample import Rows
+from mashup_callback.scoring import Rows, language_model_losses, losses, race
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
 
 
@@ -89,12 +88,9 @@ def test_too_little_time_or_data_leaves_the_ranking_by_loss(tmp_path, data, monk
     scores = score_candidates(model, paths, data.part(0, 1), "probe")
     assert [score.candidate.name for score in scores] == expected
     assert "too few" in caplog.text
-    from mashup_callback import scoring
-
     caplog.clear()
-    late = lambda *args, deadline, **kwargs: original(*args, deadline=-math.inf, **kwargs)  # noqa: E731
-    original = scoring.probe
-    monkeypatch.setattr(scoring, "probe", late)
+    original = race.probe
+    monkeypatch.setattr(race, "probe", lambda *args: original(*args[:-1], -math.inf))
     scores = score_candidates(model, paths, data, "probe", max_seconds=60)
     assert [score.probe_loss for score in scores] == [None] * 3 and {score.status for score in scores} == {"scored"}
     assert "max_seconds" in caplog.text
@@ -116,8 +112,6 @@ def test_out_of_memory_halves_the_step(tmp_path, data):
 
 
 def test_a_step_never_keeps_the_logits_of_the_batch(monkeypatch, data):
-    from mashup_callback import losses
-
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 2**12 * 4)
     model, saved = llama().eval(), []
     [(_, batch), *_] = data.batches()

@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 
 from mashup_callback import MashupReport, score_candidates
 from mashup_callback.candidates import Candidate
-from mashup_callback.report import Rung
-from mashup_callback.scoring.halving import joined, rung_sizes, rungs, survivors
-from mashup_callback.scoring.losses import RowLosses
-from mashup_callback.scoring.race import Score
-from mashup_callback.scoring.sample import Rows
+from mashup_callback.report import RaceRound
+from mashup_callback.scoring import RowLosses, Rows, Score, joined, race_rounds, round_sizes, survivors
 from mashup_callback.selection import select
 from tests.tiny import llama, rows, save_scaled_adapter, sft_trainer
 
@@ -23,27 +20,27 @@ def row_losses(values):
 
 def kept(values, keep=1, runs=None):
     values = {name: row_losses(losses) for name, losses in values.items()}
-    return set(survivors(values, runs or {name: name for name in values}, keep, "loss"))
+    return set(survivors(values, runs or {name: name for name in values}, keep))
 
 
 def race(losses, keep=3, runs=None):
     """Replays a race on losses of all candidates on all rows; returns the survivors by loss and the rows seen."""
     alive, seen, start = list(range(len(losses))), 0, 0
-    sizes = rung_sizes(losses.shape[1], "racing")
+    sizes = round_sizes(losses.shape[1], "racing")
     runs = runs or {index: str(index) for index in alive}
     for size in sizes:
         seen += len(alive) * (size - start)
         start = size
         if size != sizes[-1]:
-            alive = survivors({index: row_losses(losses[index, :size]) for index in alive}, runs, keep, "loss")
+            alive = survivors({index: row_losses(losses[index, :size]) for index in alive}, runs, keep)
     return sorted(alive, key=lambda index: losses[index].mean()), seen
 
 
-def test_rungs_double_up_to_all_rows():
-    assert rung_sizes(128, "racing") == [16, 32, 64, 128]
-    assert rung_sizes(128, "exhaustive") == [128]
-    assert rung_sizes(20, "racing") == [20]
-    assert rung_sizes(100, "racing") == [25, 50, 100]
+def test_rounds_double_up_to_all_rows():
+    assert round_sizes(128, "racing") == [16, 32, 64, 128]
+    assert round_sizes(128, "exhaustive") == [128]
+    assert round_sizes(20, "racing") == [20]
+    assert round_sizes(100, "racing") == [25, 50, 100]
 
 
 def test_paired_differences_tell_candidates_apart():
@@ -82,9 +79,7 @@ def test_race_keeps_enough_runs():
 )
 def test_survivors_always_hold_the_best(losses, keep):
     order = sorted(range(len(losses)), key=lambda index: row_losses(losses[index]).mean_loss)
-    found = survivors(
-        {index: row_losses(loss) for index, loss in enumerate(losses)}, {i: str(i) for i in order}, keep, "loss"
-    )
+    found = survivors({index: row_losses(loss) for index, loss in enumerate(losses)}, {i: str(i) for i in order}, keep)
     assert set(order[:keep]) <= set(found)
     assert len(found) <= max(keep, 10, -(-len(losses) // 3))
 
@@ -114,7 +109,7 @@ def test_joined_parts():
     assert both.loss.tolist() == [1.0, 2.0, 3.0] and both.mean_loss == 2.0
 
 
-def test_rungs_of_a_race_are_read_off_its_scores():
+def test_rounds_of_a_race_are_read_off_its_scores():
     def score(count, status):
         return Score(Candidate(name=f"{count} {status}"), status, losses=row_losses([0.0] * count) if count else None)
 
@@ -124,8 +119,8 @@ def test_rungs_of_a_race_are_read_off_its_scores():
         *(score(16, "eliminated") for _ in range(4)),
         score(0, "rejected"),
     ]
-    assert rungs(scores) == (Rung(16, 9, 5), Rung(32, 5, 5), Rung(64, 5, 2), Rung(128, 2, 2))
-    report = MashupReport("merged", "because", rungs=rungs(scores))
+    assert race_rounds(scores) == (RaceRound(16, 9, 5), RaceRound(32, 5, 5), RaceRound(64, 5, 2), RaceRound(128, 2, 2))
+    report = MashupReport("merged", "because", rounds=race_rounds(scores))
     assert MashupReport.from_json(report.to_json()) == report
 
 
@@ -153,5 +148,5 @@ def test_a_race_ends_like_an_exhaustive_search_and_twice_the_same(field):
     ]
     seen = sum(score.rows for score in races[0])
     assert seen <= 0.4 * len(paths) * len(data)
-    assert [rung.rows for rung in rungs(races[0])] == [16, 32, 64, 128]
-    assert rungs(races[0])[0].entered == len(paths)
+    assert [step.rows for step in race_rounds(races[0])] == [16, 32, 64, 128]
+    assert race_rounds(races[0])[0].entered == len(paths)

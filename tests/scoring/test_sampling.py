@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from mashup_callback.scoring import Rows, as_rows, draw_sample
 from mashup_callback.scoring.private_copy import private_copy
-from mashup_callback.scoring.sample import Rows, _drawn, as_rows, draw_sample
+from mashup_callback.scoring.sample import _drawn
 
 
 class Stream(IterableDataset):
@@ -286,3 +287,44 @@ def test_models_are_not_copied_with_a_collator():
     collator = Keeps()
     copied, stuck = private_copy(collator)
     assert copied is not collator and copied.model is collator.model and copied.lock is collator.lock and not stuck
+
+
+def lengths(rows):
+    return [len(indices) for indices, _ in rows.batches()]
+
+
+def test_short_rows_with_labels_fill_a_batch_up_to_the_budget(monkeypatch):
+    monkeypatch.setattr("mashup_callback.scoring.sample.CPU_TOKENS", 60)
+    data = [{"input_ids": [i] * (20 if i < 4 else 10), "labels": [1] * (20 if i < 4 else 10)} for i in range(24)]
+    loader = DataLoader(data, collate_fn=padded)
+    rows = draw_sample(loader, 24, batch_size=2, guard_rows=data[:1]).selection
+    # Three rows of 20 tokens, then the last of these with as many short ones, padded to its length.
+    assert lengths(rows) == [3, 3, 6, 6, 6]
+    assert lengths(draw_sample(loader, 24, batch_size=8, guard_rows=data[:1]).selection) == [8, 8, 8]
+    assert lengths(draw_sample(loader, 24, batch_size=2, guard_rows=data[:1], labeled=False).selection) == [2] * 12
+    assert lengths(rows.part(0, 12)) == lengths(Rows(rows.rows[:12], padded, 2, 60))
+
+
+def test_shares_of_filled_batches_are_as_many_on_each_process():
+    data = [{"input_ids": [i, 1], "labels": [1, 1]} for i in range(9)]
+    shares = [Rows(data, padded, 2, 1000).share(rank, 2) for rank in range(2)]
+    assert [lengths(share) for share in shares] == [[5], [4]]
+    assert sorted(i for share in shares for indices, _ in share.batches() for i in indices) == list(range(9))
+
+
+def test_rows_that_are_packed_into_one_keep_the_batch_size():
+    data = [{"input_ids": [i, 1], "labels": [1, 1]} for i in range(16)]
+
+    def packed(rows):
+        return {name: torch.tensor([[x for row in rows for x in row[name]]]) for name in ("input_ids", "labels")}
+
+    sample = draw_sample(DataLoader(data, collate_fn=packed), 16, batch_size=2)
+    assert lengths(sample.selection) == lengths(sample.held_out) == [2] * 4
+
+
+def padded(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {
+        name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
+        for name, fill in (("input_ids", 0), ("labels", -100))
+    }

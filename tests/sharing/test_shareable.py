@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mashup_callback.report import CandidateRow, MashupReport
-from mashup_callback.sharing.push import push_mashup
+from mashup_callback.sharing.card import short_names
+from mashup_callback.sharing.push import push_mashup, share
 from mashup_callback.sharing.shareable import refuse_paths, shareable
 from tests.hub.conftest import hub, run_client  # noqa: F401
-from tests.test_sharing import REPORT, write_mashup
+from tests.sharing.test_sharing import REPORT, write_mashup
 
 
 def named(*names, **fields):
@@ -32,7 +33,7 @@ def named(*names, **fields):
     ],
 )
 def test_short_names(names, short):
-    assert named(*names).shared_names() == short
+    assert short_names(named(*names).candidates) == short
 
 
 def test_names_on_the_hub_stay_and_rejected_ones_do_not_look_local():
@@ -95,7 +96,18 @@ def test_a_path_in_the_metadata_of_weights_is_refused(tmp_path):
     weights = directory / "adapter_model.safetensors"
     save_file({"x": torch.zeros(2)}, weights, metadata={"from": "/data/secret/a"})
     with pytest.raises(ValueError, match="holds the local path '/data/secret/a'"):
-        refuse_paths({weights.name: weights}, directory)
+        refuse_paths({weights.name: weights}, MashupReport.load(directory), directory)
+
+
+def test_a_trainers_upload_of_a_failed_run_has_no_paths(tmp_path):
+    directory = write_mashup(tmp_path / "mashup", named(str(tmp_path / "secret/a")))
+    named(str(tmp_path / "secret/b"), reason=f"{tmp_path}/secret/b is gone").save(directory / "failed.json")
+    share(directory)
+    texts = {path.name: path.read_text() for path in directory.iterdir() if path.suffix != ".safetensors"}
+    assert {"README.md", "failed.json", "mergekit.yaml", "report.json"} <= set(texts)
+    assert not [name for name, text in texts.items() if str(tmp_path) in text]
+    assert MashupReport.load(directory / "failed.json").reason == "./b is gone"
+    assert not list(directory.glob(".*"))
 
 
 PUSH = """

@@ -5,20 +5,26 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from mashup_callback.candidates import hub_name
+from mashup_callback.lora import save_adapter
+from mashup_callback.lowrank import LoraFactors
 from mashup_callback.report import CandidateRow, MashupReport, MergeInfo
-from mashup_callback.sharing.card import base_name, hub_name, mashup_card, shared_license, with_section
+from mashup_callback.sharing.card import base_name, mashup_card, shared_license
 from mashup_callback.sharing.push import push_mashup
-from mashup_callback.sharing.recipe import mergekit_config
+from mashup_callback.sharing.save import describe, mergekit_recipe, save_failure, save_mashup
 from tests.hub.conftest import hub, run_client  # noqa: F401
 from tests.hub.views import front_matter
+from tests.tiny import save_random_adapter
 
 
+ADAPTER = {"task_type": "CAUSAL_LM"}
 SHA = "0123456789abcdef0123456789abcdef01234567"
 MERGE = MergeInfo("linear", "delta", {}, 4, 0.98765, {"q": 0.98765}, 0.0, (), "0.1.5")
 SOURCES = (
@@ -28,7 +34,7 @@ SOURCES = (
 )
 REPORT = MashupReport(
     decision="merged",
-    reason="0.5 below a fresh initialisation",
+    reason="0.5 below a fresh initialization",
     base_loss=2.0,
     merged_loss=1.4321,
     single_loss=1.5432,
@@ -54,7 +60,7 @@ def licensed(*licenses):
 
 
 def test_card_says_what_was_merged_and_how_good_it_is():
-    card = mashup_card(REPORT, "CAUSAL_LM")
+    card = mashup_card(REPORT, ADAPTER)
     assert front_matter(card) == {
         "base_model": "acme/base",
         "library_name": "peft",
@@ -72,7 +78,7 @@ def test_card_says_what_was_merged_and_how_good_it_is():
         f"acme/one/tree/{SHA}",
         f"acme/two/tree/{SHA}/sub/folder",
     ]
-    for name, loss in (("fresh initialisation", "2.0000"), ("best single adapter", "1.5432"), ("merge", "1.4321")):
+    for name, loss in (("fresh initialization", "2.0000"), ("best single adapter", "1.5432"), ("merge", "1.4321")):
         assert cells[cells.index(name) + 1] == loss
     assert "acme/three" not in card
     assert f"mashup merge acme/one@{SHA} acme/two/sub/folder@{SHA} --weights=0.75,0.25 --method=linear" in card
@@ -124,7 +130,7 @@ def test_hub_name(text, name):
 def test_local_base_is_left_out_unless_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local = replace(REPORT, base_model=str(tmp_path))
-    card = mashup_card(local)
+    card = mashup_card(local, ADAPTER)
     assert "base_model" not in front_matter(card)
     assert str(tmp_path) not in card
     assert "The setting `base_model`" in card
@@ -135,17 +141,11 @@ def test_local_base_is_left_out_unless_named(tmp_path, monkeypatch):
 
 def test_card_of_a_merge_that_lost():
     lost = replace(REPORT, decision="scratch", reason="nothing is better")
-    assert "not better than a fresh initialisation" in mashup_card(lost)
+    assert "not better than a fresh initialization" in mashup_card(lost, ADAPTER)
 
 
 MARKUP = ("`", "``", "```\n", "|", "\\|", "\\", "\n", "\n---\n", "# h", ": [", "\u202e", "a", " ", "<!-", "<b>")
-LINKS = (
-    "[a](b:c)",
-    "![x](http://e.x/y)",
-    "<script>alert(1)</script>",
-    "<!-- mashup: begin -->",
-    "<!-- mashup: end -->",
-)
+LINKS = ("[a](b:c)", "![x](http://e.x/y)", "<script>alert(1)</script>", "<!-- comment -->")
 hostile = st.text(max_size=40) | st.lists(st.sampled_from(MARKUP + LINKS), max_size=8).map("".join)
 
 
@@ -156,10 +156,9 @@ def test_nothing_a_stranger_wrote_is_markup(names, text, decision):
     rows = tuple(CandidateRow(name, "scored", text, weight=0.5, license=text or None) for name in names)
     merge = replace(MERGE, method=text, space=text, mergekit_version=text, parameters={text: 0.5})
     report = replace(REPORT, candidates=rows, merge=merge, reason=text, decision=decision, base_model=text)
-    card = with_section(mashup_card(report, text), report)
+    card = mashup_card(report, {"task_type": text})
     tokens = rendered(card)
-    html = [token.content.strip() for token in tokens if token.type.startswith("html")]
-    assert html == ["<!-- mashup: begin -->", "<!-- mashup: end -->"]
+    assert not [token for token in tokens if token.type.startswith("html")]
     assert not [token for token in tokens if token.type == "image"]
     links = [token.attrs["href"] for token in tokens if token.type == "link_open"]
     assert all(link == "https://arxiv.org/abs/2603.10156" or "/tree/" in link for link in links)
@@ -169,29 +168,60 @@ def test_nothing_a_stranger_wrote_is_markup(names, text, decision):
     assert set(front_matter(card)) <= {"base_model", "library_name", "license", "tags"}
 
 
-TRAINED = "---\nlibrary_name: transformers\ntags:\n- sft\n---\n\n# Mine\n\nMy words.\n"
+def test_card_of_a_full_model():
+    report = replace(REPORT, merge=replace(MERGE, space="weights", rank=0))
+    card = mashup_card(report, None)
+    assert (front_matter(card)["library_name"], front_matter(card)["tags"]) == ("transformers", ["mashup", "merge"])
+    assert "A full model of `acme/base`, merged from past models" in card
+    assert "peft" not in card and "rank" not in card
+    assert "mergekit-yaml mergekit.yaml merged --random-seed=7" in card
 
 
-def test_section_replaces_itself_and_nothing_else():
-    once = with_section(TRAINED, REPORT)
-    assert front_matter(once) == {
-        "library_name": "transformers",
-        "tags": ["sft", "mashup"],
-        "base_model": "acme/base",
-    }
-    assert once.split("---\n")[2].startswith("\n# Mine\n\nMy words.\n\n<!-- mashup: begin -->")
-    edited = once + "\nMore of my words.\n"
-    other = replace(REPORT, merged_loss=1.1111)
-    again = with_section(edited, other)
-    assert again == edited.replace("1.4321", "1.1111")
-    assert with_section(again, other) == again
+@pytest.mark.parametrize(("task_type", "name"), [("SEQ_CLS", "SequenceClassification"), (None, "CausalLM")])
+def test_card_uses_the_class_of_the_task(task_type, name):
+    assert f"AutoModelFor{name}.from_pretrained('acme/base')" in mashup_card(REPORT, {"task_type": task_type})
 
 
-def test_section_keeps_a_stated_base_model_and_refuses_broken_metadata():
-    stated = TRAINED.replace("tags:", "base_model: acme/other\ntags:")
-    assert front_matter(with_section(stated, REPORT))["base_model"] == "acme/other"
-    with pytest.raises(ValueError, match="not YAML"):
-        with_section("---\ntags: [unclosed\n---\n# x\n", REPORT)
+# --- the directory ---------------------------------------------------------------------------------------------------
+
+
+def write_adapter(directory):
+    factors = LoraFactors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    save_adapter(directory, {"q": factors}, base_model="acme/base", task_type="CAUSAL_LM")
+
+
+def test_directory_holds_what_was_written_its_card_and_the_report(tmp_path):
+    local = replace(REPORT, candidates=(CandidateRow(str(tmp_path / "one"), "scored", loss=1.0, weight=1.0),))
+    for report in (REPORT, local):
+        save_mashup(tmp_path / "out", report, write_adapter)
+        files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "mergekit.yaml", "report.json"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"ranking.png"}
+        assert MashupReport.load(tmp_path / "out") == report
+    # The card is for others from the start, the other two are for this machine.
+    assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
+    assert str(tmp_path / "one") in (tmp_path / "out/mergekit.yaml").read_text()
+
+
+def test_nothing_written_has_no_card(tmp_path):
+    for write in (None, lambda draft: None):
+        save_mashup(tmp_path / "out", replace(REPORT, candidates=()), write)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_a_failed_write_leaves_the_earlier_mashup(tmp_path):
+    save_mashup(tmp_path / "out", REPORT, write_adapter)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(draft):
+        (draft / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_mashup(tmp_path / "out", REPORT, fail)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    save_failure(tmp_path / "out", replace(REPORT, decision="scratch", reason="failed"))
+    assert MashupReport.load(tmp_path / "out") == REPORT
+    assert MashupReport.load(tmp_path / "out/failed.json").reason == "failed"
 
 
 # --- mergekit's configuration ----------------------------------------------------------------------------------------
@@ -212,7 +242,7 @@ def test_mergekit_reads_its_configuration(method, parameters, base):
 
     rows = (SOURCES[0], replace(SOURCES[0], name="acme/two", weight=0.25))
     report = replace(REPORT, merge=replace(MERGE, method=method, parameters=parameters), candidates=rows)
-    config = MergeConfiguration.model_validate(yaml.safe_load(mergekit_config(report)))
+    config = MergeConfiguration.model_validate(yaml.safe_load(mergekit_recipe(report)))
     assert config.merge_method == method
     assert [str(entry.model) for entry in config.models] == [f"acme/base+acme/{x}@{SHA}" for x in ("one", "two")]
     assert (config.base_model and str(config.base_model)) == base
@@ -227,13 +257,12 @@ def test_mergekit_reads_its_configuration(method, parameters, base):
 
 
 def test_nothing_merged_has_no_configuration():
-    assert mergekit_config(replace(REPORT, merge=None)) is None
-    assert mergekit_config(replace(REPORT, candidates=SOURCES[2:])) is None
+    assert mergekit_recipe(replace(REPORT, merge=None)) is None
+    assert mergekit_recipe(replace(REPORT, candidates=SOURCES[2:])) is None
 
 
 def test_mergekit_runs_its_configuration_to_the_same_model(tmp_path):
     """mergekit's own run of mergekit.yaml equals the base with our adapter, where no rank is cut."""
-    import torch
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
     from peft import PeftModel
@@ -241,8 +270,8 @@ def test_mergekit_runs_its_configuration_to_the_same_model(tmp_path):
 
     from mashup_callback.candidates import find_candidates
     from mashup_callback.config import MashupConfig
-    from mashup_callback.without_trainer import publish_merge
-    from tests.tiny import llama, save_random_adapter
+    from mashup_callback.without_trainer import save_merge
+    from tests.tiny import llama
 
     llama().save_pretrained(tmp_path / "base")
     for seed in range(2):
@@ -250,7 +279,7 @@ def test_mergekit_runs_its_configuration_to_the_same_model(tmp_path):
         path = tmp_path / f"runs/{seed}/adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     config = MashupConfig(top_k=2, weights=[0.75, 0.25])
-    publish_merge(tmp_path / "merged", find_candidates(str(tmp_path / "runs/*")), config, rank=8)
+    save_merge(tmp_path / "merged", find_candidates(str(tmp_path / "runs/*")), config, rank=8)
     recipe = yaml.safe_load((tmp_path / "merged/mergekit.yaml").read_text())
     options = MergeOptions(copy_tokenizer=False, quiet=True, lora_merge_cache=str(tmp_path / "cache"))
     run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "full"), options)
@@ -268,13 +297,10 @@ def test_mergekit_runs_its_configuration_to_the_same_model(tmp_path):
 
 def write_mashup(directory, report=REPORT, base_model="acme/base"):
     """A mashup's directory as a run leaves it."""
-    from mashup_callback.sharing.save import describe
-    from tests.tiny import save_random_adapter
-
     save_random_adapter(directory, 5)
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_model}))
-    describe(directory, report, "CAUSAL_LM")
+    describe(directory, report)
     report.save(directory / "report.json")
     return directory
 
@@ -393,7 +419,6 @@ except ValueError as error:
     untrained = str(error)
 trainer = sft_trainer(output / "sft", callbacks=[callback], hub_model_id="acme/sft", **hub)
 trainer.train()
-first = (output / "sft/README.md").read_text()
 trainer.push_to_hub()
 trainer.push_to_hub(dataset_name="words")
 merge = callback.push_to_hub("acme/start")
@@ -411,15 +436,13 @@ plain = Trainer(
 plain.train()
 plain.push_to_hub()
 print(json.dumps({
-    "untrained": untrained, "first": first, "merge": merge, "decision": callback.report.decision,
-    "left": "create_model_card" in vars(trainer), "same": Path(output / "sft/README.md").read_text(),
+    "untrained": untrained, "merge": merge, "decision": callback.report.decision,
+    "left": "create_model_card" in vars(trainer),
 }))
 """
 
 
 def test_push_through_the_trainer(hub, run_client, tmp_path):  # noqa: F811
-    from tests.tiny import save_random_adapter
-
     for seed in range(2):
         save_random_adapter(tmp_path / f"runs/{seed}", seed, scale=0.05)
     environment = hub.environment(tmp_path / "hf", hub.user("alice", ["acme"]))
@@ -430,15 +453,11 @@ def test_push_through_the_trainer(hub, run_client, tmp_path):  # noqa: F811
     for repo_id, words in (("acme/sft", "has been trained using"), ("acme/plain", "This model is a fine-tuned")):
         files = hub.files(repo_id)
         card = files["README.md"].decode()
-        assert card.count("<!-- mashup: begin -->") == card.count("<!-- mashup: end -->") == 1
         assert words in card
-        assert "Start of training: a merge of past adapters." in card
         assert "mashup" in front_matter(card)["tags"]
-        assert front_matter(card)["base_model"] == "acme/base"
         assert {"mashup/report.json", "mashup/mergekit.yaml", "mashup/README.md"} <= set(files)
-    assert "<!-- mashup: begin -->" in result["first"]
-    assert hub.files("acme/sft")["README.md"].decode() == result["same"]
-    assert "words" in result["same"]
+        assert "Start of training: a merge of past adapters." in files["mashup/README.md"].decode()
+    assert b"words" in hub.files("acme/sft")["README.md"]
 
     start = hub.files("acme/start")
     saved = tmp_path / "out/sft/mashup"

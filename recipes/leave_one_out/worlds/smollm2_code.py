@@ -14,7 +14,7 @@ from ...quickstart.world import quiet
 from . import smollm2
 from .base import Budget, World, silenced
 from .sources import LEFT_OUT, largest_first
-from .stdlib import arguments, byte_count, summed_nll, token_blocks
+from .stdlib import arguments, summed_nll, token_blocks
 
 
 # The first four are held out. Each is the standard library's or comes with this package's own dependencies.
@@ -80,7 +80,7 @@ class SmolLM2Code(World):
         return AutoModelForCausalLM.from_pretrained(smollm2.base(self.model_name), dtype=torch.float32)
 
     def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
-        blocks = token_blocks(self.tokenizer, split_files(target, "train"), LENGTH)
+        blocks = self.blocks_of(target, "train")
         drawn = random.Random(seed).choices(blocks, k=steps * BATCH_SIZE)
         trainer = SFTTrainer(
             model,
@@ -111,11 +111,15 @@ class SmolLM2Code(World):
         model.train(was_training)
         return loss / size
 
+    def blocks_of(self, package: str, split: str) -> list[list[int]]:
+        """All blocks of a split's files."""
+        return token_blocks(self.tokenizer, split_files(package, split), LENGTH, smollm2.MODELS[self.model_name].end)
+
     def unseen_blocks(self, package: str, split: str) -> tuple[torch.Tensor, int]:
         """Blocks of a split's files, the same for every run, and the bytes that are predicted in them."""
-        blocks = token_blocks(self.tokenizer, split_files(package, split), LENGTH)
+        blocks = self.blocks_of(package, split)
         drawn = random.Random(0).sample(blocks, min(self.blocks, len(blocks)))
-        return torch.tensor(drawn), sum(byte_count(self.tokenizer, block[1:]) for block in drawn)
+        return torch.tensor(drawn), sum(text_bytes(self.tokenizer, block[1:]) for block in drawn)
 
 
 def source_files(package: str) -> list[Path]:
@@ -135,6 +139,11 @@ def split_files(package: str, split: str) -> list[Path]:
     unseen = {"test": files[1::4], "validation": files[3::4]}
     found = unseen[split] if split in unseen else files[::2]
     return sorted(random.Random(0).sample(found, min(MOST_FILES, len(found))))
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int:
+    """Bytes of text that tokens stand for; a character that a block cuts in two counts as a few."""
+    return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
 def make(home: Path, fast: bool, model: str | None) -> SmolLM2Code:

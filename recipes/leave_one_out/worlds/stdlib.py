@@ -97,9 +97,11 @@ def summed_nll(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerFast, files: list[Path], length: int = LENGTH) -> list[list[int]]:
+def token_blocks(
+    tokenizer: PreTrainedTokenizerFast, files: list[Path], length: int = LENGTH, end: str = END
+) -> list[list[int]]:
     """Cuts the files' tokens, an end-of-text after each file, into blocks of a length; the rest is dropped."""
-    stream = [token for path in files for token in tokenizer.encode(read(path) + END)]
+    stream = [token for path in files for token in tokenizer.encode(read(path) + end)]
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
