@@ -55,13 +55,6 @@ class Adapter:
         """SHA-256 of the weights file, taken once."""
         return self.known_digest or hashlib.sha256(read_weights(self)).hexdigest()
 
-    @property
-    def weights(self) -> Path:
-        """The weights file."""
-        if self.path is None:
-            raise AdapterError("it has not been downloaded yet")
-        return self.path / WEIGHTS_NAME
-
     def fit(self, base: BaseModel) -> "Adapter":
         """
         Returns it with the layers named as the model names them, and a warning where it records another base model.
@@ -133,12 +126,7 @@ def load_factors(
 
 
 def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
-    """
-    Returns a hash that adapters share that compute the same; `data` is the weights file where it was read already.
-
-    Raises:
-        AdapterError: If the file changed since it was read.
-    """
+    """Returns a hash that adapters share that compute the same; `data` is from [`read_weights`], if it was called."""
     digest = adapter.digest if data is None else hashlib.sha256(data).hexdigest()
     return hashlib.sha256(json.dumps([adapter.config.effective(), digest]).encode()).hexdigest()
 
@@ -152,7 +140,9 @@ def _short_name(base_model: str) -> str:
 
 def read_weights(adapter: Adapter) -> bytes:
     """Returns the content of the weights file; raises `AdapterError` if it changed since its header was read."""
-    with os.fdopen(open_regular(adapter.weights), "rb") as file:
+    if adapter.path is None:
+        raise AdapterError("it has not been downloaded yet")
+    with os.fdopen(open_regular(adapter.path / WEIGHTS_NAME), "rb") as file:
         try:
             data, stamp = file.read(adapter.stamp.size + 1), FileStamp.of(file.fileno())
         except OSError as error:
