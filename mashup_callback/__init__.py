@@ -22,10 +22,10 @@ _HOME = {
     "MashupCallback": "callback",
     "MashupConfig": "config",
     "MashupReport": "report",
-    "MergedAdapter": "lora.merge",
+    "MergedAdapter": "lora",
     "Score": "scoring",
     "find_candidates": "candidates",
-    "merge_adapters": "lora.merge",
+    "merge_adapters": "lora",
     "push_mashup": "sharing.push",
     "score_candidates": "scoring",
 }

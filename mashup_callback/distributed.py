@@ -54,13 +54,7 @@ def place() -> tuple[int, int]:
 
 
 def exchange(value: Result) -> list[Result]:
-    """
-    Returns every process's value, in the order of the processes.
-
-    Args:
-        value (`Any`):
-            Can be pickled; tensors are on the CPU.
-    """
+    """Returns every process's value, which can be pickled, its tensors on the CPU, in the order of the processes."""
     if PartialState().num_processes == 1:
         return [value]
     parcels = gather_object([(None, value)])
@@ -117,14 +111,7 @@ def deal(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
     """
     Applies a function to every item, each on one process, and returns all results on all processes.
 
-    Args:
-        function (`Callable`):
-            Returns something that can be pickled.
-        items (`Sequence`):
-            The same on every process.
-
-    Returns:
-        `list`: The results in the order of the items.
+    The items are the same on every process, and the results, in the order of the items, can be pickled.
     """
     rank, count = place()
     parts = exchange({index: function(items[index]) for index in range(rank, len(items), count)})

@@ -33,12 +33,8 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     """
     Gives an empty directory to write to, which takes the place of `directory` unless the block raises.
 
-    Args:
-        directory (`str` or `os.PathLike`):
-            Missing, empty, or written by this package.
-
     Raises:
-        StorageError: The directory holds something else.
+        StorageError: The directory holds something that this package did not write.
     """
     target = Path(os.path.realpath(directory))
     refuse_foreign(target)
@@ -56,14 +52,8 @@ def refuse_foreign(directory: str | os.PathLike, name: str | os.PathLike | None 
     """
     Refuses a directory that may not be replaced: it holds what this package does not write, or lacks its mark.
 
-    Args:
-        directory (`str` or `os.PathLike`):
-            Where something is going to be written.
-        name (`str` or `os.PathLike`, *optional*):
-            What the error calls it.
-
     Raises:
-        StorageError: It may not be replaced.
+        StorageError: It may not be replaced; the message calls it `name`.
     """
     path, name = Path(directory), name or directory
     if not path.exists():
@@ -87,18 +77,7 @@ def refuse_foreign(directory: str | os.PathLike, name: str | os.PathLike | None 
 
 
 def refuse_overlap(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
-    """
-    Refuses an output directory that is, contains or lies inside an input.
-
-    Args:
-        output (`str` or `os.PathLike`):
-            Where something is going to be written.
-        inputs (iterable of `str` or `os.PathLike`):
-            Directories that are only read.
-
-    Raises:
-        StorageError: It does.
-    """
+    """Raises `StorageError` for an output directory that is, contains or lies inside an input."""
     target = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
@@ -114,10 +93,6 @@ class Workspace:
     A temporary directory beside the mashup's, so that what is made there can be renamed into its place.
 
     It is made when first asked for; every process must ask at the same point.
-
-    Args:
-        directory (`Path`):
-            Where the mashup will be.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -16,14 +16,7 @@ def swap(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Callable[[]
     Fills parameters on every process, and reads them back.
 
     If the write fails on any process, or what a process reads is not what the others read, all of them call `undo`.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, in any launch mode.
-        values (`Mapping[str, torch.Tensor]`):
-            Whole tensors by the names of the parameters, each looked up when its turn comes.
-        undo (`Callable`):
-            Gives the parameters what they held before.
+    Whole tensors are looked up by the names of the parameters, each when its turn comes.
 
     Raises:
         RuntimeError: The parameters do not hold what was written, or differ between processes.

@@ -31,16 +31,10 @@ MAX_ABSOLUTE = 1e4
 @dataclass(frozen=True)
 class Adapter:
     """
-    A LoRA adapter whose description has been read and found sound.
+    A LoRA adapter whose description has been read and found sound: at `path`, or on the Hub where that is None.
 
-    Args:
-        path (`Path`, *optional*): Its directory; None where it is on the Hub.
-        config (`AdapterConfig`): Its configuration.
-        modules (`Mapping[str, ModuleShape]`): The layers it changes, by name in the base model.
-        dtype (`str`): Data type of its tensors, for example `"bfloat16"`.
-        stamp (`FileStamp`): State of the weights file when it was read.
-        warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
-        known_digest (`str`, *optional*): SHA-256 of the weights file, where it was taken before.
+    Its modules have the names that they have in the base model; `stamp` is the state of its weights file when it was
+    read, and `known_digest` that file's SHA-256, where it was taken before.
     """
 
     path: Path | None
@@ -60,13 +54,6 @@ class Adapter:
     def digest(self) -> str:
         """SHA-256 of the weights file, taken once."""
         return self.known_digest or hashlib.sha256(read_weights(self)).hexdigest()
-
-    @property
-    def weights(self) -> Path:
-        """The weights file."""
-        if self.path is None:
-            raise AdapterError("it has not been downloaded yet")
-        return self.path / WEIGHTS_NAME
 
     def fit(self, base: BaseModel) -> "Adapter":
         """
@@ -93,13 +80,8 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     """
     Reads the description of an adapter: its configuration and the header of its weights, but no tensor.
 
-    Args:
-        path (`str` or `os.PathLike`):
-            A directory with `adapter_config.json` and `adapter_model.safetensors`. Pickled weights
-            (`adapter_model.bin`) are never opened.
-
     Raises:
-        AdapterError: The reason why it cannot be used.
+        AdapterError: The reason why it cannot be used. Pickled weights (`adapter_model.bin`) are never opened.
     """
     path = Path(path)
     config = parse_config(read_limited(path / CONFIG_NAME, MAX_CONFIG_BYTES))
@@ -129,18 +111,10 @@ def load_factors(
     """
     Loads an adapter's factors by module name.
 
-    Args:
-        adapter (`Adapter`):
-            From [`read_adapter`].
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where to put the tensors.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Data type of the factors.
-        data (`bytes`, *optional*):
-            From `read_weights`, where the file has been read already.
+    `data` is from [`read_weights`], where the file has been read already.
 
     Raises:
-        AdapterError: If the file changed since it was read, or values are not finite or absurdly large.
+        AdapterError: The file changed since it was read, or values are not finite or absurdly large.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
     data = read_weights(adapter) if data is None else data
@@ -152,12 +126,7 @@ def load_factors(
 
 
 def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
-    """
-    Returns a hash that adapters share that compute the same; `data` is the weights file where it was read already.
-
-    Raises:
-        AdapterError: If the file changed since it was read.
-    """
+    """Returns a hash that adapters share that compute the same; `data` is from [`read_weights`], if it was called."""
     digest = adapter.digest if data is None else hashlib.sha256(data).hexdigest()
     return hashlib.sha256(json.dumps([adapter.config.effective(), digest]).encode()).hexdigest()
 
@@ -171,7 +140,9 @@ def _short_name(base_model: str) -> str:
 
 def read_weights(adapter: Adapter) -> bytes:
     """Returns the content of the weights file; raises `AdapterError` if it changed since its header was read."""
-    with os.fdopen(open_regular(adapter.weights), "rb") as file:
+    if adapter.path is None:
+        raise AdapterError("it has not been downloaded yet")
+    with os.fdopen(open_regular(adapter.path / WEIGHTS_NAME), "rb") as file:
         try:
             data, stamp = file.read(adapter.stamp.size + 1), FileStamp.of(file.fileno())
         except OSError as error:

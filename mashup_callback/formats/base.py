@@ -13,14 +13,10 @@ from ..model import ModelTensors, base_model_name, describe_model, layer_shapes
 @dataclass(frozen=True, eq=False)
 class BaseModel:
     """
-    What a candidate must fit.
+    What a candidate must fit: linear layers, name -> (in_features, out_features), and all weights.
 
-    Args:
-        layers (`Mapping[str, tuple[int, int]]`): Linear layers, name -> (in_features, out_features).
-        tensors (`ModelTensors`, *optional*): All weights; None where they are not known, and full checkpoints are not
-            compared with them.
-        refusal (`str`): Why no full checkpoint can take their place; empty where one can.
-        name (`str`, *optional*): Hub name or path, to warn about adapters that record another one.
+    `refusal` says why no full checkpoint can take their place, if so; adapters are warned of that record another name.
+    Where `tensors` is None, full checkpoints are not compared with them.
     """
 
     layers: Mapping[str, tuple[int, int]]

@@ -40,14 +40,10 @@ class Stored:
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A full checkpoint whose description has been read and found sound.
+    A full checkpoint whose description has been read and found sound: at `path`, or on the Hub where that is None.
 
-    Args:
-        path (`Path`, *optional*): Its directory; None where it is on the Hub.
-        config (`Mapping[str, Any]`): Its `config.json`.
-        tensors (`Mapping[str, Stored]`): Its tensors by their name; by the model's names once checked.
-        stamps (`Mapping[str, FileStamp]`): State of each shard when it was read.
-        warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
+    `tensors` have the checkpoint's names, and the model's once it was found to fit; `stamps` are the states of its
+    shards when they were read.
     """
 
     path: Path | None
@@ -84,11 +80,6 @@ def is_checkpoint(directory: Path) -> bool:
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     Reads the description of a full checkpoint: its configuration, the index and the headers of its shards, no tensor.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            A directory as `save_pretrained` writes it: `config.json` and `model.safetensors` or
-            `model.safetensors.index.json` with the shards it names.
 
     Raises:
         CheckpointError: The reason why it cannot be used.

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..methods import MergeRule, mergekit_config
+from ..model import random_state
 
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def merge_models(
     interrupted merge for a whole one.
 
     `output_dir` must not exist, and does not if the merge fails. `parameters` are mergekit's, one value for all inputs
-    or a sequence with one for each. mergekit seeds the global generators with `seed`.
+    or a sequence with one for each.
 
     Returns:
         `str`: mergekit's configuration of the merge, as YAML.
@@ -69,7 +70,16 @@ def merge_models(
     rule.check_count(len(inputs))
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists, expected a path that nothing has yet. Choose another path.")
-    config = merge_config(rule, inputs, weights, base, out_dtype)
+    if rule.needs_base and not rule.interpolates and base is None:
+        raise ValueError(f"{rule.method} merges updates of a base model, and no `base` is given.")
+    config = mergekit_config(
+        rule,
+        [model.reference() for model in inputs],
+        [float(weight) for weight in weights],
+        base and ModelInput(base).reference(),
+        dtype="float32",
+        **({"out_dtype": out_dtype} if out_dtype else {}),
+    )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     cache = Path(tempfile.mkdtemp(prefix=".loras-", dir=output_dir.parent))
     try:
@@ -80,28 +90,6 @@ def merge_models(
     finally:
         shutil.rmtree(cache, ignore_errors=True)
     return yaml.safe_dump(config, sort_keys=False)
-
-
-def merge_config(
-    rule: MergeRule,
-    inputs: Sequence[ModelInput],
-    weights: Sequence[float],
-    base: Path | None = None,
-    out_dtype: str | None = None,
-) -> dict[str, Any]:
-    """Returns mergekit's configuration of a merge of full models; raises `ValueError` where a base is missing."""
-    if rule.needs_base and not rule.interpolates and base is None:
-        raise ValueError(f"{rule.method} merges updates of a base model, and no `base` is given.")
-    options: dict[str, Any] = {"dtype": "float32"}
-    if out_dtype:
-        options["out_dtype"] = out_dtype
-    return mergekit_config(
-        rule,
-        [model.reference() for model in inputs],
-        [float(weight) for weight in weights],
-        base and ModelInput(base).reference(),
-        **options,
-    )
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -130,7 +118,8 @@ def _run(config: Mapping[str, Any], output_dir: Path, cache: Path, seed: int) ->
     )
     _forget(parsed)
     try:
-        with torch.no_grad():
+        # mergekit seeds the global generators.
+        with torch.no_grad(), random_state():
             run_merge(parsed, str(output_dir), options)
     finally:
         _forget(parsed)

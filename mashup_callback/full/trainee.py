@@ -181,7 +181,7 @@ class FullTrainee:
 
     def _info(self, checkpoint: Checkpoint, method: str, parameters: Mapping[str, Any]) -> MergeInfo:
         frozen = tuple(name for name in checkpoint.tensors if name not in self.names)
-        lost = self._distance(checkpoint, frozen)
+        lost = self._distance(checkpoint, frozen) if frozen else 0.0
         total = lost + (self._distance(checkpoint, sorted(self.names & set(checkpoint.tensors))) if lost else 0.0)
         return MergeInfo(
             method=method,

@@ -15,13 +15,9 @@ from ..model import clean_name, fill_master, local_part, regather, reshard, writ
 @dataclass(frozen=True, eq=False)
 class FullUpdate:
     """
-    Weights of a checkpoint that take the place of the model's.
+    Weights of a checkpoint that take the place of the model's parameters called `names`; others stay what they are.
 
-    Args:
-        checkpoint (`Checkpoint`): Its description, with the model's names.
-        names (`frozenset[str]`): Parameters that are replaced; the others stay what they are.
-        recipe (`str`): mergekit's configuration of the merge, as YAML; empty for a candidate as it is.
-        owned (`bool`): Whether the files were made in this run; otherwise they are a candidate's.
+    `recipe` is mergekit's configuration of the merge, if it is one. Files that were made in this run are `owned`.
     """
 
     checkpoint: Checkpoint

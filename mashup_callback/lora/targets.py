@@ -22,16 +22,7 @@ _ZERO = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """
-    One LoRA layer of the trainee.
-
-    Args:
-        name (`str`): Name of the layer in the base model.
-        A (`torch.Tensor`): Copy of its down projection, shape (rank, in_features), whole even where it is sharded.
-        B (`torch.Tensor`): Copy of its up projection, shape (out_features, rank).
-        scaling (`float`): What B·A is multiplied by in the forward pass.
-        alpha (`float`): LoRA alpha that the scaling comes from.
-    """
+    """One LoRA layer of the trainee, by its name in the base model, with copies of its whole A and B."""
 
     name: str
     A: torch.Tensor
@@ -43,14 +34,7 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class TrainedAdapter:
-    """
-    The adapter that is trained, as it was before anything was written into it.
-
-    Args:
-        name (`str`): Its name on the model.
-        targets (`Mapping[str, Target]`): Its layers, by name in the base model.
-        config (`peft.LoraConfig`): Its configuration.
-    """
+    """The adapter that is trained, as it was before anything was written into it; its layers by name in the base."""
 
     name: str
     targets: Mapping[str, Target]

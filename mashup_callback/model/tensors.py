@@ -17,16 +17,10 @@ _ADAPTERS = ("lora_", "modules_to_save", "original_module")
 @dataclass(frozen=True)
 class ModelTensors:
     """
-    Names and shapes of a model's weights.
+    Names and shapes of a model's weights; the shape of a shared parameter is there once.
 
-    Args:
-        model_type (`str`): Architecture, as `config.json` says it.
-        tied (`bool`): Whether the head shares the embeddings' weight.
-        shapes (`Mapping[str, tuple[int, ...]]`): Shape of every parameter; shared ones once.
-        aliases (`Mapping[str, str]`): Further names of shared parameters -> the name in `shapes`.
-        embeddings (`frozenset[str]`): Parameters with one row for each token.
-        buffers (`frozenset[str]`): Names of buffers, which a swap leaves alone.
-        dtype (`torch.dtype`): Data type of the parameters; the widest where they differ.
+    `aliases` lead from its further names to that one. `embeddings` have one row for each token, `buffers` are left
+    alone by a swap, and `dtype` is the widest where the parameters differ.
     """
 
     model_type: str

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from mashup_callback.lora.merge import merge_factors
+from mashup_callback.lora import merge_factors
 from mashup_callback.lowrank import LoraFactors
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 
-from mashup_callback.formats.adapter import load_factors, read_adapter
+from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import Factors, LoraFactors
 

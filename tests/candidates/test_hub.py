@@ -356,7 +356,7 @@ finish(found=found, seconds=time.monotonic() - started)
     result = run_client(PRELUDE + program, *names, timeout=120)
     found, why = result["found"], reasons(result["found"])
     expected = {
-        "huge-header": "announces a header of", "long-tensor": "but the file holds", "not-a-header": "JSON list",
+        "huge-header": "announces a header of", "long-tensor": "not fully covered", "not-a-header": "no safetensors",
         "truncated": "truncated or padded", "empty": "HTTP status 416", "huge-config": "expected a small file",
         "deep-config": "nested too deeply", "follows": "`peft_type` is XLORA", "pickle": "never opened",
         "refused": "gated", "unauthorized": "the token may be wrong", "vanished": "no such file",

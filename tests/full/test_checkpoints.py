@@ -1,5 +1,6 @@
 """Reading, merging and writing full checkpoints, against from_pretrained and the mergekit command."""
 
+import random
 import shutil
 
 import pytest
@@ -92,7 +93,9 @@ def test_the_trainee_merges_keeps_and_saves_without_a_trainer(tmp_path, untied):
     save_random_adapter(runs / "adapter", 0, scale=0.02)
     files = sorted(path for path in runs.rglob("*") if path.is_file())
     full, adapter = (trainee.admit(as_candidate(runs / name)) for name in ("full", "adapter"))
+    generators = random.getstate(), torch.get_rng_state()
     update, info = trainee.merge([full, adapter], [0.5, 0.5], "linear", {})
+    assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
     assert (info.method, info.lost_layers) == ("linear", ()) and update.owned
     before = weights(model)
     expected = weights(LlamaForCausalLM.from_pretrained(runs / "full"))
