@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ import typer
 
 from .cli_output import find_table, one_line, rank_table, show_result
 
+
+Result = tuple[Any, ...]
 
 # Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
 
@@ -36,31 +39,41 @@ Specs = Annotated[
         "collection:org/slug.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 BaseName = Annotated[str | None, typer.Option(help="Hub name of the base model, where MODEL is a local directory.")]
 MaxCandidates = Annotated[int, typer.Option(min=1, help="Adapters looked at.")]
 MaxDownload = Annotated[float | None, typer.Option(help="Bound on downloads, in 10^9 bytes.")]
+_AS_JSON = inspect.Parameter(
+    "as_json",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")],
+)
 Licenses = Annotated[list[str] | None, typer.Option(help="License that an adapter of the Hub may have; repeatable.")]
 Authors = Annotated[list[str] | None, typer.Option(help="User or organization it may come from; repeatable.")]
 
 
-def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command whose failure is one line on stderr and exit status 1."""
+def _command(example: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Registers a command that returns its result, as JSON and for people; a failure is one line and exit status 1."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
+        def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
             logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
             try:
-                function(*args, **kwargs)
-            except typer.Exit:
-                raise
+                # Libraries print now and then, and stdout is for the result alone.
+                with contextlib.redirect_stdout(sys.stderr):
+                    value, shown, *problems = function(*args, **kwargs)
+                show_result(value, shown, as_json)
+                if any(problems):
+                    raise ValueError(*problems)
             except Exception as error:
                 # The last resort of a command line: whatever went wrong becomes one line.
                 logger.debug("The command failed.", exc_info=error)
                 typer.echo(f"mashup: error: {one_line(error)}", err=True)
                 raise typer.Exit(1) from None
 
+        signature = inspect.signature(function)
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _AS_JSON])  # type: ignore
         return app.command(epilog=f"Example: {example}")(run)
 
     return register
@@ -74,25 +87,19 @@ def find(
     max_candidates: MaxCandidates = 64,
     allow_license: Licenses = None,
     allow_author: Authors = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """List the adapters that fit a base model, without downloading their weights."""
-    with _quiet_stdout():
-        from .candidates import Hub, check_specs, find_candidates
+    from .candidates import Hub, check_specs, find_candidates
 
-        check_specs(specs)
-        from .formats import BaseModel
-        from .without_trainer import describe_candidate, model_shapes
+    check_specs(specs)
+    from .formats import BaseModel
+    from .without_trainer import describe_candidate, model_shapes
 
-        shapes, base, hub = model_shapes(model), base_model or model, Hub()
-        limits: dict[str, Any] = {
-            "max_candidates": max_candidates,
-            "allow_licenses": allow_license,
-            "allow_authors": allow_author,
-        }
-        found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
-        rows = [describe_candidate(candidate, shapes, base) for candidate in found]
-    show_result({"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows), as_json)
+    shapes, base, hub = model_shapes(model), base_model or model, Hub()
+    limits: Any = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
+    found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
+    rows = [describe_candidate(candidate, shapes, base) for candidate in found]
+    return {"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows)
 
 
 @_command("mashup rank acme/base --dataset train.jsonl 'runs/*' acme/adapter@main")
@@ -116,41 +123,34 @@ def rank(
     max_download_gb: MaxDownload = 10.0,
     allow_license: Licenses = None,
     allow_author: Authors = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Rank adapters by their loss on a sample of a data set, tokenized as TRL's SFTTrainer does."""
-    with _quiet_stdout():
-        from .candidates import Hub, check_specs, find_candidates
+    from .candidates import Hub, check_specs, find_candidates
 
-        check_specs(specs)
-        from transformers import AutoModelForCausalLM
+    check_specs(specs)
+    from transformers import AutoModelForCausalLM
 
-        from .cli_rows import load_rows, sft_rows
-        from .config import MashupConfig
-        from .formats import BaseModel
-        from .model import layer_shapes
-        from .pipeline import candidate_rows
-        from .without_trainer import score
+    from .cli_rows import load_rows, sft_rows
+    from .config import MashupConfig
+    from .formats import BaseModel
+    from .model import layer_shapes
+    from .pipeline import candidate_rows
+    from .without_trainer import score
 
-        MashupConfig.from_texts({"metric": metric, "search": search})
-        drawn = load_rows(dataset, split, subset, sample_size, seed)
-        net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
-        base, hub = base_model or model, Hub()
-        limits: dict[str, Any] = {
-            "max_candidates": max_candidates,
-            "allow_licenses": allow_license,
-            "allow_authors": allow_author,
-        }
-        limits["max_download_gb"] = max_download_gb
-        found = find_candidates(specs, base, check=BaseModel(layer_shapes(net), name=base).check, hub=hub, **limits)
-        scores, base_loss = score(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
-        ranked = candidate_rows(scores, {})
+    MashupConfig.from_texts({"metric": metric, "search": search})
+    drawn = load_rows(dataset, split, subset, sample_size, seed)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
+    base, hub = base_model or model, Hub()
+    limits: Any = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
+    limits["max_download_gb"] = max_download_gb
+    found = find_candidates(specs, base, check=BaseModel(layer_shapes(net), name=base).check, hub=hub, **limits)
+    scores, base_loss = score(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
+    ranked = candidate_rows(scores, {})
     value = {"model": model, "base_loss": base_loss, "candidates": [*map(asdict, ranked)], "hub": hub.traffic()}
-    show_result(value, rank_table(ranked, base_loss), as_json)
-    if all(row.loss is None for row in ranked):
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in ranked[:3])
-        raise ValueError(f"None of the {len(ranked)} adapters could be scored ({reasons or 'none was found'}).")
+    reasons = "; ".join(f"{row.name}: {row.reason}" for row in ranked[:3]) or "none was found"
+    problem = f"None of the {len(ranked)} adapters could be scored ({reasons})."
+    return value, rank_table(ranked, base_loss), None if any(row.loss is not None for row in ranked) else problem
 
 
 @_command("mashup merge runs/a runs/b --weights 0.7,0.3 -o merged")
@@ -164,27 +164,25 @@ def merge(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the merge; the largest of the adapters'.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw random numbers.")] = 42,
     base_model: Annotated[str | None, typer.Option(help="Hub name of the base model to record.")] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """
     Merge adapters and save the merge as a PEFT adapter with model card, report and mergekit configuration.
 
     A run's checkpoints are left out where its final adapter is found with them.
     """
-    with _quiet_stdout():
-        from .candidates import Hub, check_specs, download_candidate, find_candidates
+    from .candidates import Hub, check_specs, download_candidate, find_candidates
 
-        check_specs(specs)
-        from .config import MashupConfig
-        from .without_trainer import finished, save_merge, usable
+    check_specs(specs)
+    from .config import MashupConfig
+    from .without_trainer import finished, save_merge, usable
 
-        hub = Hub()
-        found = finished(find_candidates(specs, base_model, hub=hub))
-        adapters = usable([download_candidate(candidate, hub) for candidate in found])
-        settings = {"weights": weights, "merge_method": method, "merge_parameters": parameters, "merge_space": space}
-        config = MashupConfig.from_texts(settings | {"top_k": len(adapters), "seed": seed, "base_model": base_model})
-        report = save_merge(output, adapters, config, rank=rank)
-    show_result(json.loads(report.to_json()) | {"path": str(output)}, f"Wrote {output}", as_json)
+    hub = Hub()
+    found = finished(find_candidates(specs, base_model, hub=hub))
+    adapters = usable([download_candidate(candidate, hub) for candidate in found])
+    settings = {"weights": weights, "merge_method": method, "merge_parameters": parameters, "merge_space": space}
+    config = MashupConfig.from_texts(settings | {"top_k": len(adapters), "seed": seed, "base_model": base_model})
+    report = save_merge(output, adapters, config, rank=rank)
+    return json.loads(report.to_json()) | {"path": str(output)}, f"Wrote {output}"
 
 
 @_command("mashup push runs/new/mashup acme/start --private")
@@ -194,52 +192,37 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     base_model: Annotated[str | None, typer.Option(help="Hub name of the base model to record.")] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Push a mashup's adapter to the Hub, with model card, report and mergekit configuration."""
-    with _quiet_stdout():
-        from .sharing import push_mashup
+    from .sharing import push_mashup
 
-        logging.getLogger("mashup_callback.sharing.push").setLevel(logging.INFO)
-        url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
-    show_result({"url": url}, url, as_json)
+    logging.getLogger("mashup_callback.sharing.push").setLevel(logging.INFO)
+    url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
+    return {"url": url}, url
 
 
 @_command("mashup show runs/new/mashup/report.json")
 def show(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, a mashup's directory or a run's.")],
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Show what a mashup found, did and why."""
-    with _quiet_stdout():
-        from .report import MashupReport
+    from .report import MashupReport
 
-        loaded = MashupReport.load(report)
-    show_result(json.loads(loaded.to_json()), loaded.table(), as_json)
+    loaded = MashupReport.load(report)
+    return json.loads(loaded.to_json()), loaded.table()
 
 
 @_command("mashup cache --clear")
-def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all scores.")] = False,
-    as_json: AsJson = False,
-) -> None:
+def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all scores.")] = False) -> Result:
     """Show where scores are kept between runs and how many there are, or remove them."""
-    with _quiet_stdout():
-        from .scoring import ScoreCache
+    from .scoring import ScoreCache
 
-        scores = ScoreCache()
-        removed = scores.clear() if clear else 0
-        info = scores.info()
+    scores = ScoreCache()
+    removed = scores.clear() if clear else 0
+    info = scores.info()
     text = f"{info.scores} scores, {info.bytes:,} bytes in {info.directory}" if info.directory else "Nothing is kept."
     shown = f"Removed {removed} scores from {info.directory}" if clear and info.directory else text
-    show_result(asdict(info) | {"removed": removed}, shown, as_json)
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    # Libraries print now and then, and stdout is for the result alone.
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    return asdict(info) | {"removed": removed}, shown
 
 
 if __name__ == "__main__":

@@ -28,14 +28,10 @@ _PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "
 
 @dataclass(frozen=True)
 class CandidateRow:
-    """
-    One candidate in the report: its loss, accuracy, rows and label tokens are of the sample that it was scored on.
-
-    Its status is `"scored"`, `"eliminated"`, `"rejected"`, `"failed"`, or `"unscored"` where there was no data; its
-    weight is None where it is not in the merge, and its probe loss that after a few steps of training.
-    """
+    """One candidate in the report, with its loss, accuracy, rows and label tokens on the sample it was scored on."""
 
     name: str
+    # "scored", "eliminated", "rejected", "failed", or "unscored" where there was no data.
     status: str
     revision: str | None = None
     reason: str | None = None
@@ -44,6 +40,7 @@ class CandidateRow:
     probe_loss: float | None = None
     rows: int = 0
     tokens: int = 0
+    # None where it is not in the merge.
     weight: float | None = None
     rank: int | None = None
     license: str | None = None
@@ -61,10 +58,8 @@ class CandidateRow:
 @dataclass(frozen=True)
 class MergeInfo:
     """
-    How the candidates were merged, and the share of the merge's squared Frobenius norm that the trainee holds.
-
-    Kept is what its ranks keep, over all modules and in each; lost is what was in layers that it lacks. The space is
-    `"weights"` for full models.
+    How the candidates were merged (in the space `"weights"` for full models), and the shares of the merge's squared
+    Frobenius norm that the trainee's ranks keep, over all modules and in each, and that was in layers that it lacks.
     """
 
     method: str

@@ -39,6 +39,15 @@ def test_named_settings_and_files_exist():
         assert (ROOT / path).exists(), path
 
 
+def test_places_to_change_exist():
+    table = re.search(r"## Development\n(.*?)\n## ", README, re.DOTALL).group(1)
+    places = re.findall(r"`([\w/]+/|\w+\.py)`", table)
+    assert len(places) > 8
+    package = ROOT / "mashup_callback"
+    for place in places:
+        assert list(package.rglob(place)) if place.endswith(".py") else (package / place).is_dir(), place
+
+
 def test_commands_are_those_of_ci():
     run = (ROOT / ".ci/run").read_text()
     commands = re.findall(r"^    python -m pip install .* && (.*)$", README, re.MULTILINE)
