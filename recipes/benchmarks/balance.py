@@ -24,7 +24,6 @@ from trl import SFTTrainer
 
 from mashup_callback import score_candidates
 from mashup_callback.factors import Factors, LoraFactors
-from mashup_callback.formats.adapter import load_factors
 from mashup_callback.lora.merge import merge_factors
 from mashup_callback.lora.trainee import fit, swap
 from mashup_callback.lowrank import balanced
@@ -104,8 +103,8 @@ def main() -> None:
     for target, seed in itertools.product(TARGETS, SEEDS):
         data = batches(target, seed)
         library = [world.ADAPTERS / task for task in world.TASKS if task != target]
-        best = [score.adapter for score in score_candidates(world.load_model(), library, data[0][:4])[:3]]
-        inputs = [load_factors(adapter) for adapter in best]
+        best = [score.source for score in score_candidates(world.load_model(), library, data[0][:4])[:3]]
+        inputs = [source.load().factors for source in best]
         merge = merge_factors(inputs, weights=[1 / 3] * 3, ranks=world.RANK).factors
         merge = {name: like_inputs(update, [one[name] for one in inputs]) for name, update in merge.items()}
         runs.append((merge, data, seed))
