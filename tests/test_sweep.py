@@ -1,16 +1,19 @@
 """Every arm at its own best learning rate: the choice on validation rows, the jobs that it needs, the tables."""
 
+import json
 import math
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from recipes.leave_one_out import outputs, sweep, tables
+from recipes.leave_one_out import cli, outputs, sweep, tables
+from recipes.leave_one_out.jobs import result_path, write
 from recipes.leave_one_out.protocol import Job, plan, plan_library
 from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code, stdlib
 from recipes.leave_one_out.worlds.base import Budget
@@ -126,6 +129,29 @@ def test_paired_differences_are_between_arms_each_at_its_own_rate():
     assert shared["gain"]["mashup"] == pytest.approx((3 + 4) / 2)
     assert set(shared["learning_rate"]) == {0.2} and set(shared["seeds"]) == {1}
     assert "each arm has the learning rate that is best for it" in outputs.notes(TUNED)
+
+
+def test_the_command_line_runs_what_the_sweep_asks_for_until_nothing_is_missing(tmp_path, monkeypatch):
+    """Scratch is best at 4e-3, the upper edge, so 8e-3 is tried as well; mashup at 1e-3, so 5e-4 is."""
+    peak = {"scratch": 4e-3, "mashup": 1e-3}
+
+    def run_jobs(jobs, output_dir, *_):
+        for job in jobs:
+            distance = abs(math.log2(job.learning_rate / peak.get(job.arm, 2e-3)))
+            write(result_path(output_dir, job), run_of(job, distance, 1.0 + distance))
+
+    monkeypatch.setattr(cli, "run_jobs", run_jobs)
+    monkeypatch.setattr(smollm2_code.SmolLM2Code, "prepare", lambda self: None)
+    cli.main(None, ["--world", "smollm2-code", "--arms", "scratch", "mashup", "--output-dir", str(tmp_path)])
+    summary = pd.read_csv(tmp_path / "summary.csv").set_index("arm")
+    assert list(summary.reset_index().columns) == tables.SUMMARY
+    assert summary["learning_rate"].to_dict() == peak
+    assert set(summary["seeds"]) == {2} and set(summary["tasks"]) == {4}
+    rates = pd.read_csv(tmp_path / "learning_rates.csv").groupby("arm")["learning_rate"].unique()
+    assert all(set(rates[arm]) == {5e-4, 1e-3, 2e-3, 4e-3, 8e-3} for arm in peak)
+    # Five rates on one seed, and one rate on the other, of two arms on four packages.
+    trained = [json.loads(path.read_text())["job"]["arm"] for path in (tmp_path / "jobs").iterdir()]
+    assert len(trained) - trained.count("library") == 2 * 4 * (5 + 1)
 
 
 @pytest.mark.parametrize("package", ["asyncio", "email", "mpmath", "networkx"])
