@@ -90,7 +90,10 @@ def test_no_circle_of_files():
 
 
 def test_modules_import_few_others():
-    assert sum(map(len, GRAPH.values())) / len(FILES) <= 3
+    """Files that know one another; an import from a folder's face binds to the folder and not to a file."""
+    files = [file for file in FILES if file.name != "__init__.py"]
+    arrows = [target for file in files for target in GRAPH[file] if target.name != "__init__.py"]
+    assert len(arrows) / len(files) <= 3
 
 
 @pytest.mark.parametrize("name", OWNERS)
