@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -346,6 +346,7 @@ NAMES = ["report.json", "README.md", "adapter_config.json", "adapter_model.safet
     others=st.sets(st.sampled_from(["optimizer.pt", ".git", "report.json.bak", "model.safetensors", "plots/a.png"])),
     marked=st.booleans(),
 )
+@example(ours={"report.json", "adapter_config.json"}, others=set(), marked=True)
 def test_only_marked_directories_with_our_files_alone_are_replaced(tmp_path_factory, ours, others, marked):
     target = tmp_path_factory.mktemp("any") / "target"
     target.mkdir()
@@ -362,7 +363,9 @@ def test_only_marked_directories_with_our_files_alone_are_replaced(tmp_path_fact
     carries = marked and bool(ours & {"report.json", "adapter_model.safetensors"})
     is_model = "model.safetensors" in others and "adapter_model.safetensors" not in ours
     strange = others - ({"model.safetensors"} if is_model else set())
-    allowed = not before or (carries and not strange and not (is_model and "adapter_config.json" in ours))
+    # An adapter's configuration is never written without its weights.
+    alone = "adapter_config.json" in ours and "adapter_model.safetensors" not in ours
+    allowed = not before or (carries and not strange and not alone)
     try:
         with replacing(target) as draft:
             (draft / "new").write_text("new")

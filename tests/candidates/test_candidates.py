@@ -8,7 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mashup_callback import MashupConfig
-from mashup_callback.candidates import Candidate, Spec, find_candidates, local, parse_spec
+from mashup_callback.candidates import Candidate, Spec, check_specs, find_candidates, local, parse_spec
+from mashup_callback.candidates.search import held_candidates
+from mashup_callback.errors import AdapterError
 from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
 from mashup_callback.formats.base import BaseModel
 from mashup_callback.full.trainee import FullTrainee
@@ -366,6 +368,20 @@ def test_a_glob_may_start_above_or_at_home(runs, monkeypatch):
     assert [item.name for item in find_candidates("../b/*")] == ["../b/checkpoint-1"]
     monkeypatch.setenv("HOME", str(runs.parent))
     assert names(find_candidates("~/runs/b*"), runs) == ["b/checkpoint-1"]
+
+
+def test_split_weights_are_rejected_with_that_reason(runs):
+    weights = runs / "a/adapter_model.safetensors"
+    part = weights.rename(weights.with_name("adapter_model-00001-of-00002.safetensors"))
+    (runs / "a/adapter_model.safetensors.index.json").write_text("{}")
+    assert "its weights are split over several files" in reasons(find_candidates("runs/a"), runs)["a"]
+    with pytest.raises(AdapterError, match="its weights are split over several files"):
+        held_candidates(Candidate("org/name", repo_id="org/name"), "a" * 40, ["adapter_config.json", part.name])
+
+
+def test_a_file_is_refused_before_anything_is_looked_for(runs):
+    with pytest.raises(ValueError, match="is a file, expected the directory"):
+        check_specs("runs/a/adapter_config.json")
 
 
 def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monkeypatch):
