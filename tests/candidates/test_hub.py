@@ -357,7 +357,7 @@ finish(found=found, seconds=time.monotonic() - started)
     found, why = result["found"], reasons(result["found"])
     expected = {
         "huge-header": "announces a header of", "long-tensor": "not fully covered", "not-a-header": "no safetensors",
-        "truncated": "truncated or padded", "empty": "HTTP status 416", "huge-config": "expected a small file",
+        "truncated": "not fully covered", "empty": "HTTP status 416", "huge-config": "expected a small file",
         "deep-config": "nested too deeply", "follows": "`peft_type` is XLORA", "pickle": "never opened",
         "refused": "gated", "unauthorized": "the token may be wrong", "vanished": "no such file",
         "teapot": "HTTP status 503", "cut": "connection to the Hub failed", "half": "connection to the Hub failed",
