@@ -13,29 +13,15 @@ from dataclasses import dataclass
 import torch
 
 
+# Singular values below this share of the largest are rounding of float32 inputs, not directions of the update.
 RANK_TOLERANCE = 1e-6
-"""Singular values below this share of the largest are rounding of float32 inputs, not directions of the update."""
-
+# Shorter side up to which a dense update gets a full SVD.
 EXACT_SVD_SIZE = 512
-"""Shorter side up to which a dense update gets a full SVD."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """
-    The LoRA update of one linear layer, `delta = scaling * B @ A`.
-
-    Args:
-        A (`torch.Tensor` of shape `(rank, in_features)`):
-            Down projection, peft's `lora_A.weight`.
-        B (`torch.Tensor` of shape `(out_features, rank)`):
-            Up projection, peft's `lora_B.weight`.
-        scaling (`float`):
-            Factor on the product: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
-
-    Raises:
-        ValueError: If the shapes do not share one rank.
-    """
+    """The LoRA update of one linear layer, `delta = scaling * B @ A`: A is (rank, inputs), B is (outputs, rank)."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -55,12 +41,10 @@ class LoraFactors:
 
     @property
     def in_features(self) -> int:
-        """Size of the layer's input."""
         return self.A.shape[1]
 
     @property
     def out_features(self) -> int:
-        """Size of the layer's output."""
         return self.B.shape[0]
 
     def delta(self) -> torch.Tensor:
@@ -76,16 +60,10 @@ class LoraFactors:
         return abs(self.scaling) * self.A.norm().item() * self.B.norm().item()
 
 
+# The updates of one adapter: module name in the base model (`"model.layers.0.self_attn.q_proj"`) -> its factors.
 Factors = Mapping[str, LoraFactors]
-"""The updates of one adapter: module name in the base model (`"model.layers.0.self_attn.q_proj"`) -> its factors."""
-
-
-@dataclass(frozen=True, eq=False)
-class SharedBasis:
-    """Orthonormal bases of the column and row spaces that several updates of one layer share, `Q_b` and `Q_a`."""
-
-    left: torch.Tensor
-    right: torch.Tensor
+# Orthonormal bases of the column and row spaces that several updates of one layer share, `Q_b` and `Q_a`.
+SharedBasis = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +92,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of `device` for a block, and put them back as they were after it."""
+    """Context that seeds torch's generators of the CPU and of `device`, and then puts them back as they were."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         # torch.manual_seed would reseed every other GPU too, which fork_rng then does not restore.
@@ -127,7 +105,7 @@ def private_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 def shared_cores(inputs: Sequence[LoraFactors], principal: bool = False) -> tuple[SharedBasis, list[torch.Tensor]]:
     """
-    Express the updates of one layer, `left @ core @ right.T`, as small cores in one orthonormal basis.
+    Expresses the updates of one layer, `left @ core @ right.T`, as small cores in one orthonormal basis.
 
     A `principal` basis, of singular vectors, depends on neither the order of the inputs nor the triangular shape of
     QR, which matters to methods that look at single entries.
@@ -138,27 +116,30 @@ def shared_cores(inputs: Sequence[LoraFactors], principal: bool = False) -> tupl
     right, right_parts = orthonormal(torch.cat([f.A.to(dtype) for f in inputs]).T)
     ranks = [f.rank for f in inputs]
     cores = [b @ a.T for b, a in zip(left_parts.split(ranks, dim=1), right_parts.split(ranks, dim=1), strict=True)]
-    return SharedBasis(left, right), cores
+    return (left, right), cores
 
 
 def truncate_core(basis: SharedBasis, core: torch.Tensor, rank: int) -> Truncation:
     """Best float32 factors of at most `rank` for `left @ core @ right.T` (Eckart-Young), from the core's SVD."""
-    U, S, Vh = torch.linalg.svd(core.to(basis.left.dtype), full_matrices=False)
+    left, right = basis
+    U, S, Vh = torch.linalg.svd(core.to(left.dtype), full_matrices=False)
     keep = min(rank, _numerical_rank(S))
     root = S[:keep].sqrt()
-    A = (root[:, None] * Vh[:keep]) @ basis.right.T
-    B = (basis.left @ U[:, :keep]) * root
-    return Truncation(LoraFactors(A.float(), B.float(), 1.0), _kept_energy(S, keep))
+    A = (root[:, None] * Vh[:keep]) @ right.T
+    B = (left @ U[:, :keep]) * root
+    energy = S.square()
+    total = energy.sum().item()
+    kept = min(1.0, energy[:keep].sum().item() / total) if total > 0 else 1.0
+    return Truncation(LoraFactors(A.float(), B.float(), 1.0), kept)
 
 
 def truncate_dense(update: torch.Tensor, rank: int, width: int, seed: int = 0) -> Truncation:
     """
     Best float32 factors of at most `rank` for a dense update, from a full SVD where the matrix is small.
 
-    Larger ones get a randomized SVD with eight power iterations and `width + rank` directions, where `width` is the
-    sum of the ranks of the merged adapters: on sign-elected and sparsified merges of 1024 x 1024 it missed at most
-    5e-6 of the energy that a full SVD keeps, in a tenth of the time. `kept_energy` is measured on the factors
-    returned, so it is exact either way.
+    Larger ones get a randomized SVD of `width + rank` directions, where `width` is the sum of the ranks of the merged
+    adapters: on sign-elected and sparsified merges of 1024 x 1024 it missed at most 5e-6 of the energy that a full
+    SVD keeps, in a tenth of the time.
     """
     update = update.float()
     directions = width + rank
@@ -175,26 +156,20 @@ def truncate_dense(update: torch.Tensor, rank: int, width: int, seed: int = 0) -
     return Truncation(factors, min(1.0, kept))
 
 
-def balanced(update: LoraFactors, fresh: torch.Tensor) -> LoraFactors:
+def trainable(update: LoraFactors, fresh: LoraFactors) -> LoraFactors:
     """
-    Rewrite an update so that it trains like a fresh adapter, whatever the balance of its factors.
+    Writes an update of no larger rank into a fresh adapter, whose ranks that it does not fill stay as they are.
 
-    The scaling is 1.0 and there are no zero directions; `A` has the norm of as many rows of the freshly initialized
-    down projection, or that of `B` where these are zero.
+    Whatever the balance of its factors was, `A` gets the norm of as many fresh rows, or that of `B` where these are
+    zero: it then trains like a fresh adapter.
     """
     basis, (core,) = shared_cores([update])
     even = truncate_core(basis, core, update.rank).factors
-    norm_a, norm_fresh = _norm(even.A), _norm(fresh[: even.rank])
+    norm_a, norm_fresh = _norm(even.A), _norm(fresh.A[: even.rank])
     move = norm_fresh / norm_a if norm_a and norm_fresh else 1.0
-    return LoraFactors(even.A * move, even.B / move, 1.0)
-
-
-def trainable(update: LoraFactors, fresh: LoraFactors) -> LoraFactors:
-    """Write an update of no larger rank into a fresh adapter: ranks not filled keep `A` and a zero column of `B`."""
-    update = balanced(update, fresh.A)
     A, B = fresh.A.clone(), torch.zeros_like(fresh.B)
-    A[: update.rank] = update.A.to(A)
-    B[:, : update.rank] = (update.B / fresh.scaling).to(B)
+    A[: even.rank] = (even.A * move).to(A)
+    B[:, : even.rank] = (even.B / move / fresh.scaling).to(B)
     return LoraFactors(A, B, fresh.scaling)
 
 
@@ -213,9 +188,3 @@ def _numerical_rank(singular_values: torch.Tensor) -> int:
     if singular_values.numel() == 0 or singular_values[0] == 0:
         return 0
     return int((singular_values > RANK_TOLERANCE * singular_values[0]).sum())
-
-
-def _kept_energy(singular_values: torch.Tensor, keep: int) -> float:
-    energy = singular_values.square()
-    total = energy.sum().item()
-    return min(1.0, energy[:keep].sum().item() / total) if total > 0 else 1.0

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 SPACES = ("delta", "core", "factors")
 MERGEKIT_NAME = "mergekit.yaml"
-DEFAULT_PARAMETERS: Mapping[str, Mapping[str, Any]] = {"slerp": {"t": 0.5}}
-"""Values for parameters that mergekit requires and that have one neutral choice."""
-
+# Values for parameters that mergekit requires and that have one neutral choice.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"slerp": {"t": 0.5}}
+# Methods that commute with an orthonormal change of basis, with the parameters that leave it so.
 COMMUTING: Mapping[str, frozenset[str]] = {
     "karcher": frozenset({"max_iter", "tol"}),
     "linear": frozenset({"normalize"}),
@@ -32,7 +32,6 @@ COMMUTING: Mapping[str, frozenset[str]] = {
     "slerp": frozenset({"t"}),
     "task_arithmetic": frozenset({"lambda", "normalize"}),
 }
-"""Methods that commute with an orthonormal change of basis, with the parameters that leave it so."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ class MergeRule:
     A mergekit method with its parameters, checked against the method's contract.
 
     A method that requires a base gets a zero matrix, because the update of the base is zero. Methods of exactly two
-    inputs, one of them the base (slerp, nearswap, arcee_fusion), get the first adapter in the base's place.
-
-    Args:
-        method (`str`): Name of a method registered in mergekit.
-        parameters (`tuple[tuple[str, Any], ...]`): mergekit's parameters except `weight`, sorted by name. One value
-            for all adapters, or a tuple with one per adapter.
+    inputs, one of them the base (slerp, nearswap, arcee_fusion), get the first adapter in the base's place. The
+    parameters, without `weight`, have one value for all adapters or a tuple with one per adapter.
     """
 
     method: str
@@ -59,7 +54,7 @@ class MergeRule:
         if method not in names:
             near = _nearest(method, names)
             raise ValueError(f"Unknown merge_method {method!r}{near}. mergekit has {', '.join(names)}.")
-        merged = {**DEFAULT_PARAMETERS.get(method, {}), **(parameters or {})}
+        merged = {**_DEFAULTS.get(method, {}), **(parameters or {})}
         _check_parameters(cls(method).spec, merged)
         return cls(method, tuple(sorted((name, _plain(name, value)) for name, value in merged.items())))
 
@@ -95,7 +90,7 @@ class MergeRule:
     @property
     def input_range(self) -> tuple[int, float]:
         """Smallest and largest number of adapters the method merges."""
-        contract, base = self.spec.contract, int(self._needs_zero_base)
+        contract, base = self.spec.contract, int(self.needs_base and not self.interpolates)
         lows = [1, contract.min_inputs - base, contract.min_non_base or 0]
         highs = [math.inf if limit is None else limit for limit in (contract.max_inputs, contract.max_non_base)]
         return max(lows), min(highs[0] - base, highs[1])
@@ -104,9 +99,8 @@ class MergeRule:
         """Raises `ValueError` if the method does not merge `count` adapters."""
         low, high = self.input_range
         if not low <= count <= high:
-            expected = (
-                f"exactly {low}" if low == high else f"{low} to {high}" if high < math.inf else f"at least {low}"
-            )
+            span = f"{low} to {high}" if high < math.inf else f"at least {low}"
+            expected = f"exactly {low}" if low == high else span
             found = "a number that grows" if count == math.inf else count
             raise ValueError(
                 f"{self.method} merges {expected} adapters, found {found}. Set top_k accordingly or choose another "
@@ -119,7 +113,7 @@ class MergeRule:
 
         parameters = dict(self.parameters) | ({"weight": tuple(weights)} if self.takes_weights else {})
         base_index = 0 if self.needs_base else None
-        if self._needs_zero_base:
+        if self.needs_base and not self.interpolates:
             tensors = [torch.zeros_like(tensors[0]), *tensors]
         try:
             with torch.no_grad():
@@ -139,10 +133,6 @@ class MergeRule:
     def interpolates(self) -> bool:
         """Whether the method goes from one model to another: mergekit calls the first of the two the base."""
         return self.needs_base and self.spec.contract.max_inputs == 2
-
-    @property
-    def _needs_zero_base(self) -> bool:
-        return self.needs_base and not self.interpolates
 
 
 def mergekit_config(
@@ -179,8 +169,11 @@ def check_merge(
     if space not in SPACES:
         raise ValueError(f"Unknown merge_space {space!r}{_nearest(space, SPACES)}. Valid: {', '.join(SPACES)}.")
     numbers = _check_weights(weights, top_k)
+    if method == "auto" and parameters:
+        raise ValueError(
+            f'merge_method="auto" takes no merge_parameters, found {sorted(parameters)}. Name the method they are for.'
+        )
     if method == "auto":
-        _check_auto(parameters)
         return
     rule = MergeRule.create(method, parameters)
     count = _count(rule, numbers, top_k)
@@ -191,13 +184,6 @@ def check_merge(
     # mergekit validates types and values when it merges.
     with private_rng(0, torch.device("cpu")):
         rule.merge([torch.eye(2) + index for index in range(count)], numbers or [1 / count] * count)
-
-
-def _check_auto(parameters: Mapping[str, Any] | None) -> None:
-    if parameters:
-        raise ValueError(
-            f'merge_method="auto" takes no merge_parameters, found {sorted(parameters)}. Name the method they are for.'
-        )
 
 
 def _check_weights(weights: str | Sequence[float], top_k: int | str | None) -> tuple[float, ...] | None:

@@ -30,12 +30,7 @@ class StorageError(ValueError):
 
 @contextmanager
 def replacing(directory: str | os.PathLike) -> Iterator[Path]:
-    """
-    Gives an empty directory to write to, which takes the place of `directory` unless the block raises.
-
-    Raises:
-        StorageError: The directory holds something that this package did not write.
-    """
+    """Gives an empty directory to write to, which takes the place of `directory` unless the block raises."""
     target = Path(os.path.realpath(directory))
     refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +44,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def refuse_foreign(directory: str | os.PathLike, name: str | os.PathLike | None = None) -> None:
-    """
-    Refuses a directory that may not be replaced: it holds what this package does not write, or lacks its mark.
-
-    Raises:
-        StorageError: It may not be replaced; the message calls it `name`.
-    """
+    """Raises `StorageError`, which calls a directory `name`, if it holds other files than this package's."""
     path, name = Path(directory), name or directory
     if not path.exists():
         return
@@ -89,11 +79,7 @@ def refuse_overlap(output: str | os.PathLike, inputs: Iterable[str | os.PathLike
 
 
 class Workspace:
-    """
-    A temporary directory beside the mashup's, so that what is made there can be renamed into its place.
-
-    It is made when first asked for; every process must ask at the same point.
-    """
+    """A temporary directory beside the mashup's, made when first asked for: every process must ask at that point."""
 
     def __init__(self, directory: Path) -> None:
         self._target = directory
@@ -152,16 +138,15 @@ def _is_marked(directory: Path, names: Iterable[str]) -> bool:
         return _carries_mark(directory / _ADAPTER)
     # mergekit's shards cannot carry the mark, so that of the report counts for what was there when it was written.
     times = {name: (directory / name).stat().st_mtime_ns for name in names if name not in _WRITTEN_LATER}
-    return _carries_mark(directory / REPORT_NAME) and max(times.values()) == times[REPORT_NAME]
+    if REPORT_NAME not in times or not _carries_mark(directory / REPORT_NAME):
+        return False
+    return max(times.values()) == times[REPORT_NAME]
 
 
 def _carries_mark(path: Path) -> bool:
     """Whether a JSON file, or a safetensors file by its header, begins with the mark."""
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    return json.dumps(MARK, separators=(",", ":"))[1:-1].encode() in head.replace(b" ", b"")
+        return json.dumps(MARK, separators=(",", ":"))[1:-1].encode() in file.read(_HEAD_BYTES).replace(b" ", b"")
 
 
 def _shards(directory: Path) -> set[str]:

@@ -21,19 +21,10 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate
 @contextmanager
 def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
     """
-    Context in which the model computes y + s·(x Aᵀ) Bᵀ in the layers that have an update.
+    Context in which the model, wrapped or not, computes y + s·(x Aᵀ) Bᵀ in the layers that have an update.
 
-    The product x Aᵀ is computed in the factors' data type, as peft does, and once for all layers that are given the
-    same input. Without gradients the update is added into the layer's output in place, so no activation is copied.
-
-    Args:
-        model (`torch.nn.Module`):
-            Any model, wrapped or not.
-        factors (`Mapping[str, LoraFactors]`):
-            Updates by the name of the layer in the base model. Their tensors may require gradients.
-
-    Raises:
-        BypassedError: In no forward pass inside, a layer was called by the module that holds it.
+    x Aᵀ is computed in the factors' data type, as peft does, and once for all layers that are given the same input.
+    Raises a `BypassedError` on exit if a layer's forward was not called though that of the module around it was.
     """
     if not factors:
         yield
@@ -53,9 +44,8 @@ class _Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = linear_layers(model)
-        self.modules = {
-            clean_name(name): module for name, module in extract_model_from_parallel(model).named_modules()
-        }
+        modules = extract_model_from_parallel(model).named_modules()
+        self.modules = {clean_name(name): module for name, module in modules}
         head = output_head(model)
         self.heads = (head, head.get_base_layer() if hasattr(head, "get_base_layer") else head)
         self.called: set[nn.Module] = set()
@@ -77,11 +67,9 @@ def structure_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _none_bypassed(structure: _Structure, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """
-    Context that raises for layers that were bypassed: the module that holds them ran, and neither they nor others of
-    their list did.
+    Context that raises for bypassed layers: the module that holds them ran, and no layer of their list did.
 
-    An expert without tokens, a tower without images and a dropped block do not run themselves, so they are none; nor
-    is a layer outside the repeated blocks, such as an image projector, unless it is the head.
+    An expert without tokens, a tower without images and a dropped block do not run themselves, so they do not count.
     """
     if structure.called.issuperset(layers.values()):
         yield
@@ -109,15 +97,15 @@ def _none_bypassed(structure: _Structure, layers: Mapping[str, nn.Module]) -> It
 
 
 def _by_holder(structure: _Structure, layers: Mapping[str, nn.Module]) -> dict[tuple[nn.Module, str], list[str]]:
-    """Returns the names of layers by the module that calls them and by their name in it, without places in lists."""
-    modules, heads = structure.modules, structure.heads
+    """Returns the names of layers in repeated blocks, and of the head, by the module and its attribute or list."""
+    modules = structure.modules
     groups: dict[tuple[nn.Module, str], list[str]] = {}
     for name, layer in layers.items():
         holder, _, within = name.rpartition(".")
         while holder and isinstance(modules.get(holder), nn.ModuleList | nn.ModuleDict):
             holder, _, listed = holder.rpartition(".")
             within = f"{listed}.*"
-        if holder in modules and (layer in heads or re.search(r"\b\d+\b", holder)):
+        if holder in modules and (layer in structure.heads or re.search(r"\b\d+\b", holder)):
             groups.setdefault((modules[holder], within), []).append(name)
     return groups
 
@@ -139,9 +127,8 @@ class _SharedInput:
         device = next(layers[0].parameters()).device
         As = [update.A.to(device) for update in updates]
         self.A = torch.cat(As) if len(As) > 1 else As[0]
-        self.B = {
-            layer: (update.scaling * update.B.to(device)).T for layer, update in zip(layers, updates, strict=True)
-        }
+        Bs = [(update.scaling * update.B.to(device)).T for update in updates]
+        self.B = dict(zip(layers, Bs, strict=True))
         self.ranks = [update.rank for update in updates]
         self.seen: tuple[weakref.ref, int] | None = None
         self.products: dict[nn.Module, torch.Tensor] = {}
@@ -150,6 +137,7 @@ class _SharedInput:
         product, B = self._product(layer, args[0]), self.B[layer]
         if torch.is_grad_enabled():
             return (output + (product @ B).view_as(output)).to(output.dtype)
+        # In place, so that no activation is copied.
         if output.is_contiguous() and output.dtype == product.dtype == B.dtype:
             output.view(-1, output.shape[-1]).addmm_(product, B)
             return output

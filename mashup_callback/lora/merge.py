@@ -64,33 +64,22 @@ class MergedAdapter:
         return sum(kept.values()) / total if total > 0 else 1.0
 
     def info(self, layers: Collection[str] | None = None) -> MergeInfo:
-        """Returns what a report says about the merge, of which only some layers can be held."""
-        layers = self.factors.keys() if layers is None else layers
-        (lost_energy, lost_layers), held = self.outside(layers), self.within(layers)
-        return MergeInfo(
-            method=held.method,
-            space=held.space,
-            parameters=dict(held.parameters),
-            rank=held.rank,
-            kept_energy=held.total_kept_energy,
-            kept_energy_by_module=dict(held.kept_energy),
-            lost_energy=lost_energy,
-            lost_layers=lost_layers,
-            mergekit_version=held.mergekit_version,
-        )
-
-    def outside(self, layers: Collection[str]) -> tuple[float, tuple[str, ...]]:
-        """Returns the share of the merge's squared Frobenius norm that is in other layers, and these layers."""
+        """Returns what a report says about the merge where only these layers, by default all, are trained."""
+        held = {name: update for name, update in self.factors.items() if layers is None or name in layers}
+        kept = {name: self.kept_energy[name] for name in held}
         energies = {name: update.norm() ** 2 for name, update in self.factors.items()}
-        lost, total = tuple(name for name in self.factors if name not in layers), sum(energies.values())
-        return sum(energies[name] for name in lost) / total if total else 0.0, lost
-
-    def within(self, layers: Collection[str]) -> "MergedAdapter":
-        """Returns the part of the merge in some layers."""
-        factors = {name: update for name, update in self.factors.items() if name in layers}
-        kept = {name: self.kept_energy[name] for name in factors}
-        rank = max((update.rank for update in factors.values()), default=0)
-        return dataclasses.replace(self, factors=factors, kept_energy=kept, rank=rank)
+        lost, total = tuple(name for name in self.factors if name not in held), sum(energies.values())
+        return MergeInfo(
+            method=self.method,
+            space=self.space,
+            parameters=dict(self.parameters),
+            rank=_largest_rank(held),
+            kept_energy=dataclasses.replace(self, factors=held, kept_energy=kept).total_kept_energy,
+            kept_energy_by_module=kept,
+            lost_energy=sum(energies[name] for name in lost) / total if total else 0.0,
+            lost_layers=lost,
+            mergekit_version=self.mergekit_version,
+        )
 
 
 def merge_factors(
@@ -104,7 +93,7 @@ def merge_factors(
     seed: int = 42,
 ) -> MergedAdapter:
     """
-    Merge the updates of several adapters of one base model.
+    Merges the updates of several adapters of one base model.
 
     In `"delta"` space the merge is the best rank-r approximation of what mergekit makes of the dense updates.
     `linear` (with normalized weights), `task_arithmetic` and `model_stock` then also equal mergekit's merge of the
@@ -121,11 +110,7 @@ def merge_factors(
     lone update is copied. In `"factors"` space an absent module has a zero B and the mean A of the others.
 
     A single adapter is returned unmerged if the method needs more. `ranks` are the largest of the result, for all
-    modules or per module; modules without one keep the largest rank of their inputs. What random methods draw depends
-    on `seed` and the module's name only.
-
-    Raises:
-        ValueError: Settings or shapes do not fit together, or mergekit refuses a module.
+    modules or per module; modules without one keep the largest rank of their inputs.
     """
     weights = tuple(float(weight) for weight in weights)
     _check_inputs(inputs, weights, space)
@@ -136,8 +121,9 @@ def merge_factors(
     for name in dict.fromkeys(name for adapter in inputs for name in adapter):
         merged = merge(name, [adapter.get(name) for adapter in inputs], _wanted_rank(ranks, name))
         factors[name], kept[name] = merged.factors, merged.kept_energy
-    rank = max((f.rank for f in factors.values()), default=0)
-    return MergedAdapter(factors, kept, method, space, dict(merge.rule.parameters), weights, rank)
+    return MergedAdapter(
+        factors, kept, method, space, dict(merge.rule.parameters), weights, rank=_largest_rank(factors)
+    )
 
 
 def merge_adapters(
@@ -152,7 +138,7 @@ def merge_adapters(
     seed: int = 42,
 ) -> MergedAdapter:
     """
-    Merge adapters from disk, without their base model.
+    Merges adapters from disk, without their base model.
 
     Args:
         adapters (sequence of `str`, `Path` or `Candidate`):
@@ -207,6 +193,10 @@ def merge_adapters(
     return dataclasses.replace(merged, path=saved)
 
 
+def _largest_rank(factors: Factors) -> int:
+    return max((update.rank for update in factors.values()), default=0)
+
+
 def _read_fitting(adapters: Sequence[str | Path | Candidate]) -> list[tuple[str, Adapter]]:
     """Reads adapters and raises `ValueError`, with the name, for one that cannot be read or does not fit the first."""
     candidates = [as_candidate(adapter) for adapter in adapters]
@@ -249,10 +239,10 @@ def _check_inputs(inputs: Sequence[Factors], weights: Sequence[float], space: st
 
 def _trainable(factors: Factors, rank: int, seed: int) -> dict[str, LoraFactors]:
     """Writes every module into fresh factors of `rank`, drawn as peft initializes them."""
-    return {name: trainable(f, _fresh(f, rank, zlib.crc32(f"{seed}:{name}".encode()))) for name, f in factors.items()}
-
-
-def _fresh(like: LoraFactors, rank: int, seed: int) -> LoraFactors:
-    drawn = torch.rand(rank, like.in_features, generator=torch.Generator().manual_seed(seed))
-    A = ((2 * drawn - 1) / math.sqrt(like.in_features)).to(like.A)
-    return LoraFactors(A, A.new_zeros(like.out_features, rank), 1.0)
+    fresh = {}
+    for name, like in factors.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        drawn = torch.rand(rank, like.in_features, generator=generator)
+        A = ((2 * drawn - 1) / math.sqrt(like.in_features)).to(like.A)
+        fresh[name] = LoraFactors(A, A.new_zeros(like.out_features, rank), 1.0)
+    return {name: trainable(update, fresh[name]) for name, update in factors.items()}

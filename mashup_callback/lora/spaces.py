@@ -11,6 +11,10 @@ from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, trunca
 from ..methods import MergeRule
 
 
+# One update per adapter, None where it lacks the module.
+_Inputs = Sequence[LoraFactors | None]
+
+
 @dataclass(frozen=True)
 class ModuleMerge:
     """The settings of a merge, applied to one module at a time; the seed is mixed with the module's name."""
@@ -20,28 +24,19 @@ class ModuleMerge:
     space: str
     seed: int
 
-    def __call__(self, name: str, inputs: Sequence[LoraFactors | None], rank: int | None) -> Truncation:
-        """
-        Merges one module and truncates the result to `rank`, by default the largest of the inputs.
-
-        Raises:
-            ValueError: The shapes differ, or mergekit refuses the inputs.
-        """
+    def __call__(self, name: str, inputs: _Inputs, rank: int | None) -> Truncation:
+        """Merges one module and truncates the result to `rank`, by default the largest of the inputs."""
         owned = [f for f in inputs if f is not None]
         _check_shapes(name, owned)
         rank = max(f.rank for f in owned) if rank is None else rank
         present = [f for f in owned if f.norm() > 0]
         try:
             with private_rng(zlib.crc32(f"{self.seed}:{name}".encode()), owned[0].A.device):
-                return self._merge(inputs, present, owned[0], rank)
+                return self._merge(inputs, present, rank) if present else _zero_update(owned[0])
         except ValueError as error:
             raise ValueError(f"Cannot merge module {name!r}: {error}") from error
 
-    def _merge(
-        self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], like: LoraFactors, rank: int
-    ) -> Truncation:
-        if not present:
-            return Truncation(LoraFactors(like.A[:0].float(), like.B[:, :0].float(), 1.0), 1.0)
+    def _merge(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         if len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0]):
             basis, (core,) = shared_cores(present)
             return truncate_core(basis, core, rank)
@@ -51,9 +46,7 @@ class ModuleMerge:
             return self._merge_cores(inputs, present, rank)
         return self._merge_dense(inputs, present, rank)
 
-    def _merge_cores(
-        self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], rank: int
-    ) -> Truncation:
+    def _merge_cores(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         basis, cores = shared_cores(present, principal=not self.rule.commutes)
         core_of = dict(zip(map(id, present), cores, strict=True))
         zero = torch.zeros_like(cores[0])
@@ -63,14 +56,12 @@ class ModuleMerge:
             merged = zero
         return truncate_core(basis, merged, rank)
 
-    def _merge_dense(
-        self, inputs: Sequence[LoraFactors | None], present: Sequence[LoraFactors], rank: int
-    ) -> Truncation:
+    def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
         updates = [zero if f is None else LoraFactors(f.A.float(), f.B.float(), f.scaling).delta() for f in inputs]
         return truncate_dense(self.rule.merge(updates, self.weights), rank, sum(f.rank for f in present), self.seed)
 
-    def _merge_apart(self, inputs: Sequence[LoraFactors | None], rank: int) -> Truncation:
+    def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:
         pairs = [None if f is None else _split_scaling(f) for f in inputs]
         owned = [pair for pair in pairs if pair is not None]
         ranks = sorted({A.shape[0] for A, _ in owned})
@@ -85,6 +76,10 @@ class ModuleMerge:
             return Truncation(merged, 1.0)
         basis, (core,) = shared_cores([merged])
         return truncate_core(basis, core, rank)
+
+
+def _zero_update(like: LoraFactors) -> Truncation:
+    return Truncation(LoraFactors(like.A[:0].float(), like.B[:, :0].float(), 1.0), 1.0)
 
 
 def _split_scaling(factors: LoraFactors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The LoRA layers that are trained: found in the live model, and checked that a merge can be written into them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ _ZERO = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One LoRA layer of the trainee, by its name in the base model, with copies of its whole A and B."""
+    """One LoRA layer of the trainee by its name in the base model, with copies of A and B, whole even if sharded."""
 
     name: str
     A: torch.Tensor
@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class TrainedAdapter:
-    """The adapter that is trained, as it was before anything was written into it; its layers by name in the base."""
+    """The adapter that is trained as it was before a write: its name on the model, layers and `peft.LoraConfig`."""
 
     name: str
     targets: Mapping[str, Target]
@@ -51,18 +51,10 @@ class TrainedAdapter:
 
 
 def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | None:
-    """
-    Finds the LoRA adapter that is trained; None where no LoRA layer is.
-
-    With `overwrite`, an adapter whose update B·A is not zero is accepted.
-
-    Raises:
-        ValueError: Several adapters are trained, the initialization alters the base or freezes a factor, the adapter
-            is a variant such as DoRA, or it is already trained.
-    """
+    """Returns the adapter that is trained, None without one; raises `ValueError` if a merge cannot be its start."""
     modules = extract_model_from_parallel(model).named_modules()
     layers = {clean_name(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
-    names = sorted({name for layer in layers.values() for name in _trained_adapters(layer)})
+    names = sorted({name for layer in layers.values() for name in layer.active_adapters if _is_trained(layer, name)})
     if not names:
         return None
     if len(names) > 1:
@@ -70,38 +62,34 @@ def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | 
             f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
             "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
         )
-    config = adapter_host(model).peft_config[names[0]]
+    adapter = names[0]
+    config = adapter_host(model).peft_config[adapter]
     _refuse_initialization(config)
-    fitting = {
-        name: layer
-        for name, layer in layers.items()
-        if names[0] in layer.lora_A and layer_shape(layer.get_base_layer()) is not None
-    }
-    values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, names[0])])
-    targets = {name: _target(name, layer, names[0], values) for name, layer in fitting.items()}
+    held = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+    fitting = {name: layer for name, layer in held.items() if layer_shape(layer.get_base_layer()) is not None}
+    values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, adapter)])
+    targets = {name: _target(name, layer, adapter, values) for name, layer in fitting.items()}
     if not overwrite:
         _refuse_trained(targets.values())
-    return TrainedAdapter(names[0], targets, config)
+    return TrainedAdapter(adapter, targets, config)
 
 
-def _trained_adapters(layer: LoraLayer) -> Iterator[str]:
-    for name in layer.active_adapters:
-        if name in layer.lora_A and layer.lora_B[name].weight.requires_grad:
-            yield name
+def _is_trained(layer: LoraLayer, adapter: str) -> bool:
+    return adapter in layer.lora_A and layer.lora_B[adapter].weight.requires_grad
 
 
 def _refuse_initialization(config: Any) -> None:
     kind = str(config.init_lora_weights).lower()
     if kind.startswith(ALTERS_BASE):
-        raise ValueError(
-            f"`init_lora_weights={config.init_lora_weights!r}` alters the base weights, so adapters of the original "
-            "base no longer fit it. Use the default `init_lora_weights=True`, or train without the mashup."
-        )
-    if kind.startswith(FREEZES_A_FACTOR):
-        raise ValueError(
-            f"`init_lora_weights={config.init_lora_weights!r}` freezes a factor that a mashup must write. Use the "
-            "default `init_lora_weights=True`, or train without the mashup."
-        )
+        problem = "alters the base weights, so adapters of the original base no longer fit it"
+    elif kind.startswith(FREEZES_A_FACTOR):
+        problem = "freezes a factor that a mashup must write"
+    else:
+        return
+    raise ValueError(
+        f"`init_lora_weights={config.init_lora_weights!r}` {problem}. Use the default `init_lora_weights=True`, or "
+        "train without the mashup."
+    )
 
 
 def _parameter_names(layer: str, adapter: str) -> tuple[str, str]:
