@@ -153,7 +153,7 @@ def grpo(output_dir, callback):
         llama(),
         reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
         args=GRPOConfig(str(output_dir), num_generations=4, max_completion_length=4, **COMMON),
-        train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(16)]),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(32)]),
         processing_class=tokenizer(),
         peft_config=lora(),
         callbacks=[callback],
