@@ -59,12 +59,15 @@ def test_bfloat16(tmp_path, library, plain):
 def test_float16(tmp_path, library, plain, dtype):
     # By itself, peft keeps the adapter of a half precision model in float32.
     settings = {"autocast_adapter_dtype": dtype == torch.float32}
+    # The fresh adapter is that of the Trainer, which sets its seed first.
+    torch.manual_seed(42)
     model = get_peft_model(llama().half(), lora(), **settings)
     values, held, report = run(tmp_path / "out", library, model=model)
     assert report.decision == plain[2].decision
-    # float16 keeps 11 bits.
+    # float16 keeps 11 bits, also of the fresh A, as large as which the written A is.
     assert report.merged_loss == pytest.approx(plain[2].merged_loss, abs=2e-3)
-    assert all(torch.equal(value, plain[1][name].to(dtype)) for name, value in held.items())
+    for name, value in held.items():
+        assert value.dtype == dtype and torch.allclose(value.float(), plain[1][name], rtol=2**-10, atol=1e-6), name
     saved = PeftModel.from_pretrained(llama().half(), tmp_path / "out/mashup", is_trainable=True, **settings)
     loaded = sft_trainer(tmp_path / "loaded", model=saved)
     loaded.train()
