@@ -84,7 +84,7 @@ def find_candidates(
     excluded = [os.path.realpath(os.path.expanduser(path)) for path in exclude]
     lookup = _HubLookup(hub or Hub(), base_model, relations, check, allow_licenses, allow_authors)
     named: list[_Named] = []
-    for spec in _resolved(specs):
+    for spec in map(_resolved, _entries(specs)):
         if spec.kind == "path":
             named += [(item, partial(_checked_here, item, check)) for item in find_locally(spec, excluded)]
         else:
@@ -94,17 +94,21 @@ def find_candidates(
 
 def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str | os.PathLike, ...]:
     """Returns the candidates' specs as a tuple; raises what [`find_candidates`] would, and where there is none."""
-    entries = tuple([specs] if isinstance(specs, str | os.PathLike) else specs)
+    entries = _entries(specs)
     if not entries:
         raise ValueError(f"There are no candidates, expected at least one of: {FORMS}.")
-    for spec in _resolved(entries):
+    for spec in map(_resolved, entries):
         path = os.path.expanduser(spec.path or "")
         if spec.kind == "path" and not spec.is_glob and not os.path.lexists(path):
             raise ValueError(f"{str(spec)!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
         if spec.kind == "path" and os.path.isfile(path):
             raise is_file(Path(path))
-    # A path stays one: as text, it might be something else.
     return entries
+
+
+def _entries(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str | os.PathLike, ...]:
+    # A path stays one: as text, it might be something else.
+    return (specs,) if isinstance(specs, str | os.PathLike) else tuple(specs)
 
 
 def read_source(candidate: Candidate, check: Check | None = None) -> Any:
@@ -131,11 +135,7 @@ def as_candidate(source: Candidate | str | os.PathLike) -> Candidate:
     return Candidate(os.fspath(source), kind, path, run=os.path.realpath(path))
 
 
-def _resolved(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Spec]:
-    return [_resolve(entry) for entry in ([specs] if isinstance(specs, str | os.PathLike) else specs)]
-
-
-def _resolve(entry: str | os.PathLike) -> Spec:
+def _resolved(entry: str | os.PathLike) -> Spec:
     if isinstance(entry, os.PathLike):
         return Spec("path", path=os.fspath(entry))
     if not isinstance(entry, str):

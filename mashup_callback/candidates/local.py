@@ -168,18 +168,19 @@ def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
     """Rejects all but one of the adapters with the same content, and keeps a run's final one over its checkpoints."""
     # Only files of the same size are hashed.
     sizes = Counter(item.bytes for item in found if _is_adapter_here(item))
-    found = [with_digest(item) if _is_adapter_here(item) and sizes[item.bytes] > 1 else item for item in found]
-    kept: dict[tuple[str, str], int] = {}
-    reasons: dict[int, str] = {}
+    found = [_with_digest(item) if _is_adapter_here(item) and sizes[item.bytes] > 1 else item for item in found]
     hashed = [index for index, item in enumerate(found) if _is_adapter_here(item) and item.digest]
+    kept: dict[tuple[str, str], str] = {}
     for index in sorted(hashed, key=lambda index: _is_checkpoint(found[index].path)):
         content = _content(found[index])
-        if content is not None and kept.setdefault(content, index) != index:
-            reasons[index] = f"identical to {found[kept[content]].name}"
-    return [replace(item, reason=reasons[index]) if index in reasons else item for index, item in enumerate(found)]
+        if content in kept:
+            found[index] = replace(found[index], reason=f"identical to {kept[content]}")
+        elif content is not None:
+            kept[content] = found[index].name
+    return found
 
 
-def with_digest(candidate: Candidate) -> Candidate:
+def _with_digest(candidate: Candidate) -> Candidate:
     """Returns an adapter with the digest of its weights; unchanged where they cannot be read, which is found later."""
     if candidate.digest is not None:
         return candidate
