@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
@@ -35,7 +35,11 @@ def download_candidate(candidate: Candidate, hub: Hub) -> Candidate:
     if not _is_remote(candidate):
         return candidate
     try:
-        return cached(candidate) or _downloaded(candidate, hub)
+        if found := cached(candidate):
+            return found
+        stated = _stated(candidate, hub)
+        paths = [_fetch(candidate, path, digest, size, hub) for path, (digest, size) in stated.items()]
+        return _at(candidate, paths[0].parent)
     except RECOVERABLE as error:
         return replace(candidate, reason=f"its download failed: {describe(error, candidate.repo_id)}")
 
@@ -45,12 +49,12 @@ def arriving(candidates: Sequence[Item], hub: Hub) -> Iterator[Iterator[Item]]:
     """
     Context with an iterator over the candidates in their order, each with its files on this machine.
 
-    In a single process the next ones are downloaded while one is used. Several processes must agree on what there is
-    before any goes on: one of each machine downloads everything first. What is no candidate is passed on as it is.
+    The next ones are downloaded while one is used. With several processes, one of each machine downloads everything
+    first: they must agree on what there is.
     """
     pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="mashup-download")
     # The main process found them: where they are in its machine's cache says nothing of other machines.
-    here = candidates if is_main_process() else [_without_path(item) for item in candidates]
+    here = [item if is_main_process() or not _is_of_hub(item) else replace(item, path=None) for item in candidates]
     coming = _ahead(here, hub, pool)
     try:
         yield coming if place()[1] == 1 else iter(in_turns(lambda: [*_ahead(here, hub, pool)]))
@@ -60,12 +64,7 @@ def arriving(candidates: Sequence[Item], hub: Hub) -> Iterator[Iterator[Item]]:
 
 
 def cached(candidate: Candidate) -> Candidate | None:
-    """
-    Returns the candidate with the directory that holds its files in the Hub's cache, None if not all are there.
-
-    A file in the cache has the name of its content's hash. One whose content is another, because it was damaged or a
-    process was killed before it had verified it, is removed and so will be downloaded again.
-    """
+    """Returns the candidate with its directory in the Hub's cache, None if not all files are there and genuine."""
     files = tuple(dict.fromkeys([*candidate.files, *_shards(candidate)]))
     found = {name: _in_cache(candidate, name) for name in files}
     if not found or None in found.values() or not all(map(_is_genuine, found.values())):
@@ -88,12 +87,12 @@ def snapshot(repo_id: str, revision: str | None) -> Path | None:
     return max((path for path in folders if path.is_dir()), key=os.path.getmtime, default=None)
 
 
+def _is_of_hub(item: object) -> TypeGuard[Candidate]:
+    return isinstance(item, Candidate) and item.repo_id is not None
+
+
 def _is_remote(item: object) -> bool:
-    return isinstance(item, Candidate) and item.repo_id is not None and item.path is None and item.reason is None
-
-
-def _without_path(item: Item) -> Item:
-    return replace(item, path=None) if isinstance(item, Candidate) and item.repo_id else item
+    return _is_of_hub(item) and item.path is None and item.reason is None
 
 
 def _ahead(candidates: Sequence[Item], hub: Hub, pool: ThreadPoolExecutor) -> Generator[Item, None, None]:
@@ -108,12 +107,6 @@ def _ahead(candidates: Sequence[Item], hub: Hub, pool: ThreadPoolExecutor) -> Ge
         # Whoever stops early does not want the rest, and should not wait for it.
         if any(isinstance(item, Future) and not item.done() for item in waiting):
             hub.stop("the candidates are not needed any more")
-
-
-def _downloaded(candidate: Candidate, hub: Hub) -> Candidate:
-    stated = _stated(candidate, hub)
-    paths = [_fetch(candidate, path, digest, size, hub) for path, (digest, size) in stated.items()]
-    return _at(candidate, paths[0].parent)
 
 
 def _stated(candidate: Candidate, hub: Hub) -> dict[str, tuple[str, int]]:
@@ -141,14 +134,14 @@ def _fetch(candidate: Candidate, name: str, digest: str, size: int, hub: Hub) ->
     for _ in range(2):
         path = Path(hub.call(hf_hub_download, candidate.repo_id, name, revision=candidate.revision, size=size))
         hub.received(path.stat().st_size)
-        if has_digest(path, digest):
+        if _has_digest(path, digest):
             return path
         logger.warning("%s of %s came with the wrong content and is removed.", name, candidate.name)
         _discard(path)
     raise HubError(f"{name} came twice with other content than its hash says, and was removed")
 
 
-def has_digest(path: Path, digest: str) -> bool:
+def _has_digest(path: Path, digest: str) -> bool:
     """Whether a file has the content that the Hub's hash says: SHA-256 of large files, or a git blob's SHA-1."""
     if len(digest) == 64:
         found = hashlib.sha256()
@@ -184,11 +177,12 @@ def _shards(candidate: Candidate) -> list[str]:
 
 
 def _is_genuine(path: Path) -> bool:
+    """Whether a file in the cache has the content that its name, a hash, says; if not, it is removed."""
     if not path.is_symlink():
         # The cache of a system without symbolic links does not keep the hash. It was verified when downloaded.
         return True
     digest = Path(os.readlink(path)).name
-    if len(digest) in (40, 64) and has_digest(path, digest):
+    if len(digest) in (40, 64) and _has_digest(path, digest):
         return True
     logger.warning("%s in the cache does not have the content that its name says; it is removed.", path)
     _discard(path)
@@ -197,8 +191,6 @@ def _is_genuine(path: Path) -> bool:
 
 def _discard(path: Path) -> None:
     """Removes a file from the Hub's cache: its name in the snapshot and its content, wherever the links lead."""
-    content = {path, Path(os.path.realpath(path))}
-    if path.is_symlink():
-        content.add(path.parent / os.readlink(path))
-    for item in content:
+    linked = [path.parent / os.readlink(path)] if path.is_symlink() else []
+    for item in (Path(os.path.realpath(path)), *linked, path):
         item.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Finding candidates: those on this machine and on the Hub, checked until enough can be used."""
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError
-from ..formats import Adapter, is_checkpoint, quote, read_adapter, read_checkpoint
+from ..formats import is_checkpoint, quote, read_adapter, read_checkpoint
 from .candidate import Candidate
 from .download import cached, snapshot
 from .hub import RECOVERABLE, Hub, describe
@@ -83,7 +84,7 @@ def find_candidates(
     excluded = [os.path.realpath(os.path.expanduser(path)) for path in exclude]
     lookup = _HubLookup(hub or Hub(), base_model, relations, check, allow_licenses, allow_authors)
     named: list[_Named] = []
-    for spec in _resolved(specs):
+    for spec in map(_resolved, _entries(specs)):
         if spec.kind == "path":
             named += [(item, partial(_checked_here, item, check)) for item in find_locally(spec, excluded)]
         else:
@@ -93,41 +94,36 @@ def find_candidates(
 
 def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str | os.PathLike, ...]:
     """Returns the candidates' specs as a tuple; raises what [`find_candidates`] would, and where there is none."""
-    entries = tuple([specs] if isinstance(specs, str | os.PathLike) else specs)
+    entries = _entries(specs)
     if not entries:
         raise ValueError(f"There are no candidates, expected at least one of: {FORMS}.")
-    for spec in _resolved(entries):
+    for spec in map(_resolved, entries):
         path = os.path.expanduser(spec.path or "")
         if spec.kind == "path" and not spec.is_glob and not os.path.lexists(path):
             raise ValueError(f"{str(spec)!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
         if spec.kind == "path" and os.path.isfile(path):
             raise is_file(Path(path))
-    # A path stays one: as text, it might be something else.
     return entries
 
 
-def read_source(candidate: Candidate, check: Check | None = None) -> Any:
-    """
-    Reads the description of a candidate whose files are on this machine, and returns what `check` makes of it.
+def _entries(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str | os.PathLike, ...]:
+    # A path stays one: as text, it might be something else.
+    return (specs,) if isinstance(specs, str | os.PathLike) else tuple(specs)
 
-    Raises:
-        AdapterError: The reason why it cannot be used.
-    """
+
+def read_source(candidate: Candidate, check: Check | None = None) -> Any:
+    """Returns what `check` makes of the description of a local candidate; raises `AdapterError` with the reason."""
     if candidate.reason is not None:
         raise AdapterError(candidate.reason)
     if candidate.path is None:
         raise AdapterError(f"{candidate.name} has not been downloaded yet")
-    description = _READERS[candidate.kind](candidate)
+    if candidate.kind == "model":
+        description = read_checkpoint(candidate.path)
+    else:
+        description = read_adapter(candidate.path)
+        if (candidate.bytes, candidate.modified) == (description.stamp.size, description.stamp.modified):
+            description = replace(description, known_digest=candidate.digest)
     return check(description) if check else description
-
-
-def _read_adapter(candidate: Candidate) -> Adapter:
-    adapter = read_adapter(candidate.path)
-    same = (candidate.bytes, candidate.modified) == (adapter.stamp.size, adapter.stamp.modified)
-    return replace(adapter, known_digest=candidate.digest) if same else adapter
-
-
-_READERS = {"adapter": _read_adapter, "model": lambda candidate: read_checkpoint(candidate.path)}
 
 
 def as_candidate(source: Candidate | str | os.PathLike) -> Candidate:
@@ -139,11 +135,7 @@ def as_candidate(source: Candidate | str | os.PathLike) -> Candidate:
     return Candidate(os.fspath(source), kind, path, run=os.path.realpath(path))
 
 
-def _resolved(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Spec]:
-    return [_resolve(entry) for entry in ([specs] if isinstance(specs, str | os.PathLike) else specs)]
-
-
-def _resolve(entry: str | os.PathLike) -> Spec:
+def _resolved(entry: str | os.PathLike) -> Spec:
     if isinstance(entry, os.PathLike):
         return Spec("path", path=os.fspath(entry))
     if not isinstance(entry, str):
@@ -153,9 +145,7 @@ def _resolve(entry: str | os.PathLike) -> Spec:
 
 
 def _checked_here(candidate: Candidate, check: Check | None) -> list[Candidate]:
-    if candidate.reason is None and check is not None:
-        return [_judged(candidate, check)]
-    return [candidate]
+    return [_judged(candidate, check) if check else candidate]
 
 
 def _judged(candidate: Candidate, check: Check | None) -> Candidate:
@@ -168,7 +158,7 @@ def _judged(candidate: Candidate, check: Check | None) -> Candidate:
 
 @dataclass(frozen=True)
 class _HubLookup:
-    """Which candidates of the Hub can be used, by what it states, or by what its cache holds when it is down."""
+    """Finds out which candidates of the Hub can be used: from its replies, or from the cache when it is down."""
 
     hub: Hub
     base_model: str | None
@@ -198,7 +188,7 @@ class _HubLookup:
             return [replace(repository, reason=describe(error, repository.repo_id))]
 
     def _pinned(self, repository: Candidate) -> list[Candidate]:
-        """Returns a candidate that is at a commit and in the cache, for which nothing has to be asked."""
+        """Returns a candidate at a commit that is in the cache: nothing has to be asked for it."""
         if self.allow_licenses is not None or not COMMIT.fullmatch(repository.revision or ""):
             return []
         found = _in_cache(repository)
@@ -226,9 +216,8 @@ class _HubLookup:
 
     def _without_hub(self, repository: Candidate) -> list[Candidate]:
         if self.allow_licenses is not None:
-            return [
-                replace(repository, reason=f"{self.hub.down}: its license is unknown, hence not in allow_licenses")
-            ]
+            why = f"{self.hub.down}: its license is unknown, hence not in allow_licenses"
+            return [replace(repository, reason=why)]
         if found := _in_cache(repository):
             return [_judged(item, self.check) for item in found]
         at = f" --revision {repository.revision}" if repository.revision else ""
@@ -280,13 +269,13 @@ def _identity(candidate: Candidate) -> object:
 
 
 def _limit_download(found: Sequence[Candidate], max_download_gb: float | None) -> list[Candidate]:
-    if max_download_gb is None:
-        return list(found)
-    result, total = [], 0
+    left = math.inf if max_download_gb is None else max_download_gb * 1e9
+    result = []
     for item in found:
         size = item.bytes or 0 if item.path is None and item.reason is None else 0
-        over = size > 0 and total + size > max_download_gb * 1e9
-        reason = f"its {size:,} bytes would exceed max_download_gb={max_download_gb:g}"
-        total += 0 if over else size
-        result.append(replace(item, reason=reason) if over else item)
+        if size > max(left, 0):
+            item = replace(item, reason=f"its {size:,} bytes would exceed max_download_gb={max_download_gb:g}")
+        else:
+            left -= size
+        result.append(item)
     return result

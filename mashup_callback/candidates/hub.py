@@ -1,6 +1,5 @@
 """The connection to the Hub: calls of huggingface_hub that end within a deadline, and what their failures mean."""
 
-import itertools
 import logging
 import threading
 import time
@@ -69,8 +68,7 @@ class Hub:
         self.requests, self.bytes, self.seconds = 0, 0, 0.0
         self._lock = threading.RLock()
         self._running, self._began = 0, 0.0
-        self._waited = 0.0
-        self._failures = 0
+        self._waited, self._failures = 0.0, 0
         self._stopped: Future[str] = Future()
 
     @property
@@ -89,7 +87,7 @@ class Hub:
                 self._stopped.set_result(reason)
 
     def traffic(self) -> dict[str, float]:
-        """Returns the calls, bytes of files and seconds so far, for the report."""
+        """Returns what a report says of the calls so far."""
         return {"requests": self.requests, "bytes": self.bytes, "seconds": round(self.seconds, 4)}
 
     def received(self, count: int) -> None:
@@ -100,9 +98,12 @@ class Hub:
     def call(self, function: Callable[..., Result], *args: Any, size: int = 0, **kwargs: Any) -> Result:
         """Calls a function of huggingface_hub that receives about `size` bytes; raises one of `RECOVERABLE`."""
         seconds = DEADLINE_SECONDS + max(0, size) / MIN_BYTES_PER_SECOND
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             try:
                 result = self._in_time(partial(function, *args, **kwargs), seconds)
+                self._failures = 0
+                return result
             except (HTTP_ERROR, TimeoutError) as error:
                 delay = self._delay(error, attempt)
                 if delay is None:
@@ -111,10 +112,7 @@ class Hub:
                     raise
                 logger.info("A call to the Hub failed (%s); again in %.1f s.", quote(error), delay)
                 wait([self._stopped], timeout=delay)
-            else:
-                self._failures = 0
-                return result
-        raise AssertionError("unreachable: every attempt returns, raises or is followed by another")
+                attempt += 1
 
     def read(self, url: str, start: int, stop: int) -> tuple[bytes, int]:
         """Returns a part of a file, and the size of the whole file as the server states it."""
@@ -156,7 +154,10 @@ class Hub:
 
     def _delay(self, error: Exception, attempt: int) -> float | None:
         """Returns how long to wait for another attempt, None if there should be none."""
-        if not is_transient(error) or attempt >= _attempts(error):
+        if isinstance(error, TimeoutError) or not is_transient(error):
+            return None
+        unreachable = _cannot_connect(error) or "Timeout" in type(error).__name__
+        if attempt >= (1 if unreachable else len(RETRY_SECONDS)):
             return None
         asked = retry_after(error.response) if isinstance(error, HfHubHTTPError) else 0.0
         delay = max(asked, RETRY_SECONDS[attempt])
@@ -240,12 +241,6 @@ def retry_after(response: Any) -> float:
     if limits is not None and limits.remaining == 0:
         return float(limits.reset_in_seconds)
     return float(text) if text.isascii() and text.isdigit() else 0.0
-
-
-def _attempts(error: Exception) -> int:
-    if isinstance(error, TimeoutError):
-        return 0
-    return 1 if _cannot_connect(error) or "Timeout" in type(error).__name__ else len(RETRY_SECONDS)
 
 
 def _cannot_connect(error: Exception) -> bool:

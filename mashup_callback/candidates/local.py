@@ -12,7 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import AdapterError
-from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, open_regular, parse_config, read_limited
+from ..formats import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    MODEL_CONFIG_NAME,
+    MODEL_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    open_regular,
+    parse_config,
+    read_limited,
+)
 from .candidate import Candidate
 from .spec import FORMS, Spec, is_glob
 
@@ -21,36 +31,28 @@ logger = logging.getLogger(__name__)
 
 # A directory of runs holds runs, and these hold adapters and checkpoints.
 _DEPTH = 2
-SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
-SHARDED = (
-    f"its weights are split over several files, expected one {WEIGHTS_NAME}: load it with peft and save it again with "
-    "a larger `max_shard_size`"
-)
+_SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 # What this package writes into a run's output directory.
-_MASHUP = {"mashup"}
+_MASHUP = "mashup"
 
 
 def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
     """Returns what a path or glob leads to in natural order, without what is in the excluded real paths."""
     path = Path(os.path.expanduser(spec.path))
+    if os.path.lexists(path) and _skip(path, excluded):
+        return [_candidate(path, reason="it is this run's own output or that of a mashup")]
+    if os.path.isfile(path):
+        raise is_file(path)
     if os.path.lexists(path):
-        return _expand_literal(path, excluded)
+        reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
+        return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
     if not spec.is_glob:
         raise ValueError(f"{str(spec)!r} does not exist here and is no name of a Hub repository, expected {FORMS}.")
     found = [item for match in _glob(path) if not _skip(match, excluded) for item in _expand(match, excluded)]
     if not found:
         logger.warning("No adapter matches %s (yet): nothing to start from there.", spec)
     return found
-
-
-def _expand_literal(path: Path, excluded: Sequence[str]) -> list[Candidate]:
-    if _skip(path, excluded):
-        return [_candidate(path, reason="it is this run's own output or that of a mashup")]
-    if os.path.isfile(path):
-        raise is_file(path)
-    reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
-    return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
 
 
 def _glob(path: Path) -> list[Path]:
@@ -61,7 +63,7 @@ def _glob(path: Path) -> list[Path]:
         parts = {match: match.relative_to(root).parts for match in root.glob(pattern)}
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{str(path)!r} is no glob: {error}. Use *, ?, [...], or ** as a whole part.") from error
-    return sorted((match for match in parts if not _MASHUP & {*parts[match]} and match.name[0] != "."), key=_order)
+    return sorted((match for match in parts if _MASHUP not in parts[match] and match.name[0] != "."), key=_order)
 
 
 def _order(path: Path) -> tuple[object, ...]:
@@ -81,8 +83,8 @@ def _skip(path: Path, excluded: Sequence[str]) -> bool:
     real = os.path.realpath(path)
     if any(real == directory or real.startswith(os.path.join(directory, "")) for directory in excluded):
         return True
-    reports = (parent for parent in path.parents if parent.name in _MASHUP)
-    return path.name in _MASHUP or any(os.path.exists(parent / "report.json") for parent in reports)
+    reports = (parent / "report.json" for parent in path.parents if parent.name == _MASHUP)
+    return path.name == _MASHUP or any(map(os.path.exists, reports))
 
 
 def _expand(directory: Path, excluded: Sequence[str], depth: int = _DEPTH) -> Iterator[Candidate]:
@@ -111,21 +113,31 @@ def is_file(path: Path) -> ValueError:
 
 
 def _describe(directory: Path, entries: Iterable[str]) -> Candidate | None:
+    if CONFIG_NAME in entries and WEIGHTS_NAME in entries:
+        return _candidate(directory, bytes=_size(directory / WEIGHTS_NAME))
     if CONFIG_NAME in entries:
-        if WEIGHTS_NAME in entries:
-            return _candidate(directory, bytes=_size(directory / WEIGHTS_NAME))
-        if any(SHARD.fullmatch(name) for name in entries):
-            return _candidate(directory, reason=SHARDED)
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in entries):
-            return _candidate(
-                directory, reason=f"it has only pickled weights, which are never opened, and no {WEIGHTS_NAME}"
-            )
-        return _candidate(directory, reason=f"{WEIGHTS_NAME} is missing: its training may have been interrupted")
+        missing = f"{WEIGHTS_NAME} is missing: its training may have been interrupted"
+        return _candidate(directory, reason=why_unusable(entries) or missing)
     shards = [name for name in entries if name.endswith(".safetensors")]
-    if "config.json" in entries and (shards or "model.safetensors.index.json" in entries):
+    if MODEL_CONFIG_NAME in entries and (shards or INDEX_NAME in entries):
         return _candidate(directory, kind="model", bytes=sum(_size(directory / name) or 0 for name in shards))
-    if "config.json" in entries and any(name.endswith(".bin") for name in entries):
-        return _candidate(directory, kind="model", reason="it has only pickled weights, which are never opened")
+    if MODEL_CONFIG_NAME in entries and any(name.endswith(".bin") for name in entries):
+        return _candidate(directory, kind="model", reason=why_unusable(entries))
+    return None
+
+
+def why_unusable(names: Iterable[str]) -> str | None:
+    """Returns why no weights among the files of an adapter or a model can be used, None if nothing there shows it."""
+    names = {*names}
+    if CONFIG_NAME in names and any(map(_SHARD.fullmatch, names)):
+        return (
+            f"its weights are split over several files, expected one {WEIGHTS_NAME}: load it with peft and save it "
+            "again with a larger `max_shard_size`"
+        )
+    pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+    for config, weights in ((CONFIG_NAME, WEIGHTS_NAME), (MODEL_CONFIG_NAME, MODEL_WEIGHTS_NAME)):
+        if config in names and pickled:
+            return f"it has only pickled weights, which are never opened, and no {weights}"
     return None
 
 
@@ -140,10 +152,9 @@ def _run_of(directory: Path) -> str:
         if _is_checkpoint(path):
             return str(path.parent)
     try:
-        siblings = os.listdir(real.parent)
+        return str(real.parent if any(map(_CHECKPOINT.fullmatch, os.listdir(real.parent))) else real)
     except OSError:
         return str(real)
-    return str(real.parent) if any(_CHECKPOINT.fullmatch(name) for name in siblings) else str(real)
 
 
 def _size(path: Path) -> int | None:
@@ -154,24 +165,22 @@ def _size(path: Path) -> int | None:
 
 
 def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
-    """
-    Rejects all but one of the adapters with the same content, and keeps a run's final adapter over its checkpoints.
-
-    Only files of the same size are hashed; a candidate carries its digest with it and is not hashed again.
-    """
+    """Rejects all but one of the adapters with the same content, and keeps a run's final one over its checkpoints."""
+    # Only files of the same size are hashed.
     sizes = Counter(item.bytes for item in found if _is_adapter_here(item))
-    found = [with_digest(item) if _is_adapter_here(item) and sizes[item.bytes] > 1 else item for item in found]
-    kept: dict[tuple[str, str], int] = {}
-    reasons: dict[int, str] = {}
+    found = [_with_digest(item) if _is_adapter_here(item) and sizes[item.bytes] > 1 else item for item in found]
     hashed = [index for index, item in enumerate(found) if _is_adapter_here(item) and item.digest]
+    kept: dict[tuple[str, str], str] = {}
     for index in sorted(hashed, key=lambda index: _is_checkpoint(found[index].path)):
         content = _content(found[index])
-        if content is not None and kept.setdefault(content, index) != index:
-            reasons[index] = f"identical to {found[kept[content]].name}"
-    return [replace(item, reason=reasons[index]) if index in reasons else item for index, item in enumerate(found)]
+        if content in kept:
+            found[index] = replace(found[index], reason=f"identical to {kept[content]}")
+        elif content is not None:
+            kept[content] = found[index].name
+    return found
 
 
-def with_digest(candidate: Candidate) -> Candidate:
+def _with_digest(candidate: Candidate) -> Candidate:
     """Returns an adapter with the digest of its weights; unchanged where they cannot be read, which is found later."""
     if candidate.digest is not None:
         return candidate

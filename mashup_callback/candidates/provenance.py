@@ -17,43 +17,37 @@ _HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
 
 
 def same_data(directory: Path | None, dataset: Any) -> str | None:
-    """
-    Returns a warning where the model card in a directory names the data set that is trained on.
-
-    Args:
-        directory (`Path`, *optional*):
-            The candidate's.
-        dataset (`Any`):
-            What the Trainer trains on; its names are known if it comes from `datasets.load_dataset`.
-    """
+    """Returns a warning if the model card in a candidate's directory names the data set that is trained on."""
     target = dataset_names(dataset)
-    shared = target & card_datasets(directory) if target else set()
+    shared = target & card_datasets(directory) if target and directory else set()
     if not shared:
         return None
     return f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"
 
 
 def dataset_names(dataset: Any) -> set[str]:
-    """Returns the Hub names that a data set has on record, without the organisation and in lower case."""
+    """Returns the Hub names that a data set has on record, without the organization and in lower case."""
     info = getattr(dataset, "info", None)
     files = " ".join(map(str, getattr(info, "download_checksums", None) or {}))
     return {_short(name) for name in (getattr(info, "dataset_name", None), *_HUB_FILE.findall(files)) if name}
 
 
-def card_datasets(directory: Path | None) -> set[str]:
+def card_datasets(directory: Path) -> set[str]:
     """Returns the data sets that the model card in a directory names, as [`dataset_names`] gives them."""
-    if directory is None or not (directory / CARD_NAME).exists():
-        return set()
+    named = card_metadata(directory).get("datasets")
+    names = [named] if isinstance(named, str) else named
+    return {_short(name) for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def card_metadata(directory: Path) -> dict[str, Any]:
+    """Returns the metadata of the model card in a directory; a broken card says nothing."""
     try:
         text = read_limited(directory / CARD_NAME, _CARD_BYTES).decode("utf-8", errors="replace")
         match = _FRONT_MATTER.match(text)
         card = yaml.safe_load(match.group(1)) if match else None
-    except (AdapterError, yaml.YAMLError, RecursionError):
-        # A broken card says nothing about the adapter beside it.
-        return set()
-    named = card.get("datasets") if isinstance(card, dict) else None
-    names = [named] if isinstance(named, str) else named
-    return {_short(name) for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    except (AdapterError, yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _short(name: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_url, metadata_load
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError, HubError
@@ -34,7 +34,8 @@ from ..formats import (
 )
 from .candidate import Candidate
 from .hub import RECOVERABLE, Hub, describe
-from .local import SHARD, SHARDED
+from .local import why_unusable
+from .provenance import card_metadata
 from .spec import Spec, hub_name
 
 
@@ -51,8 +52,11 @@ _TIMEOUT_SECONDS = 10.0
 _MAX_NAME_BYTES = 2**20
 # Without the cards, which may be broken: all that is needed of them is in the tags that the Hub derives from them.
 _PROPERTIES = ["sha", "siblings", "tags"]
+_NOTHING = (
+    f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME}, and no full model, expected "
+    f"{MODEL_CONFIG_NAME} and {MODEL_WEIGHTS_NAME} or its shards"
+)
 _QUANTIZED = "base_model:quantized:"
-_PICKLED = (".bin", ".pt", ".pth")
 
 
 def list_repositories(
@@ -97,13 +101,16 @@ def held_candidates(
 ) -> list[Candidate]:
     """Returns what is in the folder asked for or the root, if that is an adapter or a model; else what is below it."""
     here = repository.subfolder or ""
-    below = f"{here}/" if here else ""
-    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths if f"{path}/".startswith(below))
-    found = {folder: names for folder in folders if (names := _description_in(folder, paths))}
+    folders: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if not here or f"{folder}/".startswith(f"{here}/"):
+            folders.setdefault(folder, set()).add(name)
+    found = {folder: files for folder, names in folders.items() if (files := _described_by(names))}
     chosen = {here: found[here]} if here in found else found
     if not chosen:
-        raise AdapterError(_why_nothing(paths, below))
-    return [_held(repository.repo_id, folder, revision, license, names) for folder, names in chosen.items()]
+        raise AdapterError(why_unusable(itertools.chain.from_iterable(folders.values())) or _NOTHING)
+    return [_held(repository.repo_id, folder, revision, license, files) for folder, files in chosen.items()]
 
 
 def path_in_repository(candidate: Candidate, name: str) -> str:
@@ -160,7 +167,7 @@ class RemoteFiles:
 
 def base_model_names(base_model: str | None, hub: Hub) -> tuple[str, ...]:
     """Returns the Hub names whose adapters fit a base model: its own, and that of the model it quantizes."""
-    names = [hub_name(recorded) for recorded in _recorded_names(base_model)]
+    names = map(hub_name, _recorded_names(base_model))
     name = next((name for name in names if name is not None and not os.path.isdir(name)), None)
     if name is None:
         return ()
@@ -186,15 +193,12 @@ def _search(spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[st
     names = base_model_names(base_model, hub)
     if not names:
         raise HubError(f"the base model's name on the Hub is not known (it is {base_model!r}): set `base_model`")
-    listings = [
-        [info for name in names for info in _listed(spec, f"base_model:{relation}:{name}", hub)]
-        for relation in relations
-    ]
+    tags = [[f"base_model:{relation}:{name}" for name in names] for relation in relations]
+    listings = [[info for tag in of_one for info in _listed(spec, tag, hub)] for of_one in tags]
     found: dict[str, ModelInfo | None] = {}
     # In turns, so that a limit leaves some of each.
-    for info in itertools.chain.from_iterable(itertools.zip_longest(*listings)):
-        if info is not None:
-            found.setdefault(info.id, info if info.sha and info.siblings is not None else None)
+    for info in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*listings))):
+        found.setdefault(info.id, info if info.sha and info.siblings is not None else None)
     return found
 
 
@@ -210,24 +214,19 @@ def _recorded_names(base_model: str | None) -> Iterator[str | None]:
         yield base_model
         return
     yield os.path.realpath(base_model)
-    for read in (_read_config, _read_card):
-        try:
-            name = read(Path(base_model))
-        except Exception as error:
-            # Whatever JSON or YAML makes of a broken file: it says nothing then.
-            logger.debug("%s does not say where it is from: %r", base_model, error)
-            continue
+    directory = Path(base_model)
+    for name in (_name_in_config(directory), card_metadata(directory).get("base_model")):
         name = name[0] if isinstance(name, list) and name else name
         if isinstance(name, str) and "/" in name:
             yield name
 
 
-def _read_config(directory: Path) -> Any:
-    return json.loads(read_limited(directory / CONFIG_NAME, _MAX_NAME_BYTES)).get("_name_or_path")
-
-
-def _read_card(directory: Path) -> Any:
-    return (metadata_load(directory / "README.md") or {}).get("base_model")
+def _name_in_config(directory: Path) -> Any:
+    try:
+        return json.loads(read_limited(directory / MODEL_CONFIG_NAME, _MAX_NAME_BYTES)).get("_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        # A broken file does not say where the model is from.
+        return None
 
 
 def _is_safe(path: object) -> bool:
@@ -244,25 +243,9 @@ def _held(repo_id: str, folder: str, revision: str, license: str | None, files: 
     return replace(found, kind=kind, run=run, license=license, files=files)
 
 
-def _description_in(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
-    there = {name for parent, _, name in (path.rpartition("/") for path in paths) if parent == folder}
-    if CONFIG_NAME in there:
-        return (CONFIG_NAME, WEIGHTS_NAME) if WEIGHTS_NAME in there else ()
-    weights = next((name for name in (INDEX_NAME, MODEL_WEIGHTS_NAME) if name in there), None)
-    if MODEL_CONFIG_NAME not in there or weights is None:
-        return ()
-    return (MODEL_CONFIG_NAME, weights)
-
-
-def _why_nothing(paths: Sequence[str], below: str) -> str:
-    names = [path.rpartition("/")[2] for path in paths if path.startswith(below)]
-    pickled = any(name.endswith(_PICKLED) for name in names)
-    if CONFIG_NAME in names and any(map(SHARD.fullmatch, names)):
-        return SHARDED
-    for config, weights in ((CONFIG_NAME, WEIGHTS_NAME), (MODEL_CONFIG_NAME, MODEL_WEIGHTS_NAME)):
-        if config in names and pickled:
-            return f"it has only pickled weights, which are never opened, and no {weights}"
-    return (
-        f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME}, and no full model, expected "
-        f"{MODEL_CONFIG_NAME} and {MODEL_WEIGHTS_NAME} or its shards"
-    )
+def _described_by(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the files of one folder that describe the adapter or model in it, none if it holds neither."""
+    config = CONFIG_NAME if CONFIG_NAME in names else MODEL_CONFIG_NAME
+    expected = (WEIGHTS_NAME,) if config == CONFIG_NAME else (INDEX_NAME, MODEL_WEIGHTS_NAME)
+    weights = next((name for name in expected if name in names), None)
+    return (config, weights) if config in names and weights else ()

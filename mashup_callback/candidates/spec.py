@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 FORMS = (
@@ -11,7 +13,7 @@ FORMS = (
     "a Hub search (hub:author=acme,search=code,tag=x,limit=50,sort=downloads) "
     "or a Hub collection (collection:org/slug)"
 )
-SORTS = ("created_at", "downloads", "last_modified", "likes", "trending_score")
+_SORTS = ("created_at", "downloads", "last_modified", "likes", "trending_score")
 _SEARCH_KEYS = ("author", "search", "tag", "limit", "sort")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -20,29 +22,14 @@ _REPO = re.compile(
     rf"(?:@(?P<revision>{_SEGMENT}(?:/{_SEGMENT})*))?"
 )
 _HUB_NAME = re.compile(rf"(?:{_NAME}/)?{_NAME}")
-_GLOB = frozenset("*?[")
+
 _COLLECTION = re.compile(rf"{_NAME}/{_SEGMENT}")
 _CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)(?:[/\\]|$)")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """
-    One entry of the grammar, parsed. `str(spec)` is text that parses to the same.
-
-    Args:
-        kind (`str`): `"path"`, `"repo"`, `"search"` or `"collection"`.
-        path (`str`, *optional*): Local path or glob.
-        repo_id (`str`, *optional*): Hub repository, `org/name`.
-        subfolder (`str`, *optional*): Folder in the repository.
-        revision (`str`, *optional*): Branch, tag, pull request reference or commit of the repository.
-        author (`str`, *optional*): Search: owner of the repositories.
-        search (`str`, *optional*): Search: text in their names.
-        tags (`tuple[str, ...]`, *optional*): Search: tags that they all have.
-        limit (`int`, *optional*): Search: at most this many.
-        sort (`str`, *optional*): Search: one of `SORTS`.
-        collection (`str`, *optional*): Slug of a Hub collection.
-    """
+    """One entry of the grammar: a path, repo, search or collection. `str(spec)` is text that parses to the same."""
 
     kind: str
     path: str | None = None
@@ -76,7 +63,7 @@ class Spec:
 
 def is_glob(text: str) -> bool:
     """Whether the text has glob characters."""
-    return not _GLOB.isdisjoint(text)
+    return not {*"*?["}.isdisjoint(text)
 
 
 def parse_spec(text: str) -> Spec:
@@ -89,7 +76,10 @@ def parse_spec(text: str) -> Spec:
     if stripped.startswith("hub:"):
         return _parse_search(stripped.removeprefix("hub:"))
     if stripped.startswith("collection:"):
-        return _parse_collection(stripped.removeprefix("collection:"))
+        slug = stripped.removeprefix("collection:")
+        if not _COLLECTION.fullmatch(slug):
+            raise ValueError(f"{stripped!r} is no collection, expected collection:org/slug as in its web address.")
+        return Spec("collection", collection=slug)
     _refuse_lookalikes(stripped)
     match = None if is_glob(stripped) else _REPO.fullmatch(stripped)
     if match is None or ".." in stripped:
@@ -118,12 +108,6 @@ def _refuse_lookalikes(text: str) -> None:
         raise ValueError(f"{text!r} names no revision after the @, expected {FORMS}.")
 
 
-def _parse_collection(slug: str) -> Spec:
-    if not _COLLECTION.fullmatch(slug):
-        raise ValueError(f"'collection:{slug}' is no collection, expected collection:org/slug as in its web address.")
-    return Spec("collection", collection=slug)
-
-
 def _parse_search(query: str) -> Spec:
     if not query.strip():
         raise ValueError(f"'hub:' searches for nothing, expected one or more of {', '.join(_SEARCH_KEYS)} after it.")
@@ -131,31 +115,24 @@ def _parse_search(query: str) -> Spec:
     for pair in query.split(","):
         key, _, value = (part.strip() for part in pair.partition("="))
         if key not in _SEARCH_KEYS:
-            near = difflib.get_close_matches(key, _SEARCH_KEYS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"'hub:{query}' has the unknown key {key!r}, expected {', '.join(_SEARCH_KEYS)}. "
-                f"Did you mean {near!r}?"
-            )
+            expected = f"expected {', '.join(_SEARCH_KEYS)}. Did you mean {_nearest(key, _SEARCH_KEYS)!r}?"
+            raise ValueError(f"'hub:{query}' has the unknown key {key!r}, {expected}")
         if not value or (key in found and key != "tag"):
             problem = "twice" if value else "without a value"
             raise ValueError(f"'hub:{query}' has the key {key!r} {problem}, expected {key}=<value> once.")
         found.setdefault(key, []).append(value)
-    single = {key: values[0] for key, values in found.items() if key in ("author", "search")}
-    return Spec("search", tags=tuple(found.get("tag", ())), limit=_limit(found), sort=_sort(found), **single)
+    tags = tuple(found.pop("tag", ()))
+    single: dict[str, Any] = {key: values[0] for key, values in found.items()}
+    limit, sort = single.get("limit"), single.get("sort")
+    if limit is not None:
+        if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or int(limit) == 0:
+            raise ValueError(f"limit is {limit!r}, expected a positive number of repositories such as limit=50.")
+        single["limit"] = int(limit)
+    if sort is not None and sort not in _SORTS:
+        expected = f"expected one of {', '.join(_SORTS)}. Did you mean {_nearest(sort, _SORTS)!r}?"
+        raise ValueError(f"sort is {sort!r}, {expected}")
+    return Spec("search", tags=tags, **single)
 
 
-def _limit(found: dict[str, list[str]]) -> int | None:
-    text = found.get("limit", [None])[0]
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
-        raise ValueError(f"limit is {text!r}, expected a positive number of repositories such as limit=50.")
-    return int(text)
-
-
-def _sort(found: dict[str, list[str]]) -> str | None:
-    sort = found.get("sort", [None])[0]
-    if sort is not None and sort not in SORTS:
-        near = difflib.get_close_matches(sort, SORTS, n=1, cutoff=0)[0]
-        raise ValueError(f"sort is {sort!r}, expected one of {', '.join(SORTS)}. Did you mean {near!r}?")
-    return sort
+def _nearest(word: str, words: Sequence[str]) -> str:
+    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]

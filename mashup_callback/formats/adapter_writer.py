@@ -29,7 +29,8 @@ def write_adapter(
     claims = {"base_model_name_or_path": base_model, "revision": revision, "task_type": task_type}
     directory.mkdir(parents=True, exist_ok=True)
     tensors = _state_dict(factors, dtype)
-    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt", **MARK})
+    # One key only: safetensors writes several in random order, and equal adapters must be equal files.
+    save_file(tensors, directory / WEIGHTS_NAME, metadata=dict(MARK))
     text = json.dumps(adapter_config(factors) | claims, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
     return directory

@@ -95,19 +95,14 @@ def merge_factors(
     """
     Merges the updates of several adapters of one base model.
 
-    In `"delta"` space the merge is the best rank-r approximation of what mergekit makes of the dense updates.
-    `linear` (with normalized weights), `task_arithmetic` and `model_stock` then also equal mergekit's merge of the
-    full models base + adapter, less the base. `slerp`, `nuslerp`, `multislerp` and `karcher` act on the updates, which
-    is not what they do to full models. Methods that commute with a change of basis run on small cores; the others
-    (`ties`, `dare_ties`, ...) on dense updates, one module at a time. `"core"` runs every method on the cores (as
-    KnOTS, arXiv 2410.19735, and Core Space, arXiv 2509.17786). `"factors"` merges A and B apart, as the code of Mashup
-    Learning (arXiv 2603.10156) does, each times the square root of the adapter's scaling: with equal scalings,
-    `linear` is the plain average of A and of B.
+    In `"delta"` space the merge is the best rank-r approximation of mergekit's merge of the dense updates; methods
+    that commute with a change of basis run on small cores instead, to the same effect. `"core"` runs every method on
+    the cores (as KnOTS, arXiv 2410.19735, and Core Space, arXiv 2509.17786). `"factors"` merges A and B apart, as the
+    code of Mashup Learning (arXiv 2603.10156) does, each times the square root of the adapter's scaling.
 
     An adapter that lacks a module, or whose update of it is zero, contributes a zero matrix there and its weight
-    still counts, as when full models are merged. `karcher` and `multislerp` then keep the direction of the others and
-    average the norms. Where mergekit copies a tensor that one model alone has (`slerp`, `nuslerp`, `arcee_fusion`), a
-    lone update is copied. In `"factors"` space an absent module has a zero B and the mean A of the others.
+    still counts, as when full models are merged; in `"factors"` space a zero B and the mean A of the others. Where
+    mergekit copies a tensor that one model alone has (`slerp`, `nuslerp`, `arcee_fusion`), a lone update is copied.
 
     A single adapter is returned unmerged if the method needs more. `ranks` are the largest of the result, for all
     modules or per module; modules without one keep the largest rank of their inputs.
@@ -201,12 +196,12 @@ def _read_fitting(adapters: Sequence[str | Path | Candidate]) -> list[tuple[str,
     """Reads adapters and raises `ValueError`, with the name, for one that cannot be read or does not fit the first."""
     candidates = [as_candidate(adapter) for adapter in adapters]
     read = [(candidate.name, _naming(candidate.name, read_source, candidate)) for candidate in candidates]
-    sizes: dict[str, tuple[str, int, int]] = {}
+    sizes: dict[str, tuple[str, tuple[int, int]]] = {}
     for name, adapter in read:
         for module, shape in adapter.modules.items():
             found = (shape.in_features, shape.out_features)
-            first, *expected = sizes.setdefault(module, (name, *found))
-            if expected != [*found]:
+            first, expected = sizes.setdefault(module, (name, found))
+            if expected != found:
                 raise ValueError(
                     f"{name} does not fit {first}: its {module} maps {found[0]} features to {found[1]}, expected "
                     f"{expected[0]} to {expected[1]}. Merge adapters of one base model."

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mashup_callback import MashupConfig
-from mashup_callback.candidates import Candidate, Spec, check_specs, find_candidates, local, parse_spec
+from mashup_callback.candidates import Candidate, Spec, check_specs, find_candidates, local, parse_spec, read_source
 from mashup_callback.candidates.search import held_candidates
 from mashup_callback.errors import AdapterError
 from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
@@ -257,14 +257,14 @@ def test_without_a_check_nothing_is_judged(mixed):
 
 def test_the_hash_travels_to_the_score_cache(mixed, monkeypatch):
     first, second = find_candidates(str(mixed / "good-0[01]"), check=BaseModel(LAYERS).check)
-    known = adapter_hash(read_adapter(first))
-    assert known == adapter_hash(read_adapter(first.path)) != adapter_hash(read_adapter(second))
+    known = adapter_hash(read_source(first))
+    assert known == adapter_hash(read_adapter(first.path)) != adapter_hash(read_source(second))
     with monkeypatch.context() as patch:
-        patch.setattr("mashup_callback.formats.adapter._read_unchanged", None)
-        assert adapter_hash(read_adapter(first)) == known
+        patch.setattr("mashup_callback.formats.adapter.read_weights", None)
+        assert adapter_hash(read_source(first)) == known
     # A file that has changed since it was hashed is hashed anew.
     save_into(first.path, 99.0)
-    assert adapter_hash(read_adapter(first)) == adapter_hash(read_adapter(first.path)) != known
+    assert adapter_hash(read_source(first)) == adapter_hash(read_adapter(first.path)) != known
 
 
 def test_own_output_and_mashups_are_skipped(runs):
