@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from .candidates import Candidate, Hub, find_candidates, same_data
 from .config import MashupConfig
-from .distributed import agreed, in_turns, is_first_on_machine, is_main_process
+from .distributed import agreed, decided, is_first_on_machine, is_main_process
 from .guard import Decision, choose
 from .model import base_model_name
 from .report import CandidateRow, MashupReport, environment
@@ -62,7 +62,7 @@ class MashupRun:
     def run(self, specs: Sequence[str | PathLike[str]], dataloader: DataLoader) -> None:
         config = self.config
         with self._timed("candidates"):
-            candidates = in_turns(lambda: self._find(specs))
+            candidates = decided(lambda: self._find(specs))
         with self._timed("sample"):
             sample = draw_sample(
                 dataloader,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..lowrank import Factors
 from ..report import MARK
@@ -29,11 +29,19 @@ def write_adapter(
     claims = {"base_model_name_or_path": base_model, "revision": revision, "task_type": task_type}
     directory.mkdir(parents=True, exist_ok=True)
     tensors = _state_dict(factors, dtype)
-    # One key only: safetensors writes several in random order, and equal adapters must be equal files.
-    save_file(tensors, directory / WEIGHTS_NAME, metadata=dict(MARK))
+    (directory / WEIGHTS_NAME).write_bytes(_serialized(tensors, {"format": "pt", **MARK}))
     text = json.dumps(adapter_config(factors) | claims, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
     return directory
+
+
+def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    content = save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    # safetensors writes metadata in any order, and the same adapters must be the same files.
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": metadata}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return content[:8] + text.ljust(length) + content[8 + length :]
 
 
 def adapter_config(factors: Factors) -> dict[str, Any]:

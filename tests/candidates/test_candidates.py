@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from mashup_callback import MashupConfig
 from mashup_callback.candidates import Candidate, Spec, check_specs, find_candidates, local, parse_spec, read_source
@@ -382,6 +383,13 @@ def test_split_weights_are_rejected_with_that_reason(runs):
 def test_a_file_is_refused_before_anything_is_looked_for(runs):
     with pytest.raises(ValueError, match="is a file, expected the directory"):
         check_specs("runs/a/adapter_config.json")
+
+
+def test_the_same_adapter_is_the_same_file(tmp_path):
+    files = [write_adapter(tmp_path / str(i)) / "adapter_model.safetensors" for i in range(12)]
+    assert len({path.read_bytes() for path in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {"format": "pt", "producer": "mashup_callback"}
 
 
 def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monkeypatch):

@@ -44,12 +44,12 @@ def test_ddp(run, alone):
     assert run.ranks[0]["kind"] == "MULTI_CPU"
     losses = [row["loss"] for row in run.ranks[0]["report"]["candidates"]]
     assert losses == pytest.approx([row["loss"] for row in alone.ranks[0]["report"]["candidates"]], abs=1e-5)
-    # Half of the candidates (within one) and half of the guard's rows each, and one batch each to check the swap.
-    rows, batch = (len(losses) * 4 + 3 * 4) * 4, 4
+    # Half of the candidates (within one) and half of the guard's rows each, and of the batch that checks the swap.
+    rows, batch = (len(losses) * 4 + 3 * 4) * 4, 16
     assert alone.ranks[0]["rows"] == rows + batch
     for rank in run.ranks:
-        assert abs(rank["rows"] - batch - rows / 2) <= 4 * 4 / 2
-    assert sum(rank["rows"] for rank in run.ranks) == rows + 2 * batch
+        assert abs(rank["rows"] - (rows + batch) / 2) <= 4 * 4 / 2
+    assert sum(rank["rows"] for rank in run.ranks) == rows + batch
 
 
 @pytest.mark.parametrize("run", [case(**DPO)], indirect=True, ids=str)
