@@ -15,7 +15,6 @@ from ..errors import AdapterError
 from ..lora import LoraUpdate, TrainedAdapter, cut_to, fit
 from ..lowrank import Factors, LoraFactors
 from ..model import is_sharded
-from ..trainee import Update
 from .evaluation import evaluate, halved, on_device
 from .losses import language_model_losses
 from .sample import Rows
@@ -62,7 +61,7 @@ def probe(
         if time.monotonic() > deadline:
             return None
         try:
-            start = _in_trainee(scores[index].source.load(), trainee)
+            start = _in_trainee(scores[index], trainee)
             return _probed(model, start, learn, judge, learning_rate)
         except (AdapterError, OSError, RuntimeError) as error:
             return f"{type(error).__name__} while it was probed: {error}"
@@ -94,7 +93,8 @@ def _best(scores: Sequence[Score], count: int, keep: int) -> list[int]:
     return sorted({*list(runs.values())[: max(keep, 1)], *order[:count]})
 
 
-def _in_trainee(update: Update, trainee: TrainedAdapter | None) -> Factors:
+def _in_trainee(score: Score, trainee: TrainedAdapter | None) -> Factors:
+    update = score.source.load()
     assert isinstance(update, LoraUpdate), "full checkpoints are refused before"
     return update.factors if trainee is None else fit(cut_to(update.factors, trainee), trainee)
 
