@@ -8,7 +8,7 @@ call. So the processes stay in step: whatever the others wait for, they get the 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -88,7 +88,7 @@ def joint() -> Iterator[None]:
         raise
 
 
-def agreed(value: Any) -> Any:
+def agreed(value: Result) -> Result:
     """Returns the main process's value on every process."""
     exchange(None)
     return broadcast_object_list([value])[0]

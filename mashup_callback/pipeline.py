@@ -68,7 +68,7 @@ class MashupRun:
                 dataloader,
                 config.sample_size,
                 batch_size=config.batch_size or self.args.train_batch_size,
-                seed=config.seed,
+                seed=self.args.seed if config.seed is None else config.seed,
                 guard_rows=config.guard_dataset,
                 labeled=self.metric.labeled,
             )
@@ -81,11 +81,11 @@ class MashupRun:
         with self._timed("merging"):
             decision = choose(self.model, self.trainee, selection, sample.held_out, self.metric, config)
         # Before the swap, so that a failure after it cannot call a merged run "scratch".
-        self.report = self._outcome(decision)
+        report = self.report = self._outcome(decision)
         with self._timed("swap"):
-            self._swap(decision, sample.held_out)
-        self.report = agreed(replace(self.report, timings=self._seconds(), hub=self.hub.traffic()))
-        self._save(lambda: save_mashup(self.directory, self.report, self._writer(decision)))
+            report = self.report = replace(report, **self._swap(decision, sample.held_out))
+        report = self.report = agreed(replace(report, timings=self._seconds(), hub=self.hub.traffic()))
+        self._save(report, lambda: save_mashup(self.directory, report, self._writer(decision)))
 
     def give_up(self, reason: str) -> None:
         """Reports a failure: as scratch, unless the merge is in the model by now."""
@@ -93,10 +93,11 @@ class MashupRun:
             logger.warning("Training starts from the mashup, but something failed after it was written: %s", reason)
             return
         logger.warning("No mashup, training starts from the fresh initialization: %s", reason)
-        self.report = self._report(decision="scratch", reason=reason, candidates=candidate_rows(self.scores, {}))
-        self._save(lambda: save_failure(self.directory, self.report))
+        rows = candidate_rows(self.scores, {})
+        report = self.report = self._report(decision="scratch", reason=reason, candidates=rows)
+        self._save(report, lambda: save_failure(self.directory, report))
 
-    def _find(self, specs: Sequence[str]) -> list[Candidate]:
+    def _find(self, specs: Sequence[str | PathLike[str]]) -> list[Candidate]:
         config = self.config
         return find_candidates(
             specs,
@@ -127,14 +128,14 @@ class MashupRun:
             learning_rate=self.args.learning_rate,
         )
 
-    def _swap(self, decision: Decision, held_out: Rows) -> None:
-        """Writes what was chosen, and takes it back where the model is then clearly worse than the fresh one."""
+    def _swap(self, decision: Decision, held_out: Rows) -> dict[str, Any]:
+        """Writes what was chosen, takes it back where the model is clearly worse, returns the report's changes."""
         if decision.init is None or self.config.dry_run:
-            return
+            return {}
         self.trainee.write(decision.init.update)
         self.swapped = True
         if not self.metric.repeatable:
-            return
+            return {}
         found = check_swap(self.model, decision, held_out, self.metric)
         changes: dict[str, Any] = {"swapped_loss": _finite(found.loss), "expected_loss": _finite(found.expected)}
         if found.differs:
@@ -146,7 +147,7 @@ class MashupRun:
                 changes["decision"] = "scratch"
             logger.warning("The model does not compute what the guard judged: %s", text)
             changes["reason"] = f"{decision.reason}; {text}"
-        self.report = replace(self.report, **changes)
+        return changes
 
     def _outcome(self, decision: Decision) -> MashupReport:
         shown = decision.init or decision.merge
@@ -183,10 +184,10 @@ class MashupRun:
         update = (decision.init or decision.merge).update
         return lambda draft: self.trainee.save(update, draft, self.base_model)
 
-    def _save(self, write: Callable[[], Any]) -> None:
+    def _save(self, report: MashupReport, write: Callable[[], Any]) -> None:
         if not is_main_process():
             return
-        self.report.show()
+        report.show()
         try:
             write()
         except Exception as error:

@@ -99,7 +99,7 @@ class Trainee(Protocol):
 
 
 def find_trainee(
-    model: nn.Module, config: MashupConfig | None = None, directory: str | os.PathLike = "mashup"
+    model: nn.Module, config: MashupConfig | None = None, directory: str | os.PathLike[str] = "mashup"
 ) -> Trainee:
     """
     Finds what is trained, a LoRA adapter or the model's own weights, and checks that a merge can be written into it.

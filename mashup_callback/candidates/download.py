@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeGuard, TypeVar
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # Candidates that are downloaded while another one is used.
 AHEAD = 3
-Item = TypeVar("Item")
 
 
 def download_candidate(candidate: Candidate, hub: Hub) -> Candidate:
@@ -45,7 +43,7 @@ def download_candidate(candidate: Candidate, hub: Hub) -> Candidate:
 
 
 @contextmanager
-def arriving(candidates: Sequence[Item], hub: Hub) -> Iterator[Iterator[Item]]:
+def arriving(candidates: Sequence[Candidate], hub: Hub) -> Iterator[Iterator[Candidate]]:
     """
     Context with an iterator over the candidates in their order, each with its files on this machine.
 
@@ -87,15 +85,15 @@ def snapshot(repo_id: str, revision: str | None) -> Path | None:
     return max((path for path in folders if path.is_dir()), key=os.path.getmtime, default=None)
 
 
-def _is_of_hub(item: object) -> TypeGuard[Candidate]:
-    return isinstance(item, Candidate) and item.repo_id is not None
+def _is_remote(item: Candidate) -> bool:
+    return item.repo_id is not None and item.path is None and item.reason is None
 
 
-def _is_remote(item: object) -> bool:
-    return _is_of_hub(item) and item.path is None and item.reason is None
+def _without_path(item: Candidate) -> Candidate:
+    return replace(item, path=None) if item.repo_id else item
 
 
-def _ahead(candidates: Sequence[Item], hub: Hub, pool: ThreadPoolExecutor) -> Generator[Item, None, None]:
+def _ahead(candidates: Sequence[Candidate], hub: Hub, pool: ThreadPoolExecutor) -> Generator[Candidate, None, None]:
     started = (pool.submit(download_candidate, item, hub) if _is_remote(item) else item for item in candidates)
     waiting = deque(itertools.islice(started, AHEAD + 1))
     try:

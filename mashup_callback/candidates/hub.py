@@ -127,11 +127,12 @@ class Hub:
     def _in_time(self, function: Callable[[], Result], seconds: float) -> Result:
         self._require_up()
         future: Future[Result] = Future()
+        ends: tuple[Future[Any], ...] = (future, self._stopped)
         # A daemon, so that a call without end does not keep the interpreter from ending.
         thread = threading.Thread(target=_run, args=(function, future), daemon=True, name="mashup-hub-call")
         with self._counted():
             thread.start()
-            wait([future, self._stopped], timeout=seconds, return_when=FIRST_COMPLETED)
+            wait(ends, timeout=seconds, return_when=FIRST_COMPLETED)
         if not future.done():
             self._require_up()
             raise TimeoutError(f"the Hub is too slow: the reply was not complete in {seconds:g} s")

@@ -141,8 +141,10 @@ def why_unusable(names: Iterable[str]) -> str | None:
     return None
 
 
-def _candidate(directory: Path, **fields: object) -> Candidate:
-    return Candidate(name=str(directory), path=directory, run=_run_of(directory), **fields)
+def _candidate(
+    directory: Path, kind: str = "adapter", bytes: int | None = None, reason: str | None = None
+) -> Candidate:
+    return Candidate(str(directory), kind, directory, run=_run_of(directory), bytes=bytes, reason=reason)
 
 
 def _run_of(directory: Path) -> str:

@@ -79,8 +79,8 @@ def list_repositories(
 
 def repository_info(repository: Candidate, hub: Hub) -> ModelInfo:
     """Returns what the Hub states for a repository at the revision asked for."""
-    settings = {"revision": repository.revision or "main", "expand": _PROPERTIES, "timeout": _TIMEOUT_SECONDS}
-    return hub.call(HfApi().model_info, repository.repo_id, **settings)
+    at = repository.revision or "main"
+    return hub.call(HfApi().model_info, repository.repo_id, revision=at, expand=_PROPERTIES, timeout=_TIMEOUT_SECONDS)
 
 
 def stated_license(info: ModelInfo) -> str | None:
@@ -203,9 +203,10 @@ def _search(spec: Spec, base_model: str | None, hub: Hub, relations: Sequence[st
 
 
 def _listed(spec: Spec, tag: str, hub: Hub) -> list[ModelInfo]:
-    given = {"author": spec.author, "search": spec.search, "sort": spec.sort, "limit": spec.limit or MAX_LISTED + 1}
+    limit = spec.limit or MAX_LISTED + 1
+    given = {"author": spec.author, "search": spec.search, "sort": spec.sort, "limit": limit}
     settings = {"filter": [tag, *spec.tags], "expand": _PROPERTIES, **given}
-    return hub.call(lambda: [*HfApi().list_models(**settings)], size=_ROW_BYTES * (given["limit"] - MAX_LISTED - 1))
+    return hub.call(lambda: [*HfApi().list_models(**settings)], size=_ROW_BYTES * (limit - MAX_LISTED - 1))
 
 
 def _recorded_names(base_model: str | None) -> Iterator[str | None]:

@@ -56,8 +56,8 @@ class Spec:
         if self.kind == "repo":
             folder = f"/{self.subfolder}" if self.subfolder else ""
             return f"{self.repo_id}{folder}" + (f"@{self.revision}" if self.revision else "")
-        pairs = [("author", self.author), ("search", self.search), *(("tag", tag) for tag in self.tags)]
-        pairs += [("limit", self.limit), ("sort", self.sort)]
+        pairs: list[tuple[str, str | int | None]] = [("author", self.author), ("search", self.search)]
+        pairs += [*(("tag", tag) for tag in self.tags), ("limit", self.limit), ("sort", self.sort)]
         return "hub:" + ",".join(f"{key}={value}" for key, value in pairs if value is not None)
 
 
@@ -84,7 +84,7 @@ def parse_spec(text: str) -> Spec:
     match = None if is_glob(stripped) else _REPO.fullmatch(stripped)
     if match is None or ".." in stripped:
         return Spec("path", path=stripped)
-    return Spec("repo", **match.groupdict())
+    return Spec("repo", repo_id=match["repo_id"], subfolder=match["subfolder"], revision=match["revision"])
 
 
 def hub_name(model: str | None) -> str | None:

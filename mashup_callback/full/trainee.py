@@ -64,7 +64,7 @@ class FullTrainee:
         if self.base.refusal:
             raise ValueError(self.base.refusal)
         self.tensors = self.base.tensors
-        self._sources = {
+        self._sources: dict[str, Callable[[Any], Source]] = {
             "adapter": lambda found: AdapterOnBase(found, adapter_source(found)),
             "model": CheckpointSource,
         }

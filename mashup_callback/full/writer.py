@@ -27,7 +27,7 @@ def save_model(model: nn.Module, directory: Path) -> Path:
     """
     tensors = describe_model(model)
     shards = list(_shards(tensors))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         values = read_parameters(model, names)
         file = MODEL_WEIGHTS_NAME if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -39,8 +39,8 @@ def save_model(model: nn.Module, directory: Path) -> Path:
     if is_main_process():
         _save_config(model, tensors, directory)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": tensors.bytes}, "weight_map": weight_map}
-            (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            listing = {"metadata": {"total_size": tensors.bytes}, "weight_map": weight_map}
+            (directory / INDEX_NAME).write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
@@ -58,7 +58,8 @@ def is_model_on_disk(model: nn.Module, directory: Path) -> bool:
 
 
 def _shards(tensors: ModelTensors) -> Iterator[list[str]]:
-    shard, size = [], 0
+    shard: list[str] = []
+    size = 0
     for name in tensors.shapes:
         count = tensors.bytes_of(name)
         if shard and size + count > MAX_SHARD_BYTES:

@@ -168,7 +168,7 @@ def merge_adapters(
     if output_dir is not None:
         refuse_overlap(output_dir, [adapter.path for _, adapter in read])
         refuse_foreign(output_dir)
-    numbers = [1 / len(read)] * len(read) if weights == "equal" else weights
+    numbers = [1 / len(read)] * len(read) if isinstance(weights, str) else weights
     inputs = [_naming(name, load_factors, adapter) for name, adapter in read]
     merged = merge_factors(
         inputs, weights=numbers, method=method, parameters=parameters, space=space, ranks=rank, seed=seed

@@ -1,10 +1,11 @@
 """Metrics: how losses on a batch are measured, and how a candidate is applied meanwhile."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+@runtime_checkable
 class Metric(Protocol):
     """
     What candidates are measured by; lower is better.
@@ -31,10 +33,17 @@ class Metric(Protocol):
         collective (`bool`): Whether all processes of a run must measure the same candidate at the same time.
     """
 
-    name: str | None
-    labeled: bool
-    repeatable: bool
-    collective: bool
+    @property
+    def name(self) -> str | None: ...
+
+    @property
+    def labeled(self) -> bool: ...
+
+    @property
+    def repeatable(self) -> bool: ...
+
+    @property
+    def collective(self) -> bool: ...
 
     def losses(self, model: nn.Module, batch: Any, chunks: int | None = None) -> RowLosses:
         """Returns the losses on a batch; with `chunks`, the head of a sharded model is called so many times."""
@@ -89,8 +98,11 @@ class LossMetric(_OnBaseModel):
 LOSS = LossMetric()
 
 
-class _SumAndCount(_OnBaseModel):
+class _SumAndCount(_OnBaseModel, ABC):
     """A metric that is called with the model and a batch, and returns a sum and what to divide it by."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[float, float]: ...
 
     def losses(self, model: nn.Module, batch: Any, chunks: int | None = None) -> RowLosses:
         loss, count = (float(value) for value in self(model, batch))
@@ -189,7 +201,7 @@ def make_metric(
         return TrainerLoss(trainer, trainee)
     if isinstance(value, str):
         return LossMetric("loss" if value == "probe" else value)
-    return value if hasattr(value, "losses") else CallableMetric(value)
+    return value if isinstance(value, Metric) else CallableMetric(value)
 
 
 @contextmanager

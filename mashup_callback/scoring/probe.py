@@ -61,7 +61,7 @@ def probe(
         if time.monotonic() > deadline:
             return None
         try:
-            start = _in_trainee(scores[index].source.load().factors, trainee)
+            start = _in_trainee(scores[index], trainee)
             return _probed(model, start, learn, judge, learning_rate)
         except (AdapterError, OSError, RuntimeError) as error:
             return f"{type(error).__name__} while it was probed: {error}"
@@ -93,8 +93,10 @@ def _best(scores: Sequence[Score], count: int, keep: int) -> list[int]:
     return sorted({*list(runs.values())[: max(keep, 1)], *order[:count]})
 
 
-def _in_trainee(factors: Factors, trainee: TrainedAdapter | None) -> Factors:
-    return factors if trainee is None else fit(cut_to(factors, trainee), trainee)
+def _in_trainee(score: Score, trainee: TrainedAdapter | None) -> Factors:
+    update = score.source.load()
+    assert isinstance(update, LoraUpdate), "full checkpoints are refused before"
+    return update.factors if trainee is None else fit(cut_to(update.factors, trainee), trainee)
 
 
 def _probed(model: nn.Module, start: Factors, learn: Rows, judge: Rows, learning_rate: float) -> float:

@@ -94,7 +94,7 @@ def score_candidates(
     Returns:
         `list[Score]`: One for each candidate, the best first; those that were not scored to the end come last.
     """
-    candidates = [as_candidate(candidate) for candidate in candidates]
+    found = [as_candidate(candidate) for candidate in candidates]
     hub, rows, probed = hub or Hub(asks=is_first_on_machine()), as_rows(batches), metric == "probe"
     metric, admit = make_metric(metric), admit or admit_to(model, base_model)
     trained = find_adapter(model, overwrite=True) if probed else None
@@ -105,11 +105,11 @@ def score_candidates(
         structure_kept(model),
         _Race(model, metric, max_seconds, hub) as race,
     ):
-        with arriving(candidates, hub) as coming:
+        with arriving(found, hub) as coming:
             scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
             if place()[1] > 1:
                 scores = _on_all_processes([*scores])
-            elif all(candidate.path is not None for candidate in candidates):
+            elif all(candidate.path is not None for candidate in found):
                 scores = [*scores]
             seen = 0
             for size in round_sizes(len(rows), search):
@@ -118,7 +118,7 @@ def score_candidates(
                 scores = race.cut(scores, size, keep) if size < len(rows) else scores
                 seen = size
         if probed:
-            scores = probe(model, scores, rows, keep, trained, learning_rate, race.deadline)
+            scores = probe(model, [*scores], rows, keep, trained, learning_rate, race.deadline)
     order = {"scored": 0, "eliminated": 1}
     return sorted(scores, key=lambda score: (order.get(score.status, 2), -score.rows, score.value))
 
@@ -215,7 +215,8 @@ class _Race:
 
     def _read_ahead(self, scores: Iterable[Score], rows: Rows) -> Iterator[tuple[Score, Future | None]]:
         # Candidates that arrive from the Hub come one by one: the one that is here does not wait for a download.
-        waiting, ahead = deque(), isinstance(scores, list)
+        waiting: deque[tuple[Score, Future | None]] = deque()
+        ahead = isinstance(scores, list)
         for score in scores:
             reading = None
             if score.status == "scored" and (self.in_step or time.monotonic() <= self.deadline):

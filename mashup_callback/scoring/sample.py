@@ -207,7 +207,7 @@ def draw_sample(
     parts = [Rows(part, collate, batch_size, token_budget() if labeled else 0) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
-    return Sample(*kept, duplicates=len(rows) - len(places), unlabeled=unlabeled)
+    return Sample(kept[0], kept[1], duplicates=len(rows) - len(places), unlabeled=unlabeled)
 
 
 def _seeded(collate: Callable, seed: int) -> Callable:
@@ -239,7 +239,8 @@ def _from_the_start(dataset: Any) -> Iterator[Any]:
 
 def _drawn(count: int, size: int, generator: torch.Generator) -> list[int]:
     """Returns the first numbers of a random permutation, as `torch.randperm` gives them, without the others."""
-    drawn, moved = [], {}
+    drawn: list[int] = []
+    moved: dict[int, int] = {}
     for place in range(min(size, count)):
         other = place + int(torch.randint(count - place, (), generator=generator))
         drawn.append(moved.get(other, other))

@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 
 from mashup_callback import score_candidates
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.model.layers import find_trainee
 from mashup_callback.scoring import Rows, language_model_losses, losses, race
+from mashup_callback.trainee import find_trainee
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
 
 

@@ -16,7 +16,8 @@ from mashup_callback.candidates import Candidate
 from mashup_callback.formats import adapter as adapters
 from mashup_callback.lora import source as sources
 from mashup_callback.lora.source import AdapterSource
-from mashup_callback.scoring import Rows, admit_as_is, race
+from mashup_callback.scoring import Rows, race
+from mashup_callback.trainee import admit_to
 from tests.tiny import llama, rows, save_random_adapter, sft_trainer
 
 
@@ -92,7 +93,7 @@ def test_what_is_eliminated_is_forgotten(paths, data, monkeypatch):
 
 def test_candidates_are_admitted_in_the_main_thread_and_read_in_another(tmp_path, paths, monkeypatch):
     model, threads = llama(), {"admit": set(), "load": set()}
-    as_is, load = admit_as_is(model), AdapterSource.load
+    as_is, load = admit_to(model), AdapterSource.load
 
     def admit(candidate):
         threads["admit"].add(threading.current_thread())
