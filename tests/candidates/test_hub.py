@@ -356,8 +356,9 @@ finish(found=found, seconds=time.monotonic() - started)
     result = run_client(PRELUDE + program, *names, timeout=120)
     found, why = result["found"], reasons(result["found"])
     expected = {
-        "huge-header": "announces a header of", "long-tensor": "but the file holds", "not-a-header": "JSON list",
-        "truncated": "truncated or padded", "empty": "HTTP status 416", "huge-config": "expected a small file",
+        "huge-header": "announces a header of", "long-tensor": "truncated, padded",
+        "not-a-header": "or no safetensors",
+        "truncated": "truncated, padded", "empty": "HTTP status 416", "huge-config": "expected a small file",
         "deep-config": "nested too deeply", "follows": "`peft_type` is XLORA", "pickle": "never opened",
         "refused": "gated", "unauthorized": "the token may be wrong", "vanished": "no such file",
         "teapot": "HTTP status 503", "cut": "connection to the Hub failed", "half": "connection to the Hub failed",
@@ -528,7 +529,7 @@ def test_a_search_is_ranked_merged_trained_pushed_and_repeated_offline(hub, run_
     rows = {row["name"]: row for row in report["candidates"]}
     assert report["decision"] in ("merged", "single")
     assert {name: row["revision"] for name, row in rows.items() if row["status"] != "rejected"} == shas
-    assert rows["acme/liar"]["status"] == "rejected" and "truncated or padded" in rows["acme/liar"]["reason"]
+    assert rows["acme/liar"]["status"] == "rejected" and "truncated, padded" in rows["acme/liar"]["reason"]
     assert {row["license"] for row in rows.values() if row["weight"]} == {"mit"}
     assert all(name.startswith("acme/trained") for name, row in rows.items() if row["weight"])
     assert set(rows) == {*shas, "acme/liar"}
