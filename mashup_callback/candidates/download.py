@@ -52,7 +52,7 @@ def arriving(candidates: Sequence[Candidate], hub: Hub) -> Iterator[Iterator[Can
     """
     pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="mashup-download")
     # The main process found them: where they are in its machine's cache says nothing of other machines.
-    here = [item if is_main_process() or not _is_of_hub(item) else replace(item, path=None) for item in candidates]
+    here = candidates if is_main_process() else [_without_path(item) for item in candidates]
     coming = _ahead(here, hub, pool)
     try:
         yield coming if place()[1] == 1 else iter(in_turns(lambda: [*_ahead(here, hub, pool)]))

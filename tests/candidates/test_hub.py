@@ -528,7 +528,7 @@ def test_a_search_is_ranked_merged_trained_pushed_and_repeated_offline(hub, run_
     rows = {row["name"]: row for row in report["candidates"]}
     assert report["decision"] in ("merged", "single")
     assert {name: row["revision"] for name, row in rows.items() if row["status"] != "rejected"} == shas
-    assert rows["acme/liar"]["status"] == "rejected" and "truncated or padded" in rows["acme/liar"]["reason"]
+    assert rows["acme/liar"]["status"] == "rejected" and "truncated, padded" in rows["acme/liar"]["reason"]
     assert {row["license"] for row in rows.values() if row["weight"]} == {"mit"}
     assert all(name.startswith("acme/trained") for name, row in rows.items() if row["weight"])
     assert set(rows) == {*shas, "acme/liar"}

@@ -129,7 +129,7 @@ BAD = {
     other_vocabulary_size: "another vocabulary: model.embed_tokens.weight has 120 rows, expected 96",
     other_width: "another architecture: model.embed_tokens.weight has shape (96, 48), expected (96, 32)",
     pickled: "it has only pickled weights, which are never opened, and no model.safetensors",
-    truncated_shard: "truncated or padded",
+    truncated_shard: "truncated, padded",
     missing_shard: "which model.safetensors.index.json names is missing",
     index_that_leads_elsewhere: "names the file ../../elsewhere.safetensors",
     huge_index: "expected a small file",
