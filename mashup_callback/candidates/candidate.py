@@ -21,8 +21,6 @@ class Candidate:
         bytes (`int`, *optional*): Size of the weights.
         reason (`str`, *optional*): Why it cannot be used; None while it can.
         files (`tuple[str, ...]`): Its files on the Hub, in its folder.
-        digest (`str`, *optional*): SHA-256 of an adapter's weights file, where it is known.
-        modified (`int`, *optional*): Time of the last change of the file that has this digest, in nanoseconds.
     """
 
     name: str
@@ -36,8 +34,6 @@ class Candidate:
     bytes: int | None = None
     reason: str | None = None
     files: tuple[str, ...] = ()
-    digest: str | None = None
-    modified: int | None = None
 
     @property
     def key(self) -> tuple[str, str | None]:

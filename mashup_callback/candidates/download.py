@@ -16,7 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..distributed import in_turns, is_main_process, place
 from ..errors import AdapterError, HubError
-from ..formats import INDEX_NAME, MAX_JSON_BYTES, WEIGHTS_NAME, parse_index, read_limited, shard_names
+from ..formats import INDEX_NAME, MAX_JSON_BYTES, parse_index, read_limited, shard_names
 from .candidate import Candidate
 from .hub import RECOVERABLE, Hub, describe
 from .search import COMMIT, path_in_repository
@@ -37,7 +37,7 @@ def download_candidate(candidate: Candidate, hub: Hub) -> Candidate:
             return found
         stated = _stated(candidate, hub)
         paths = [_fetch(candidate, path, digest, size, hub) for path, (digest, size) in stated.items()]
-        return _at(candidate, paths[0].parent)
+        return replace(candidate, path=paths[0].parent)
     except RECOVERABLE as error:
         return replace(candidate, reason=f"its download failed: {describe(error, candidate.repo_id)}")
 
@@ -68,7 +68,7 @@ def cached(candidate: Candidate) -> Candidate | None:
     if not found or None in found.values() or not all(map(_is_genuine, found.values())):
         return None
     size = sum(path.stat().st_size for name, path in found.items() if name.endswith(".safetensors"))
-    return _at(replace(candidate, files=files, bytes=size), found[files[0]].parent)
+    return replace(candidate, files=files, bytes=size, path=found[files[0]].parent)
 
 
 def snapshot(repo_id: str, revision: str | None) -> Path | None:
@@ -149,14 +149,6 @@ def _has_digest(path: Path, digest: str) -> bool:
         while chunk := file.read(2**20):
             found.update(chunk)
     return found.hexdigest() == digest
-
-
-def _at(candidate: Candidate, directory: Path) -> Candidate:
-    """Returns a candidate whose verified files are in a snapshot of the cache, where links lead to names by hash."""
-    weights = directory / WEIGHTS_NAME
-    if candidate.kind != "adapter" or not weights.is_symlink() or len(digest := Path(os.readlink(weights)).name) != 64:
-        return replace(candidate, path=directory)
-    return replace(candidate, path=directory, digest=digest, modified=weights.stat().st_mtime_ns)
 
 
 def _in_cache(candidate: Candidate, name: str) -> Path | None:

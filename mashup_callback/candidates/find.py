@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError
-from ..formats import Adapter, is_checkpoint, quote, read_adapter, read_checkpoint
+from ..formats import is_checkpoint, quote, read_adapter, read_checkpoint
 from .candidate import Candidate
 from .download import cached, snapshot
 from .hub import RECOVERABLE, Hub, describe
@@ -117,20 +117,11 @@ def read_source(candidate: Candidate, check: Check | None = None) -> Any:
         raise AdapterError(candidate.reason)
     if candidate.path is None:
         raise AdapterError(f"{candidate.name} has not been downloaded yet")
-    description = _READERS[candidate.kind](candidate, candidate.path)
+    description = _READERS[candidate.kind](candidate.path)
     return check(description) if check else description
 
 
-def _read_adapter(candidate: Candidate, path: Path) -> Adapter:
-    adapter = read_adapter(path)
-    same = (candidate.bytes, candidate.modified) == (adapter.stamp.size, adapter.stamp.modified)
-    return replace(adapter, known_digest=candidate.digest) if same else adapter
-
-
-_READERS: dict[str, Callable[[Candidate, Path], Any]] = {
-    "adapter": _read_adapter,
-    "model": lambda candidate, path: read_checkpoint(path),
-}
+_READERS: dict[str, Callable[[Path], Any]] = {"adapter": read_adapter, "model": read_checkpoint}
 
 
 def as_candidate(source: Candidate | str | os.PathLike) -> Candidate:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # A directory of runs holds runs, and these hold adapters and checkpoints.
 _DEPTH = 2
 _SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
+_END_BYTES = 2**16
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 # What this package writes into a run's output directory.
 _MASHUP = "mashup"
@@ -168,13 +169,15 @@ def _size(path: Path) -> int | None:
 
 def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
     """Rejects all but one of the adapters with the same content, and keeps a run's final one over its checkpoints."""
-    # Only files of the same size are hashed.
-    sizes = Counter(item.bytes for item in found if _is_adapter_here(item))
-    found = [_with_digest(item) if _is_adapter_here(item) and sizes[item.bytes] > 1 else item for item in found]
-    hashed = [index for index, item in enumerate(found) if _is_adapter_here(item) and item.digest]
+    found = list(found)
+    here = [index for index, item in enumerate(found) if _is_adapter_here(item)]
+    here.sort(key=lambda index: _is_checkpoint(found[index].path))
+    # Trained files of one size differ at their ends: only those that do not are read as a whole.
+    ends = {index: (found[index].bytes, _read(found[index].path, _END_BYTES)) for index in here}
+    counts = Counter(ends.values())
     kept: dict[tuple[str, str], str] = {}
-    for index in sorted(hashed, key=lambda index: _is_checkpoint(found[index].path)):
-        content = _content(found[index])
+    for index in here:
+        content = _content(found[index].path) if counts[ends[index]] > 1 else None
         if content in kept:
             found[index] = replace(found[index], reason=f"identical to {kept[content]}")
         elif content is not None:
@@ -182,29 +185,28 @@ def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def _with_digest(candidate: Candidate) -> Candidate:
-    """Returns an adapter with the digest of its weights; unchanged where they cannot be read, which is found later."""
-    if candidate.digest is not None:
-        return candidate
+def _read(directory: Path, end: int | None = None) -> str:
+    """Returns a hash of an adapter's weights, or of their last bytes; empty where they cannot be read."""
     digest = hashlib.sha256()
     try:
-        with os.fdopen(open_regular(candidate.path / WEIGHTS_NAME), "rb") as file:
-            status = os.fstat(file.fileno())
+        with os.fdopen(open_regular(directory / WEIGHTS_NAME), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - end) if end else 0)
             while chunk := file.read(2**20):
                 digest.update(chunk)
     except (AdapterError, OSError):
-        return candidate
-    return replace(candidate, digest=digest.hexdigest(), bytes=status.st_size, modified=status.st_mtime_ns)
+        return ""
+    return digest.hexdigest()
 
 
 def _is_adapter_here(candidate: Candidate) -> bool:
     return candidate.kind == "adapter" and candidate.path is not None and candidate.reason is None
 
 
-def _content(candidate: Candidate) -> tuple[str, str] | None:
+def _content(directory: Path) -> tuple[str, str] | None:
     """Returns what decides what an adapter computes: its tensors and the effective part of its configuration."""
     try:
-        config = parse_config(read_limited(candidate.path / CONFIG_NAME, MAX_CONFIG_BYTES))
+        config = parse_config(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES))
     except AdapterError:
         return None
-    return candidate.digest, json.dumps(config.effective())
+    digest = _read(directory)
+    return (digest, json.dumps(config.effective())) if digest else None

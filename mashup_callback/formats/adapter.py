@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ class Adapter:
     A LoRA adapter whose description has been read and found sound: at `path`, or on the Hub where that is None.
 
     Its modules have the names that they have in the base model; `stamp` is the state of its weights file when it was
-    read, and `known_digest` that file's SHA-256, where it was taken before.
+    read.
     """
 
     path: Path | None
@@ -43,17 +42,11 @@ class Adapter:
     dtype: str
     stamp: FileStamp = field(repr=False)
     warnings: tuple[str, ...] = ()
-    known_digest: str | None = None
 
     @property
     def rank(self) -> int:
         """Largest rank over the modules."""
         return max(shape.rank for shape in self.modules.values())
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the weights file, taken once."""
-        return self.known_digest or hashlib.sha256(read_weights(self)).hexdigest()
 
     def fit(self, base: BaseModel) -> "Adapter":
         """
@@ -127,7 +120,7 @@ def load_factors(
 
 def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
     """Returns a hash that adapters share that compute the same; `data` is from [`read_weights`], if it was called."""
-    digest = adapter.digest if data is None else hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(read_weights(adapter) if data is None else data).hexdigest()
     return hashlib.sha256(json.dumps([adapter.config.effective(), digest]).encode()).hexdigest()
 
 

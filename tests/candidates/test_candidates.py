@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mashup_callback import MashupConfig
-from mashup_callback.candidates import Candidate, Spec, check_specs, find_candidates, local, parse_spec, read_source
+from mashup_callback.candidates import Candidate, Spec, check_specs, find_candidates, local, parse_spec
 from mashup_callback.candidates.search import held_candidates
 from mashup_callback.errors import AdapterError
-from mashup_callback.formats.adapter import adapter_hash, load_factors, read_adapter
+from mashup_callback.formats.adapter import load_factors, read_adapter
 from mashup_callback.formats.base import BaseModel
 from mashup_callback.full.trainee import FullTrainee
 from mashup_callback.lora import save_adapter
@@ -209,17 +209,17 @@ def test_rejected_candidates_do_not_count_towards_the_maximum(runs):
 LAYERS = {"layers.0.q_proj": (4, 3)}
 
 
-def hashed_files(monkeypatch) -> list[str]:
-    """Collects the directories whose weights are opened to be hashed."""
-    opened = []
+def read_whole(monkeypatch) -> list[str]:
+    """Collects the directories whose weights are read as a whole, to find duplicates."""
+    found, read = [], local._read
 
-    def open_regular(path):
-        opened.append(path.parent.name)
-        return open_before(path)
+    def reading(directory, end=None):
+        if end is None:
+            found.append(directory.name)
+        return read(directory, end)
 
-    open_before = local.open_regular
-    monkeypatch.setattr(local, "open_regular", open_regular)
-    return opened
+    monkeypatch.setattr(local, "_read", reading)
+    return found
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def mixed(tmp_path) -> Path:
 
 
 def test_unfit_candidates_do_not_count_towards_the_maximum(mixed, monkeypatch):
-    opened = hashed_files(monkeypatch)
+    whole = read_whole(monkeypatch)
     found = find_candidates(mixed, max_candidates=10, check=BaseModel(LAYERS).check)
     alone = find_candidates(str(mixed / "good-*"), max_candidates=10, check=BaseModel(LAYERS).check)
     assert [item for item in found if not item.reason] == [item for item in alone if not item.reason]
@@ -248,24 +248,23 @@ def test_unfit_candidates_do_not_count_towards_the_maximum(mixed, monkeypatch):
         ("good-10", "good-11"), "beyond max_candidates=10"
     )
     assert len(found) == 162
-    # Only those that remain are hashed, each once in each of the two searches.
-    assert sorted(opened) == sorted(2 * [f"good-{number:02d}" for number in range(10)])
+    # Their ends differ.
+    assert whole == []
+
+
+def test_only_files_with_the_same_end_are_read_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_END_BYTES", 8)
+    whole = read_whole(monkeypatch)
+    for name, (value, last) in {"a": (1.0, 1.0), "b": (1.0, 1.0), "c": (2.0, 1.0), "d": (1.0, 2.0)}.items():
+        factors = LoraFactors(torch.full((2, 4), value), torch.full((3, 2), last), 1.0)
+        save_adapter(tmp_path / "x" / name, {"layers.0.q_proj": factors}, base_model="acme/base")
+    found = find_candidates(tmp_path / "x")
+    assert sorted(whole) == ["a", "b", "c"]
+    assert reasons(found, tmp_path / "x") == {"b": f"identical to {tmp_path / 'x/a'}"}
 
 
 def test_without_a_check_nothing_is_judged(mixed):
     assert len(names(find_candidates(mixed), mixed)) > 12
-
-
-def test_the_hash_travels_to_the_score_cache(mixed, monkeypatch):
-    first, second = find_candidates(str(mixed / "good-0[01]"), check=BaseModel(LAYERS).check)
-    known = adapter_hash(read_source(first))
-    assert known == adapter_hash(read_adapter(first.path)) != adapter_hash(read_source(second))
-    with monkeypatch.context() as patch:
-        patch.setattr("mashup_callback.formats.adapter.read_weights", None)
-        assert adapter_hash(read_source(first)) == known
-    # A file that has changed since it was hashed is hashed anew.
-    save_into(first.path, 99.0)
-    assert adapter_hash(read_source(first)) == adapter_hash(read_adapter(first.path)) != known
 
 
 def test_own_output_and_mashups_are_skipped(runs):

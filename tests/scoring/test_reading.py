@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mashup_callback import score_candidates
-from mashup_callback.candidates import Candidate
+from mashup_callback.candidates import Candidate, find_candidates, local
+from mashup_callback.formats import BaseModel
 from mashup_callback.formats import adapter as adapters
 from mashup_callback.lora import source as sources
 from mashup_callback.lora.source import AdapterSource
@@ -53,6 +54,18 @@ def test_a_race_reads_each_file_once(tmp_path, paths, data, read, monkeypatch, c
     assert sorted(read) == sorted(paths)
     scores[0].source.load()
     assert len(read) == 8
+
+
+def test_a_bounded_search_reads_no_more_files_than_it_may_use(tmp_path, data, read, monkeypatch):
+    for seed in range(64):
+        save_random_adapter(tmp_path / "runs" / f"{seed:02d}", seed, scale=0.1)
+    whole, part = [], local._read
+    monkeypatch.setattr(local, "_read", lambda path, end=None: whole.append(end is None) or part(path, end))
+    model = llama()
+    found = find_candidates(tmp_path / "runs", max_candidates=8, check=BaseModel.of(model).check)
+    scores = score_candidates(model, found, Rows(*data, 8), search="racing", keep=2)
+    assert sum(score.rows > 0 for score in scores) == 8 and len(scores) == 64
+    assert sorted(path.name for path in read) == [f"{seed:02d}" for seed in range(8)] and not any(whole)
 
 
 def test_what_was_scored_can_be_used_when_its_file_is_gone(tmp_path, paths, read):
