@@ -259,7 +259,7 @@ def test_only_files_with_the_same_end_are_read_as_a_whole(tmp_path, monkeypatch)
         factors = LoraFactors(torch.full((2, 4), value), torch.full((3, 2), last), 1.0)
         save_adapter(tmp_path / "x" / name, {"layers.0.q_proj": factors}, base_model="acme/base")
     found = find_candidates(tmp_path / "x")
-    assert sorted(whole) == ["a", "b", "c"]
+    assert sorted(set(whole)) == ["a", "b", "c"]
     assert reasons(found, tmp_path / "x") == {"b": f"identical to {tmp_path / 'x/a'}"}
 
 
