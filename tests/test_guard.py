@@ -1,6 +1,7 @@
 """What is better than a fresh initialization, by how much it must be, and candidates that are lost on the way."""
 
 import math
+import os
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.full_model import full_trainer, save_models
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
 
 
+WEIGHTS = "adapter_model.safetensors"
 TOKENS = [3.0, 5.0, 4.0, 8.0]
 
 
@@ -215,3 +217,31 @@ def test_kept_energy_is_that_of_the_trainees_layers(tmp_path):
     merge = callback.report.merge
     assert merge.kept_energy == pytest.approx(kept.item(), rel=1e-4) and merge.rank == 2
     assert len(merge.kept_energy_by_module) == len(energies) == 2 and merge.lost_energy > 0
+
+
+def test_unfit_adapters_leave_the_choice_to_the_others(tmp_path, library):
+    runs = tmp_path / "runs"
+    for number in range(150):
+        directory = shutil.copytree(library / f"trained-{number % 3}", runs / f"a-{number:03d}")
+        if number % 3 == 0:
+            os.truncate(directory / WEIGHTS, 5000)
+        elif number % 3 == 1:
+            (directory / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+        else:
+            weights = load_file(directory / "adapter_model.safetensors")
+            save_file({name: value.repeat(1, 2) for name, value in weights.items()}, directory / WEIGHTS)
+    for number in range(12):
+        save_scaled_adapter(runs / f"z-{number:02d}", library / f"trained-{number % 3}", 1 - number / 20)
+    found = {}
+    for name, spec in (("all", "*"), ("good", "z-*")):
+        callback = MashupCallback(str(runs / spec), on_error="raise")
+        sft_trainer(tmp_path / name, callbacks=[callback], max_steps=1).train()
+        rows_of = [row for row in callback.report.candidates if row.status != "rejected"]
+        merge = (tmp_path / name / "mashup" / WEIGHTS).read_bytes()
+        found[name] = (
+            [(row.name, row.loss, row.rows, row.weight) for row in rows_of],
+            callback.report.decision,
+            merge,
+        )
+        assert len(rows_of) == 12
+    assert found["all"] == found["good"] and found["all"][1] != "scratch"

@@ -145,6 +145,7 @@ CONFIGURATIONS = {
     "plain": sft(),
     "dropout": sft(peft_config=lambda: lora(lora_dropout=0.3)),
     "rslora": sft(peft_config=lambda: lora(use_rslora=True)),
+    "modules_to_save": sft(peft_config=lambda: lora(modules_to_save=["lm_head"])),
     "few layers": sft(peft_config=lambda: lora(target_modules=["q_proj", "v_proj"])),
     "bf16": sft(bf16=True),
     "bf16 weights": sft(model=lambda: llama().bfloat16()),

@@ -69,13 +69,17 @@ class FullTrainee:
             "model": CheckpointSource,
         }
         self._adapters: dict[Path, Path] = {}
+        self._hub_names: dict[str, str] = {}
         self._before: dict[str, Any] | None = None
 
     def check(self, description: Description) -> Description:
         return description.fit(self.base)
 
     def admit(self, candidate: Candidate) -> Source:
-        return self._sources[candidate.kind](read_source(candidate, self.check))
+        source = self._sources[candidate.kind](read_source(candidate, self.check))
+        if candidate.repo_id and not candidate.subfolder:
+            self._hub_names[str(candidate.path)] = f"{candidate.repo_id}@{candidate.revision}"
+        return source
 
     def merge(
         self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
@@ -173,6 +177,7 @@ class FullTrainee:
     def _named(self, recipe: str) -> str:
         """Returns mergekit's configuration with what others know the inputs by, not where they were for this merge."""
         names = {str(copy): str(path) for path, copy in self._adapters.items()}
+        names |= self._hub_names
         if "_base" in vars(self) and self._base[1]:
             names[str(self._base[0])] = self.base.name or "path/to/the/base/model"
         for path, name in names.items():
