@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .formats import quote
 from .report import CandidateRow
 
 
@@ -65,4 +64,7 @@ def rank_table(rows: Sequence[CandidateRow], base_loss: float) -> Table:
 
 
 def _text(value: Any) -> str:
+    # Imported here: the help of the command must not wait for torch.
+    from .formats import quote
+
     return "" if value is None else escape(quote(value, 500))
