@@ -37,7 +37,7 @@ class MashupCallback(TrainerCallback):
 
     At the beginning of training the candidates are scored by their loss on a small sample of the training data, the
     best are merged with mergekit, and the merge is written into the adapter that is being trained, unless a fresh
-    initialisation is better on held-out rows. Nothing else changes: with the decision `"scratch"` the run is
+    initialization is better on held-out rows. Nothing else changes: with the decision `"scratch"` the run is
     bit-identical to one without the callback. This is the method of "Mashup Learning" (arXiv 2603.10156).
 
     Args:
