@@ -51,9 +51,10 @@ def missing(rank: int) -> None:
     def read(path: Any) -> Any:
         if rank == 1 and path.name == "trained-0":
             raise AdapterError("adapter_config.json is missing")
-        return original(path)
+        return original["adapter"](path)
 
-    original = _replace(mashup_callback.candidates.find, "read_adapter", read)
+    readers = mashup_callback.candidates.find._READERS
+    original = _replace(mashup_callback.candidates.find, "_READERS", readers | {"adapter": read})
 
 
 def scoring_raises(rank: int) -> None:
