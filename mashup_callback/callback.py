@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .candidates import check_specs
 from .config import MashupConfig
-from .distributed import agreed, joint
+from .distributed import failing_together, from_main_process
 from .errors import OutOfStepError, UsageError
 from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
@@ -129,13 +129,13 @@ class MashupCallback(TrainerCallback):
         if not self._is_due(state, model):
             return
         config = self.config.resolved(args.seed)
-        with joint():
+        with failing_together():
             trainee = find_trainee(model, config, self._directory)
-        with joint():
+        with failing_together():
             self._check_directory(self._directory)
         run = MashupRun(config, args, model, trainee, self._trainer)
         try:
-            with joint():
+            with failing_together():
                 run.run(self.specs, train_dataloader)
         except (UsageError, OutOfStepError):
             # A user's own mistake would only hide behind a run from scratch; and out of step, no process can go on
@@ -147,7 +147,7 @@ class MashupCallback(TrainerCallback):
                 raise
             # What was made so far may fill the disk.
             trainee.close()
-            run.give_up(agreed(f"{type(error).__name__}: {error}"))
+            run.give_up(from_main_process(f"{type(error).__name__}: {error}"))
         finally:
             trainee.close()
         self.report = run.report

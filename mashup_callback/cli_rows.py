@@ -8,7 +8,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from .scoring import Rows, token_budget
+from .scoring import SampleRows, token_budget
 
 
 _FORMS = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
@@ -35,7 +35,7 @@ def load_rows(dataset: str, split: str, subset: str | None, sample_size: int, se
 
 def sft_rows(
     model: nn.Module, rows: Dataset, max_length: int, batch_size: int, assistant_only_loss: bool = False
-) -> Rows:
+) -> SampleRows:
     """Returns rows in the form in which SFTTrainer would train on them; the model goes to the accelerator."""
     with tempfile.TemporaryDirectory() as directory:
         args = SFTConfig(
@@ -48,7 +48,7 @@ def sft_rows(
             report_to="none",
         )
         loader = SFTTrainer(model, args=args, train_dataset=rows).get_train_dataloader()
-    return Rows(
+    return SampleRows(
         [loader.dataset[index] for index in range(len(loader.dataset))], loader.collate_fn, batch_size, token_budget()
     )
 

@@ -1,8 +1,8 @@
 """
 What the processes of one training run share: who does what, and what they agree on.
 
-Every message goes through [`exchange`], and every process that fails inside [`joint`] sends its failure with the same
-call. So the processes stay in step: whatever the others wait for, they get the failure instead and raise it too.
+Every message goes through [`gather`], and every process that fails inside [`failing_together`] sends its failure with
+the same call. So the processes stay in step: whatever the others wait for, they get the failure instead and raise it too.
 """
 
 import logging
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class _RemoteFailure(Exception):  # noqa: N818
-    """Carries what failed on other processes out of an exchange."""
+    """Carries what failed on other processes out of a gather."""
 
     def __init__(self, rank: int, kind: type[Exception], message: str) -> None:
         super().__init__(message)
@@ -47,13 +47,13 @@ def is_first_on_machine() -> bool:
     return PartialState().is_local_main_process
 
 
-def place() -> tuple[int, int]:
+def process_index_and_count() -> tuple[int, int]:
     """Returns the index of this process and the number of processes."""
     state = PartialState()
     return state.process_index, state.num_processes
 
 
-def exchange(value: Result) -> list[Result]:
+def gather(value: Result) -> list[Result]:
     """Returns every process's value, which can be pickled, its tensors on the CPU, in the order of the processes."""
     if PartialState().num_processes == 1:
         return [value]
@@ -66,7 +66,7 @@ def exchange(value: Result) -> list[Result]:
 
 
 @contextmanager
-def joint() -> Iterator[None]:
+def failing_together() -> Iterator[None]:
     """
     Context that every process enters and leaves together: what fails on one of them is raised on all.
 
@@ -76,7 +76,7 @@ def joint() -> Iterator[None]:
     """
     try:
         yield
-        exchange(None)
+        gather(None)
     except OutOfStepError:
         raise
     except _RemoteFailure as failure:
@@ -88,32 +88,32 @@ def joint() -> Iterator[None]:
         raise
 
 
-def agreed(value: Result) -> Result:
+def from_main_process(value: Result) -> Result:
     """Returns the main process's value on every process."""
-    exchange(None)
+    gather(None)
     return broadcast_object_list([value])[0]
 
 
-def decided(function: Callable[[], Result]) -> Result:
+def on_main_process(function: Callable[[], Result]) -> Result:
     """Calls a function on the main process only and returns its result on every process."""
-    return agreed(function() if is_main_process() else None)
+    return from_main_process(function() if is_main_process() else None)
 
 
-def in_turns(function: Callable[[], Result]) -> Result:
+def local_main_first(function: Callable[[], Result]) -> Result:
     """Calls a function on one process of each machine first, then on the others: they find what it has downloaded."""
     first = is_first_on_machine()
     result = function() if first else None
-    exchange(None)
+    gather(None)
     return result if first else function()
 
 
-def deal(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def map_over_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """
     Applies a function to every item, each on one process, and returns all results on all processes.
 
     The items are the same on every process, and the results, in the order of the items, can be pickled.
     """
-    rank, count = place()
-    parts = exchange({index: function(items[index]) for index in range(rank, len(items), count)})
+    rank, count = process_index_and_count()
+    parts = gather({index: function(items[index]) for index in range(rank, len(items), count)})
     everyone = {index: result for part in parts for index, result in part.items()}
     return [everyone[index] for index in range(len(items))]

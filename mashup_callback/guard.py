@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .config import MashupConfig
-from .distributed import agreed, exchange, joint
+from .distributed import failing_together, from_main_process, gather
 from .errors import AdapterError, OutOfStepError
 from .initialization import Init, InitBuilder
 from .model import undisturbed
-from .scoring import Metric, RowLosses, Rows, Score, paired_gain
+from .scoring import Metric, RowLosses, SampleRows, Score, paired_gain
 from .selection import Selection
 from .trainee import Trainee
 
@@ -49,7 +49,12 @@ class Decision:
 
 
 def choose(
-    model: nn.Module, trainee: Trainee, selection: Selection, held_out: Rows, metric: Metric, config: MashupConfig
+    model: nn.Module,
+    trainee: Trainee,
+    selection: Selection,
+    held_out: SampleRows,
+    metric: Metric,
+    config: MashupConfig,
 ) -> Decision:
     """
     Merges the selected candidates and compares the merge with the best single one and with a fresh initialization.
@@ -64,13 +69,13 @@ def choose(
     lost: dict[str, str] = {}
     while True:
         try:
-            with joint():
+            with failing_together():
                 decision = _choose(builder, selection)
             break
         except OutOfStepError:
             raise
         except Exception:
-            found = exchange({score.candidate.name: reason for score in selection.scores if (reason := _gone(score))})
+            found = gather({score.candidate.name: reason for score in selection.scores if (reason := _gone(score))})
             lost |= {name: reason for names in found for name, reason in names.items()}
             left = selection.without(lost, None if config.top_k == "auto" else config.top_k, config.weights)
             if not any(found) or not left.scores:
@@ -101,7 +106,7 @@ def _choose(builder: InitBuilder, selection: Selection) -> Decision:
     if len(merge.selection.scores) == 1:
         # A merge of one is that candidate in another form, and one form stands for both.
         single = merge = builder.better(single, merge) if config.guard else merge
-    name = agreed(_decide(fresh, merge, single, config))
+    name = from_main_process(_decide(fresh, merge, single, config))
     if name == "single":
         # Before anything is written into the model: there may be no space for the copy.
         single = replace(single, update=builder.trainee.keep(single.update))

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from .config import MashupConfig
-from .distributed import joint
+from .distributed import failing_together
 from .errors import OutOfStepError, UsageError
 from .report import MergeInfo
-from .scoring import Metric, RowLosses, Rows, evaluate
+from .scoring import Metric, RowLosses, SampleRows, evaluate
 from .selection import Selection
 from .trainee import Trainee, Update
 
@@ -56,7 +56,7 @@ class InitBuilder:
     """Merges selected candidates in the form that the trainee can hold, and evaluates the merges on held-out rows."""
 
     def __init__(
-        self, model: nn.Module, trainee: Trainee, metric: Metric, held_out: Rows, config: MashupConfig
+        self, model: nn.Module, trainee: Trainee, metric: Metric, held_out: SampleRows, config: MashupConfig
     ) -> None:
         self.model, self.trainee, self.metric, self.held_out, self.config = model, trainee, metric, held_out, config
 
@@ -77,7 +77,7 @@ class InitBuilder:
         best, reasons = None, []
         for method, parameters in AUTO_METHODS.items():
             try:
-                with joint():
+                with failing_together():
                     init = self.build(selection, method, parameters)
             except (UsageError, OutOfStepError):
                 raise

@@ -16,11 +16,11 @@ from transformers import TrainingArguments
 
 from .candidates import Candidate, Hub, find_candidates, same_data
 from .config import MashupConfig
-from .distributed import agreed, decided, is_first_on_machine, is_main_process
+from .distributed import from_main_process, is_first_on_machine, is_main_process, on_main_process
 from .guard import Decision, choose
 from .model import base_model_name
 from .report import CandidateRow, MashupReport, environment
-from .scoring import Rows, Score, draw_sample, make_metric, race_rounds, score_candidates
+from .scoring import SampleRows, Score, draw_sample, make_metric, race_rounds, score_candidates
 from .selection import select
 from .sharing import save_failure, save_mashup
 from .trainee import Trainee
@@ -62,7 +62,7 @@ class MashupRun:
     def run(self, specs: Sequence[str | PathLike[str]], dataloader: DataLoader) -> None:
         config = self.config
         with self._timed("candidates"):
-            candidates = decided(lambda: self._find(specs))
+            candidates = on_main_process(lambda: self._find(specs))
         with self._timed("sample"):
             sample = draw_sample(
                 dataloader,
@@ -84,7 +84,7 @@ class MashupRun:
         report = self.report = self._outcome(decision)
         with self._timed("swap"):
             report = self.report = replace(report, **self._swap(decision, sample.held_out))
-        report = self.report = agreed(replace(report, timings=self._seconds(), hub=self.hub.traffic()))
+        report = self.report = from_main_process(replace(report, timings=self._seconds(), hub=self.hub.traffic()))
         self._save(report, lambda: save_mashup(self.directory, report, self._writer(decision)))
 
     def give_up(self, reason: str) -> None:
@@ -112,7 +112,7 @@ class MashupRun:
             hub=self.hub,
         )
 
-    def _score(self, candidates: Sequence[Candidate], rows: Rows) -> list[Score]:
+    def _score(self, candidates: Sequence[Candidate], rows: SampleRows) -> list[Score]:
         config = self.config
         return score_candidates(
             self.model,
@@ -128,7 +128,7 @@ class MashupRun:
             learning_rate=self.args.learning_rate,
         )
 
-    def _swap(self, decision: Decision, held_out: Rows) -> dict[str, Any]:
+    def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
         """Writes what was chosen, takes it back where the model is clearly worse, returns the report's changes."""
         if decision.init is None or self.config.dry_run:
             return {}
@@ -167,7 +167,7 @@ class MashupRun:
 
     def _report(self, **values: Any) -> MashupReport:
         # Agreed, as each process took its own time and found the candidates at its own paths.
-        return agreed(
+        return from_main_process(
             MashupReport(
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .distributed import decided, is_main_process
+from .distributed import is_main_process, on_main_process
 from .report import FAILED_NAME, MARK, REPORT_NAME
 
 
@@ -88,13 +88,13 @@ class Workspace:
     def path(self) -> Path:
         """Returns the directory."""
         if self._path is None:
-            self._path = decided(self._make)
+            self._path = on_main_process(self._make)
         return self._path
 
     def new(self, prefix: str) -> Path:
         """Returns a name in the directory that nothing has yet."""
         path = self.path()
-        return decided(lambda: Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=path)) / "model")
+        return on_main_process(lambda: Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=path)) / "model")
 
     def close(self) -> None:
         """Removes the directory with all that is left in it."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .distributed import exchange, joint
+from .distributed import failing_together, gather
 from .model import stream_parameters, write_parameters
 
 
@@ -22,7 +22,7 @@ def swap(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Callable[[]
         RuntimeError: The parameters do not hold what was written, or differ between processes.
     """
     try:
-        with joint():
+        with failing_together():
             write_parameters(model, values)
             _check_written(stream_parameters(model, values), values)
     except BaseException:
@@ -56,7 +56,7 @@ def _check_written(found: Iterable[tuple[str, torch.Tensor]], values: Mapping[st
             f"{len(lost)} of {len(values)} parameters do not hold the merge that was written (such as {min(lost)}). "
             "Something else writes to the model at the same time, or keeps its parameters in a way unknown here."
         )
-    checksums = exchange(digest.hexdigest())
+    checksums = gather(digest.hexdigest())
     different = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
     if different:
         raise RuntimeError(

@@ -6,10 +6,10 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from .distributed import place
+from .distributed import process_index_and_count
 from .guard import Decision
 from .model import undisturbed
-from .scoring import Metric, RowLosses, Rows, evaluate
+from .scoring import Metric, RowLosses, SampleRows, evaluate
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class SwapCheck:
         return f"after the swap the loss on one held-out batch is {self.loss:.4f}, expected {self.expected:.4f}"
 
 
-def check_swap(model: nn.Module, decision: Decision, held_out: Rows, metric: Metric) -> SwapCheck:
+def check_swap(model: nn.Module, decision: Decision, held_out: SampleRows, metric: Metric) -> SwapCheck:
     """Evaluates the model as it is trained on one held-out batch a process; every process must call it."""
     with undisturbed(model):
-        found = evaluate(model, held_out.first(*place()), metric, share=True)
+        found = evaluate(model, held_out.first(*process_index_and_count()), metric, share=True)
     init, seen = decision.init, found.tokens > 0
     judged = decision.fresh if init is None else init.losses
     loss, expected, fresh = (_mean(losses, seen) for losses in (found, judged, decision.fresh))

@@ -20,7 +20,7 @@ from .formats import CONFIG_NAME, BaseModel
 from .lora import MergedAdapter, merge_adapters
 from .model import layer_shapes, undisturbed
 from .report import CandidateRow, MashupReport, environment
-from .scoring import Rows, Score, evaluate, score_candidates
+from .scoring import SampleRows, Score, evaluate, score_candidates
 from .sharing import save_mashup
 from .storage import refuse_foreign, refuse_overlap
 
@@ -49,7 +49,7 @@ def describe_candidate(candidate: Candidate, shapes: Mapping[str, Any], base_mod
 
 
 def score(
-    model: nn.Module, candidates: Sequence[Candidate], rows: Rows, metric: str, **settings: Any
+    model: nn.Module, candidates: Sequence[Candidate], rows: SampleRows, metric: str, **settings: Any
 ) -> tuple[list[Score], float]:
     """Returns the scores of candidates, and the loss of the model alone."""
     scores = score_candidates(model, candidates, rows, metric, **settings)

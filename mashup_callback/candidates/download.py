@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
-from ..distributed import in_turns, is_main_process, place
+from ..distributed import is_main_process, local_main_first, process_index_and_count
 from ..errors import AdapterError, HubError
 from ..formats import INDEX_NAME, MAX_JSON_BYTES, parse_index, read_limited, shard_names
 from .candidate import Candidate
@@ -55,7 +55,8 @@ def arriving(candidates: Sequence[Candidate], hub: Hub) -> Iterator[Iterator[Can
     here = candidates if is_main_process() else [_without_path(item) for item in candidates]
     coming = _ahead(here, hub, pool)
     try:
-        yield coming if place()[1] == 1 else iter(in_turns(lambda: [*_ahead(here, hub, pool)]))
+        _, processes = process_index_and_count()
+        yield coming if processes == 1 else iter(local_main_first(lambda: [*_ahead(here, hub, pool)]))
     finally:
         coming.close()
         pool.shutdown(cancel_futures=True)

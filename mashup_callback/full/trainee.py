@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from ..candidates import Candidate, read_source
 from ..config import MashupConfig
-from ..distributed import decided
+from ..distributed import on_main_process
 from ..formats import (
     INDEX_NAME,
     MODEL_CONFIG_NAME,
@@ -108,14 +108,14 @@ class FullTrainee:
         if update.owned:
             return update
         path = self.workspace.new("copy")
-        decided(partial(check_space, self.workspace.path(), self.tensors.bytes))
-        decided(lambda: _copy_model(update.checkpoint, path))
+        on_main_process(partial(check_space, self.workspace.path(), self.tensors.bytes))
+        on_main_process(lambda: _copy_model(update.checkpoint, path))
         return replace(update, checkpoint=read_checkpoint(path).fit(self.base), owned=True)
 
     def discard(self, update: FullUpdate) -> None:
         """Removes a merge that is not used; a candidate's own files stay."""
         if update.owned:
-            decided(lambda: shutil.rmtree(update.checkpoint.path, ignore_errors=True))
+            on_main_process(lambda: shutil.rmtree(update.checkpoint.path, ignore_errors=True))
 
     def save(self, update: FullUpdate, directory: Path, base_model: str | None) -> None:
         """Moves a merge's files to a directory on the same disk; a candidate that is not used stays where it is."""
@@ -138,17 +138,17 @@ class FullTrainee:
         """Returns a copy of an adapter, written from checked tensors as mergekit has peft load it."""
         if adapter.path not in self._adapters:
             path = self.workspace.new("adapter")
-            decided(lambda: write_adapter(path, load_factors(adapter), base_model=None))
+            on_main_process(lambda: write_adapter(path, load_factors(adapter), base_model=None))
             self._adapters[adapter.path] = path
         return self._adapters[adapter.path]
 
     @cached_property
     def _base(self) -> tuple[Path, bool]:
         """Where the model is on disk, and whether it was written there by this run."""
-        found = decided(lambda: _directory_of(base_model_name(self.model)))
+        found = on_main_process(lambda: _directory_of(base_model_name(self.model)))
         if found is not None and is_model_on_disk(self.model, found):
             return found, False
-        decided(partial(check_space, self.workspace.path(), self.tensors.bytes))
+        on_main_process(partial(check_space, self.workspace.path(), self.tensors.bytes))
         return save_model(self.model, self.workspace.new("base")), True
 
     def _merged(
@@ -156,10 +156,10 @@ class FullTrainee:
     ) -> FullUpdate:
         on_base = sum(source.needs_base for source in sources)
         output = self.workspace.new("merge")
-        decided(partial(check_space, self.workspace.path(), self.tensors.bytes * (1 + on_base)))
+        on_main_process(partial(check_space, self.workspace.path(), self.tensors.bytes * (1 + on_base)))
         base = self.base_directory() if on_base or MergeRule.create(method).needs_base else None
         inputs = [source.merge_input(self) for source in sources]
-        recipe = decided(
+        recipe = on_main_process(
             lambda: merge_models(
                 inputs,
                 output,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import decided, is_main_process
+from ..distributed import is_main_process, on_main_process
 from ..errors import AdapterError, CheckpointError
 from ..formats import Adapter, Checkpoint, read_adapter, read_tensor, write_adapter
 from ..lowrank import LoraFactors, truncate_dense
@@ -33,7 +33,7 @@ def extract(
             f"rank {rank} keeps {kept:.1%} of its update's squared norm, less than min_kept_energy="
             f"{min_kept_energy:.1%}: raise the rank, lower `min_kept_energy` to accept it, or train all weights"
         )
-    decided(lambda: write_adapter(path, factors, base_model=None))
+    on_main_process(lambda: write_adapter(path, factors, base_model=None))
     adapter = read_adapter(path)
     warning = f"rank {rank} keeps {kept:.1%} of its full update"
     return dataclasses.replace(adapter, warnings=(*adapter.warnings, warning))
@@ -66,7 +66,7 @@ def low_rank_update(
             truncated = truncate_dense(update, ranks[layer], width=ranks[layer])
             factors[layer] = truncated.factors
             kept += truncated.kept_energy * energy
-    factors, kept = decided(lambda: (factors, kept))
+    factors, kept = on_main_process(lambda: (factors, kept))
     if not factors:
         raise AdapterError("its update is zero in every layer that the trainee has: it is the base model itself")
     return factors, min(1.0, kept / total)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..candidates import Candidate, read_source
 from ..config import MashupConfig
-from ..distributed import decided, joint
+from ..distributed import failing_together, on_main_process
 from ..formats import BaseModel, Description, write_adapter
 from ..lowrank import Factors, LoraFactors, trainable
 from ..model import weight_norms, write_parameters
@@ -45,7 +45,7 @@ class LoraTrainee:
         self, sources: Sequence[AdapterSource], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
     ) -> tuple[LoraUpdate, MergeInfo]:
         """Merges adapters, cut to the adapter's ranks and layers."""
-        merged = decided(
+        merged = on_main_process(
             lambda: merge_factors(
                 [source.load().factors for source in sources],
                 weights=weights,
@@ -66,7 +66,7 @@ class LoraTrainee:
     def write(self, update: LoraUpdate) -> None:
         """Fills A and B in place."""
         values = self.adapter.values(update.factors)
-        with joint():
+        with failing_together():
             _check_shapes(values, self._before)
         swap(self.model, values, self.undo)
 

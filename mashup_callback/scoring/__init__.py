@@ -6,7 +6,7 @@ from .halving import race_rounds, round_sizes, survivors
 from .losses import RowLosses, joined, language_model_losses, paired_gain
 from .metrics import CallableMetric, LossMetric, Metric, ScoreMetric, TrainerLoss, make_metric
 from .race import score_candidates
-from .sample import Rows, Sample, as_rows, draw_sample, token_budget
+from .sample import Sample, SampleRows, as_rows, draw_sample, token_budget
 from .score import Score
 
 
@@ -16,8 +16,8 @@ __all__ = [
     "LossMetric",
     "Metric",
     "RowLosses",
-    "Rows",
     "Sample",
+    "SampleRows",
     "Score",
     "ScoreCache",
     "ScoreMetric",

@@ -17,7 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..distributed import exchange
+from ..distributed import gather
 from ..model import clean_name, is_sharded, local_part, reshard
 from .losses import RowLosses
 
@@ -123,7 +123,7 @@ def base_fingerprint(model: nn.Module) -> str:
         return _fingerprint(model)
     # A forward pass leaves parameters gathered, under other names.
     reshard(model)
-    return xxhash.xxh3_128("".join(exchange(_fingerprint(model))).encode()).hexdigest()
+    return xxhash.xxh3_128("".join(gather(_fingerprint(model))).encode()).hexdigest()
 
 
 def _fingerprint(model: nn.Module) -> str:

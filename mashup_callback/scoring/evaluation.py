@@ -9,13 +9,13 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from ..distributed import exchange, place
+from ..distributed import gather, process_index_and_count
 from ..errors import OutOfStepError
 from ..model import is_sharded
 from ..trainee import Update
 from .losses import RowLosses, head_chunks, language_model_losses
 from .metrics import Metric, make_metric
-from .sample import Rows
+from .sample import SampleRows
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate(
     model: nn.Module,
-    rows: Rows,
+    rows: SampleRows,
     metric: str | Callable | Metric = "loss",
     update: Update | None = None,
     *,
@@ -38,7 +38,7 @@ def evaluate(
     Args:
         model (`torch.nn.Module`):
             The model.
-        rows (`Rows`):
+        rows (`SampleRows`):
             What to evaluate on.
         metric (`str`, `Callable` or `Metric`, *optional*, defaults to `"loss"`):
             As in [`score_candidates`].
@@ -51,7 +51,7 @@ def evaluate(
         OutOfStepError: A process failed in the middle of a forward pass of a sharded model.
     """
     metric = make_metric(metric)
-    mine = rows.share(*place()) if share else rows
+    mine = rows.share(*process_index_and_count()) if share else rows
     sums, seen = torch.zeros(3, len(mine), dtype=torch.float64), torch.zeros(len(mine), dtype=torch.bool)
     run = _in_step if share and is_sharded(model) else _alone
     with metric.applied(model, update):
@@ -60,12 +60,12 @@ def evaluate(
             if losses is not None:
                 _add_batch(losses, indices, sums, seen)
     if share:
-        for values, found in exchange((sums, seen)):
+        for values, found in gather((sums, seen)):
             sums[:, found] = values[:, found]
     return RowLosses(*sums)
 
 
-def _alone(model: nn.Module, rows: Rows, indices: list[int], batch: Any, metric: Metric) -> RowLosses | None:
+def _alone(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, metric: Metric) -> RowLosses | None:
     """Returns the losses of a batch; None where memory ran out and its halves come next."""
     try:
         return metric.losses(model, on_device(batch, model))
@@ -75,7 +75,7 @@ def _alone(model: nn.Module, rows: Rows, indices: list[int], batch: Any, metric:
         return None
 
 
-def halved(rows: Rows, indices: list[int], error: RuntimeError) -> bool:
+def halved(rows: SampleRows, indices: list[int], error: RuntimeError) -> bool:
     """Halves a batch for good where an error is a lack of memory; returns whether it did."""
     if not should_reduce_batch_size(error) or not rows.halve(indices):
         return False
@@ -84,9 +84,9 @@ def halved(rows: Rows, indices: list[int], error: RuntimeError) -> bool:
     return True
 
 
-def _in_step(model: nn.Module, rows: Rows, indices: list[int], batch: Any, metric: Metric) -> RowLosses:
+def _in_step(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, metric: Metric) -> RowLosses:
     """Returns the losses of a batch, with every process in the same forward pass and as many calls of the head."""
-    chunks = max(exchange(head_chunks(model, batch)))
+    chunks = max(gather(head_chunks(model, batch)))
     with _Passes(model) as passes:
         try:
             return metric.losses(model, on_device(batch, model), chunks)
@@ -133,8 +133,9 @@ class _Passes:
     def make_up(self, dummy: Callable[[], None], error: Exception) -> None:
         """Runs a dummy forward pass where none was run, so that the other processes can leave theirs."""
         if self.begun != self.ended:
+            rank, _ = process_index_and_count()
             raise OutOfStepError(
-                f"A forward pass of the sharded model failed on process {place()[0]} ({type(error).__name__}: {error})"
+                f"A forward pass of the sharded model failed on process {rank} ({type(error).__name__}: {error})"
                 ", and the other processes cannot finish it alone. If memory ran out, set a smaller `batch_size`."
             ) from error
         if not self.begun:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed import exchange
+from ..distributed import gather
 from ..errors import UsageError
 from ..model import output_head, unwrapped
 
@@ -199,7 +199,7 @@ class _LabelPositions:
 
     def _agreed(self, agrees: bool) -> bool:
         # The model is run again where they disagree, and a sharded one by all processes or none.
-        return agrees if self.chunks is None else all(exchange(agrees))
+        return agrees if self.chunks is None else all(gather(agrees))
 
     def _by_row(self, loss: torch.Tensor, correct: torch.Tensor) -> RowLosses:
         rows = self.mask.nonzero()[:, 0].cpu()

@@ -10,14 +10,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..distributed import deal
+from ..distributed import map_over_processes
 from ..errors import AdapterError
 from ..lora import LoraUpdate, TrainedAdapter, cut_to, fit
 from ..lowrank import Factors, LoraFactors
 from ..model import is_sharded
 from .evaluation import evaluate, halved, on_device
 from .losses import language_model_losses
-from .sample import Rows
+from .sample import SampleRows
 from .score import Score
 
 
@@ -33,7 +33,7 @@ AT_LEAST = 8
 def probe(
     model: nn.Module,
     scores: list[Score],
-    rows: Rows,
+    rows: SampleRows,
     keep: int,
     trainee: TrainedAdapter | None,
     learning_rate: float,
@@ -66,7 +66,7 @@ def probe(
         except (AdapterError, OSError, RuntimeError) as error:
             return f"{type(error).__name__} while it was probed: {error}"
 
-    found = dict(zip(chosen, deal(run, chosen), strict=True))
+    found = dict(zip(chosen, map_over_processes(run, chosen), strict=True))
     if None in found.values():
         logger.warning("max_seconds was over before all %d candidates were probed; the loss ranks.", len(chosen))
         return scores
@@ -99,7 +99,7 @@ def _in_trainee(score: Score, trainee: TrainedAdapter | None) -> Factors:
     return update.factors if trainee is None else fit(cut_to(update.factors, trainee), trainee)
 
 
-def _probed(model: nn.Module, start: Factors, learn: Rows, judge: Rows, learning_rate: float) -> float:
+def _probed(model: nn.Module, start: Factors, learn: SampleRows, judge: SampleRows, learning_rate: float) -> float:
     device = next(model.parameters()).device
     copies = {name: _copy(factors, device) for name, factors in start.items()}
     tensors = [tensor for factors in copies.values() for tensor in (factors.A, factors.B)]

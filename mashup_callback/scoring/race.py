@@ -15,7 +15,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..candidates import Candidate, Hub, arriving, as_candidate
-from ..distributed import agreed, decided, exchange, is_first_on_machine, is_main_process, joint, place
+from ..distributed import (
+    failing_together,
+    from_main_process,
+    gather,
+    is_first_on_machine,
+    is_main_process,
+    on_main_process,
+    process_index_and_count,
+)
 from ..errors import AdapterError
 from ..lora import find_adapter, structure_kept
 from ..model import is_sharded, undisturbed
@@ -26,7 +34,7 @@ from .halving import round_sizes, survivors
 from .losses import RowLosses, joined
 from .metrics import Metric, make_metric
 from .probe import probe
-from .sample import Rows, as_rows
+from .sample import SampleRows, as_rows
 from .score import Score
 
 
@@ -39,7 +47,7 @@ RECOVERABLE = (AdapterError, OSError, RuntimeError)
 def score_candidates(
     model: nn.Module,
     candidates: Sequence[Candidate | str | Path],
-    batches: Rows | Sequence[Mapping[str, Any]],
+    batches: SampleRows | Sequence[Mapping[str, Any]],
     metric: str | Callable | Metric = "loss",
     *,
     search: str = "exhaustive",
@@ -68,7 +76,7 @@ def score_candidates(
             The model that is trained, or a bare model.
         candidates (`Sequence` of `Candidate` or paths):
             What to score.
-        batches (`Rows` or `Sequence` of mappings):
+        batches (`SampleRows` or `Sequence` of mappings):
             Batches as the model takes them, with labels.
         metric (`str`, `Callable` or `Metric`, *optional*, defaults to `"loss"`):
             `"loss"`: negative log-likelihood in nats per label token; `"token_accuracy"`: share of the label tokens
@@ -99,7 +107,7 @@ def score_candidates(
     metric, admit = make_metric(metric), admit or admit_to(model, base_model)
     trained = find_adapter(model, overwrite=True) if probed else None
     with (
-        joint(),
+        failing_together(),
         undisturbed(model),
         metric.base(model),
         structure_kept(model),
@@ -107,7 +115,7 @@ def score_candidates(
     ):
         with arriving(found, hub) as coming:
             scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
-            if place()[1] > 1:
+            if process_index_and_count()[1] > 1:
                 scores = _on_all_processes([*scores])
             elif all(candidate.path is not None for candidate in found):
                 scores = [*scores]
@@ -140,7 +148,7 @@ def _on_all_processes(scores: list[Score]) -> list[Score]:
         return score.candidate.name, score.candidate.revision
 
     here = {key(score): score for score in scores}
-    everywhere = exchange({name: (score.candidate.run, score.reason) for name, score in here.items()})
+    everywhere = gather({name: (score.candidate.run, score.reason) for name, score in here.items()})
     # Where a file system is not shared, an adapter's path and what is recorded with it are each process's own.
     found = []
     for (name, revision), (run, _) in everywhere[0].items():
@@ -174,18 +182,18 @@ class _Race:
     def __exit__(self, *error: object) -> None:
         self.reader.shutdown(cancel_futures=True)
 
-    def round(self, scores: Iterable[Score], rows: Rows) -> list[Score]:
+    def round(self, scores: Iterable[Score], rows: SampleRows) -> list[Score]:
         """Returns the scores after one more part of the sample, of which every candidate sees the same rows."""
         if self.cached:
             # While the batches are whole: they may be halved when memory runs out.
             self.rows_hash = rows.fingerprint()
-        rank, count = place()
+        rank, count = process_index_and_count()
         if self.in_step or count == 1:
             return self._scored_here(scores, rows)
         scores = list(scores)
         alive = [index for index, score in enumerate(scores) if score.status == "scored"]
         mine = self._scored_here([scores[index] for index in alive[rank::count]], rows)
-        found = exchange([(score.status, score.reason, score.losses, score.seconds) for score in mine])
+        found = gather([(score.status, score.reason, score.losses, score.seconds) for score in mine])
         for other, outcomes in enumerate(found):
             for index, (status, reason, losses, seconds) in zip(alive[other::count], outcomes, strict=True):
                 scores[index] = replace(scores[index], status=status, reason=reason, losses=losses, seconds=seconds)
@@ -198,12 +206,12 @@ class _Race:
             # Time was over within this round: there are no rows that all have seen.
             return scores
         runs = {index: scores[index].candidate.run for index in values}
-        for index in values.keys() - decided(lambda: survivors(values, runs, keep, self.metric)):
+        for index in values.keys() - on_main_process(lambda: survivors(values, runs, keep, self.metric)):
             scores[index].source.release()
             scores[index] = replace(scores[index], status="eliminated", reason=f"behind after {size} rows")
         return scores
 
-    def _scored_here(self, scores: Iterable[Score], rows: Rows) -> list[Score]:
+    def _scored_here(self, scores: Iterable[Score], rows: SampleRows) -> list[Score]:
         done = []
         with tqdm(desc=f"mashup: {len(rows)} rows", unit=" candidates", disable=not is_main_process()) as bar:
             for score, reading in self._read_ahead(scores, rows):
@@ -213,7 +221,7 @@ class _Race:
                 del reading
         return done
 
-    def _read_ahead(self, scores: Iterable[Score], rows: Rows) -> Iterator[tuple[Score, Future | None]]:
+    def _read_ahead(self, scores: Iterable[Score], rows: SampleRows) -> Iterator[tuple[Score, Future | None]]:
         # Candidates that arrive from the Hub come one by one: the one that is here does not wait for a download.
         waiting: deque[tuple[Score, Future | None]] = deque()
         ahead = isinstance(scores, list)
@@ -237,10 +245,10 @@ class _Race:
             needed = source.fingerprint() is not None
         except RECOVERABLE:
             needed = False
-        if any(exchange(needed)) if self.in_step else needed:
+        if any(gather(needed)) if self.in_step else needed:
             self.base = base_fingerprint(self.model)
 
-    def _read(self, source: Source, rows: Rows) -> tuple[str | None, RowLosses | None, Update | None]:
+    def _read(self, source: Source, rows: SampleRows) -> tuple[str | None, RowLosses | None, Update | None]:
         """Returns a candidate's key in the cache, with the losses that are known or else its update."""
         key = losses = None
         if self.base is not None and (candidate := source.fingerprint()) is not None:
@@ -248,10 +256,10 @@ class _Race:
             losses = self.cache.get(key, len(rows))
         return key, losses, source.load(self.device) if losses is None else None
 
-    def _scored(self, score: Score, rows: Rows, reading: Future | None) -> Score:
+    def _scored(self, score: Score, rows: SampleRows, reading: Future | None) -> Score:
         started = time.monotonic()
         try:
-            with joint() if self.in_step else nullcontext():
+            with failing_together() if self.in_step else nullcontext():
                 losses = self._losses(score.source, rows, reading)
         except AdapterError as error:
             return replace(score, status="rejected", reason=str(error))
@@ -267,13 +275,13 @@ class _Race:
             return replace(score, status="failed", reason=f"its loss is {losses.mean_loss}")
         return replace(score, losses=losses)
 
-    def _losses(self, source: Source, rows: Rows, reading: Future | None) -> RowLosses | None:
+    def _losses(self, source: Source, rows: SampleRows, reading: Future | None) -> RowLosses | None:
         """Returns a candidate's losses from the cache or the model; None where the time is over."""
         key, losses, update = (None, None, None) if reading is None else reading.result()
         over = time.monotonic() > self.deadline
         if self.in_step:
             # All processes join a forward pass, or none does.
-            losses, over = agreed((losses, over))
+            losses, over = from_main_process((losses, over))
         if losses is None and not over:
             update = source.load(self.device) if update is None else update
             losses = evaluate(self.model, rows, self.metric, update, share=self.in_step)

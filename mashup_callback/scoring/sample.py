@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
-from ..distributed import decided
+from ..distributed import on_main_process
 from ..errors import UsageError
 from ..model import random_state
 from .content import content_hash
@@ -28,7 +28,7 @@ CPU_TOKENS, TOKENS = 1024, 8192
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class SampleRows:
     """
     Rows of a data set with the collator that makes batches of them.
 
@@ -52,7 +52,7 @@ class Rows:
     tokens: int = 0
     _groups: list[list[int]] = field(default_factory=list, repr=False)
     _batches: dict[tuple[int, ...], Mapping[str, Any]] = field(default_factory=dict, repr=False)
-    _shares: dict[tuple[int, int], "Rows"] = field(default_factory=dict, repr=False)
+    _shares: dict[tuple[int, int], "SampleRows"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self._groups:
@@ -73,11 +73,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def part(self, start: int, stop: int) -> "Rows":
+    def part(self, start: int, stop: int) -> "SampleRows":
         """Returns the rows from `start` to `stop` with the same collator and batch size."""
-        return Rows(self.rows[start:stop], self.collate, self.batch_size, self.tokens)
+        return SampleRows(self.rows[start:stop], self.collate, self.batch_size, self.tokens)
 
-    def share(self, index: int, count: int) -> "Rows":
+    def share(self, index: int, count: int) -> "SampleRows":
         """Returns the rows with the batches of one of several processes, the same number of batches for each."""
         if count == 1:
             return self
@@ -86,18 +86,18 @@ class Rows:
             # Where they do not come out even, the first batch fills up.
             groups += groups[:1] * (-len(groups) % count)
             mine = [list(group) for group in groups[index::count]]
-            self._shares[index, count] = Rows(self.rows, self.collate, self.batch_size, self.tokens, mine)
+            self._shares[index, count] = SampleRows(self.rows, self.collate, self.batch_size, self.tokens, mine)
         return self._shares[index, count]
 
-    def first(self, index: int, count: int) -> "Rows":
+    def first(self, index: int, count: int) -> "SampleRows":
         """Returns the same rows with the first batch alone of each of several processes, the very same batches."""
         mine = self.share(index, count)
-        single = Rows(self.rows, self.collate, self.batch_size, self.tokens, mine._groups[:1], mine._batches)
+        single = SampleRows(self.rows, self.collate, self.batch_size, self.tokens, mine._groups[:1], mine._batches)
         single._shares[index, count] = single
         return single
 
     def batches(self) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
-        """Yields each batch with the indices of its rows; follows [`Rows.halve`] while it runs."""
+        """Yields each batch with the indices of its rows; follows [`SampleRows.halve`] while it runs."""
         position = 0
         while position < len(self._groups):
             indices = self._groups[position]
@@ -127,14 +127,14 @@ class Sample:
     Rows of the training data.
 
     Args:
-        selection (`Rows`): Those that select.
-        held_out (`Rows`): Those that are held out for the guard; no row of the selection is among them.
+        selection (`SampleRows`): Those that select.
+        held_out (`SampleRows`): Those that are held out for the guard; no row of the selection is among them.
         duplicates (`int`): Rows that had been drawn before with the same content.
         unlabeled (`int`): Rows that were left out as none of their tokens has a label.
     """
 
-    selection: Rows
-    held_out: Rows
+    selection: SampleRows
+    held_out: SampleRows
     duplicates: int = 0
     unlabeled: int = 0
 
@@ -144,9 +144,9 @@ class Sample:
         return {**rows, "duplicates": self.duplicates, "unlabeled": self.unlabeled}
 
 
-def as_rows(batches: "Rows | Sequence[Mapping[str, Any]]") -> Rows:
+def as_rows(batches: "SampleRows | Sequence[Mapping[str, Any]]") -> SampleRows:
     """Returns batches that are already made as rows of which each is a batch of its own."""
-    return batches if isinstance(batches, Rows) else Rows(list(batches), lambda rows: rows[0])
+    return batches if isinstance(batches, SampleRows) else SampleRows(list(batches), lambda rows: rows[0])
 
 
 def draw_sample(
@@ -186,7 +186,7 @@ def draw_sample(
             a label, or `guard_rows` lacks a column of the training rows.
     """
     with random_state(seed):
-        rows = decided(lambda: _read_rows(dataloader.dataset, size, seed))
+        rows = on_main_process(lambda: _read_rows(dataloader.dataset, size, seed))
     if 1 < len(rows) < size:
         logger.info("The training data has %d rows, fewer than sample_size=%d; all are used.", len(rows), size)
     contents = [content_hash(row) for row in rows]
@@ -204,7 +204,7 @@ def draw_sample(
         selection, held_out = rows, _check_guard(guard_rows, rows[0])
     collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
     # What a batch of a callable metric counts as is its own affair, so its size stays.
-    parts = [Rows(part, collate, batch_size, token_budget() if labeled else 0) for part in (selection, held_out)]
+    parts = [SampleRows(part, collate, batch_size, token_budget() if labeled else 0) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
     return Sample(kept[0], kept[1], duplicates=len(rows) - len(places), unlabeled=unlabeled)
@@ -253,11 +253,11 @@ def token_budget() -> int:
     return CPU_TOKENS if PartialState().device.type == "cpu" else TOKENS
 
 
-def _labeled(rows: Rows) -> Rows:
+def _labeled(rows: SampleRows) -> SampleRows:
     """Returns the rows that have a label, the same object if all have one."""
     without, total, seen = [], 0, False
     # A batch that is one row (padding-free) is one difference of the guard's, and many small ones tell more.
-    small = Rows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
+    small = SampleRows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
     for indices, batch in rows.batches():
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
@@ -276,7 +276,7 @@ def _labeled(rows: Rows) -> Rows:
             "was not found."
         )
     left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
-    return Rows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
+    return SampleRows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
 
 
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:

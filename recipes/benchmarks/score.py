@@ -37,7 +37,7 @@ from mashup_callback.formats.adapter import load_factors, read_adapter
 from mashup_callback.lora.merge import merge_factors
 from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.scoring import RowLosses, Rows, draw_sample, evaluate, round_sizes, survivors
+from mashup_callback.scoring import RowLosses, SampleRows, draw_sample, evaluate, round_sizes, survivors
 
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
@@ -49,7 +49,7 @@ WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 console = Console()
 
 
-def quickstart(target: str, size: int) -> tuple[nn.Module, Rows, Rows]:
+def quickstart(target: str, size: int) -> tuple[nn.Module, SampleRows, SampleRows]:
     """The quickstart's base model, and a sample and held-out rows of one of its tasks as its Trainer sees them."""
     sys.path.insert(0, str(QUICKSTART))
     import world
@@ -154,13 +154,13 @@ def _top(losses: dict[str, RowLosses], runs: dict[str, str]) -> list[str]:
     return list(best.values())[:KEEP]
 
 
-def _near(model: nn.Module, held_out: Rows, *choices: Sequence[str]) -> bool:
+def _near(model: nn.Module, held_out: SampleRows, *choices: Sequence[str]) -> bool:
     """Whether the merges of two choices differ by at most 1% in held-out loss."""
     first, second = (_merged_loss(model, held_out, choice) for choice in choices)
     return abs(first - second) <= 0.01 * second
 
 
-def _merged_loss(model: nn.Module, held_out: Rows, paths: Sequence[str]) -> float:
+def _merged_loss(model: nn.Module, held_out: SampleRows, paths: Sequence[str]) -> float:
     inputs = [load_factors(read_adapter(path)) for path in paths]
     rank = max(factors.rank for factors in inputs[0].values())
     with undisturbed(model):
@@ -246,7 +246,7 @@ def memory_of(mode: str) -> float:
     if mode == "sparse":
         labels[:, : -LONG_LENGTH // 16] = -100
     with undisturbed(model):
-        evaluate(model, Rows([{"input_ids": tokens, "labels": labels}], lambda rows: rows[0]))
+        evaluate(model, SampleRows([{"input_ids": tokens, "labels": labels}], lambda rows: rows[0]))
     return resident_bytes("VmHWM") - before
 
 

@@ -27,7 +27,7 @@ from trl import SFTTrainer
 
 from mashup_callback import MashupCallback, score_candidates
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.scoring import Rows, draw_sample, evaluate
+from mashup_callback.scoring import SampleRows, draw_sample, evaluate
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
@@ -77,7 +77,7 @@ def final_loss(target: str, seed: int, steps: int, start: Path) -> float:
             return evaluate(trainer.model, test).mean_loss
 
 
-def test_rows(target: str, directory: str) -> Rows:
+def test_rows(target: str, directory: str) -> SampleRows:
     """The test rows in the form that the Trainer gives them."""
     trainer = SFTTrainer(
         world.load_model(),

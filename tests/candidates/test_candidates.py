@@ -395,7 +395,7 @@ def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monke
     found = [Candidate("org/name", repo_id="org/name", revision=digit * 40, run=digit) for digit in "ab"]
     scores = [Score(candidate) for candidate in found]
     everywhere = lambda value: [value, {**value, ("org/name", "a" * 40): ("a", "it is broken there")}]  # noqa: E731
-    monkeypatch.setattr(race, "exchange", everywhere)
+    monkeypatch.setattr(race, "gather", everywhere)
     agreed = race._on_all_processes(scores)
     assert [(score.candidate.revision[0], score.candidate.run, score.status) for score in agreed] == [
         ("a", "a", "rejected"),

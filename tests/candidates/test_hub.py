@@ -465,13 +465,13 @@ def test_one_process_of_a_machine_asks_and_downloads(hub, adapter, tmp_path):
         PRELUDE
         + """
 from accelerate import PartialState
-from mashup_callback.distributed import decided, is_first_on_machine, joint
+from mashup_callback.distributed import on_main_process, is_first_on_machine, failing_together
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2
 hub = Hub(asks=is_first_on_machine())
-with joint():
-    found = decided(lambda: find_candidates("hub:author=acme", "acme/base", check=fits, hub=hub))
+with failing_together():
+    found = on_main_process(lambda: find_candidates("hub:author=acme", "acme/base", check=fits, hub=hub))
     with arriving(found, hub) as coming:
         rows = {item.name: [item.reason, item.path and value(item.path)] for item in coming}
 Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps([rows, hub.requests]))

@@ -82,7 +82,7 @@ def test_failed_write_gives_back_what_was_there(monkeypatch):
     model = get_peft_model(llama(), lora())
     trainee = find_trainee(model)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    monkeypatch.setattr("mashup_callback.swap.exchange", lambda checksum: 1 / 0)
+    monkeypatch.setattr("mashup_callback.swap.gather", lambda checksum: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainee.write(random_merge(trainee))
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
@@ -92,7 +92,7 @@ def test_processes_that_read_something_else_give_back_what_was_there(monkeypatch
     model = get_peft_model(llama(), lora())
     trainee = find_trainee(model)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    monkeypatch.setattr("mashup_callback.swap.exchange", lambda checksum: [checksum, "another"])
+    monkeypatch.setattr("mashup_callback.swap.gather", lambda checksum: [checksum, "another"])
     with pytest.raises(RuntimeError, match=r"written on the processes \[1\] differ"):
         trainee.write(random_merge(trainee))
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())

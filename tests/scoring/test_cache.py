@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mashup_callback import score_candidates
 from mashup_callback.cli import app
 from mashup_callback.formats.adapter import adapter_hash, read_adapter
-from mashup_callback.scoring import CacheInfo, RowLosses, Rows, ScoreCache
+from mashup_callback.scoring import CacheInfo, RowLosses, SampleRows, ScoreCache
 from mashup_callback.scoring.cache import base_fingerprint, score_key
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
 
@@ -49,15 +49,15 @@ def paths(tmp_path, count):
 def test_second_run_scores_only_new_candidates(tmp_path, directory, data):
     known, [new] = paths(tmp_path, 12), [save_random_adapter(tmp_path / "new", 77, scale=0.1)]
     model, forwards = counted()
-    first = score_candidates(model, known, Rows(*data, 8), search="racing", keep=2)
+    first = score_candidates(model, known, SampleRows(*data, 8), search="racing", keep=2)
     assert forwards
     forwards.clear()
-    again = score_candidates(model, known, Rows(*data, 8), search="racing", keep=2)
+    again = score_candidates(model, known, SampleRows(*data, 8), search="racing", keep=2)
     assert forwards == []
     assert [(s.candidate.name, s.loss, s.status, s.rows) for s in again] == [
         (s.candidate.name, s.loss, s.status, s.rows) for s in first
     ]
-    both = score_candidates(model, [*known, new], Rows(*data, 8), search="racing", keep=2)
+    both = score_candidates(model, [*known, new], SampleRows(*data, 8), search="racing", keep=2)
     [added] = [score for score in both if score.candidate.name == str(new)]
     # Nothing but the new one, and who goes on with it where it changed that.
     assert added.rows <= sum(forwards) < 2 * 64
@@ -65,13 +65,13 @@ def test_second_run_scores_only_new_candidates(tmp_path, directory, data):
 
 def test_same_adapter_elsewhere_is_known(tmp_path, directory, data, library):
     model, forwards = counted()
-    [first] = score_candidates(model, [library / "trained-0"], Rows(*data, 8))
+    [first] = score_candidates(model, [library / "trained-0"], SampleRows(*data, 8))
     copy = shutil.copytree(library / "trained-0", tmp_path / "copy")
     forwards.clear()
-    [second] = score_candidates(model, [copy], Rows(*data, 8))
+    [second] = score_candidates(model, [copy], SampleRows(*data, 8))
     assert forwards == [] and second.loss == first.loss
     other = save_scaled_adapter(tmp_path / "other", library / "trained-0", 1.01)
-    [third] = score_candidates(model, [other], Rows(*data, 8))
+    [third] = score_candidates(model, [other], SampleRows(*data, 8))
     assert forwards and third.loss != first.loss
 
 
@@ -79,7 +79,7 @@ def test_same_adapter_elsewhere_is_known(tmp_path, directory, data, library):
 def test_what_a_score_depends_on(tmp_path, directory, data, change):
     path = save_random_adapter(tmp_path / "a", 0, scale=1.0)
     model, forwards = counted()
-    score_candidates(model, [path], Rows(*data, 8))
+    score_candidates(model, [path], SampleRows(*data, 8))
     forwards.clear()
     examples, metric = data[0], "loss"
     if change == "rows":
@@ -91,14 +91,14 @@ def test_what_a_score_depends_on(tmp_path, directory, data, change):
         torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight)
     else:
         metric = "token_accuracy"
-    score_candidates(model, [path], Rows(examples, data[1], 8), metric)
+    score_candidates(model, [path], SampleRows(examples, data[1], 8), metric)
     assert sum(forwards) == 64
 
 
 def test_callable_metrics_are_measured_again(tmp_path, directory, data):
     path, calls = save_random_adapter(tmp_path / "a", 0), []
     for _ in range(2):
-        score_candidates(llama(), [path], Rows(*data, 8), lambda model, batch: (calls.append(1) or 1.0, 1))
+        score_candidates(llama(), [path], SampleRows(*data, 8), lambda model, batch: (calls.append(1) or 1.0, 1))
     assert len(calls) == 16 and not directory.exists()
 
 
@@ -128,11 +128,11 @@ def test_base_fingerprint_sees_a_single_number_anywhere():
 def test_a_trained_token_is_a_new_base(tmp_path, directory, data):
     model, forwards = counted()
     path = save_random_adapter(tmp_path / "a", 0)
-    [before] = score_candidates(model, [path], Rows(*data, 8))
+    [before] = score_candidates(model, [path], SampleRows(*data, 8))
     forwards.clear()
     with torch.no_grad():
         model.get_input_embeddings().weight[50] += 5.0
-    [after] = score_candidates(model, [path], Rows(*data, 8))
+    [after] = score_candidates(model, [path], SampleRows(*data, 8))
     assert sum(forwards) == 64 and after.loss != before.loss
 
 
@@ -199,7 +199,7 @@ def test_broken_files_count_as_missing(tmp_path, text):
 def test_directory_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatch, data):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MASHUP_CACHE", str(tmp_path / "file" / "cache"))
-    [score] = score_candidates(llama(), [save_random_adapter(tmp_path / "a", 0)], Rows(*data, 8))
+    [score] = score_candidates(llama(), [save_random_adapter(tmp_path / "a", 0)], SampleRows(*data, 8))
     assert score.status == "scored"
 
 

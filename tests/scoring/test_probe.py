@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 
 from mashup_callback import score_candidates
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.scoring import Rows, language_model_losses, losses, race
+from mashup_callback.scoring import SampleRows, language_model_losses, losses, race
 from mashup_callback.trainee import find_trainee
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer
 
@@ -17,7 +17,7 @@ from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapt
 @pytest.fixture
 def data(tmp_path):
     loader = sft_trainer(tmp_path / "out", train_rows=rows("text", 64)).get_train_dataloader()
-    return Rows([loader.dataset[i] for i in range(64)], loader.collate_fn, 16)
+    return SampleRows([loader.dataset[i] for i in range(64)], loader.collate_fn, 16)
 
 
 def trained_by_peft(path, data, learning_rate, steps=16):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mashup_callback import MashupReport, score_candidates
 from mashup_callback.candidates import Candidate
 from mashup_callback.report import RaceRound
-from mashup_callback.scoring import RowLosses, Rows, Score, joined, race_rounds, round_sizes, survivors
+from mashup_callback.scoring import RowLosses, SampleRows, Score, joined, race_rounds, round_sizes, survivors
 from mashup_callback.selection import select
 from tests.tiny import llama, rows, save_scaled_adapter, sft_trainer
 
@@ -134,7 +134,7 @@ def field(tmp_path_factory, library):
         for source in ("trained-0", "trained-1")
         for factor in factors
     ]
-    return paths, Rows([loader.dataset[i] for i in range(128)], loader.collate_fn, 16)
+    return paths, SampleRows([loader.dataset[i] for i in range(128)], loader.collate_fn, 16)
 
 
 def test_a_race_ends_like_an_exhaustive_search_and_twice_the_same(field):

@@ -17,7 +17,7 @@ from mashup_callback.formats import BaseModel
 from mashup_callback.formats import adapter as adapters
 from mashup_callback.lora import source as sources
 from mashup_callback.lora.source import AdapterSource
-from mashup_callback.scoring import Rows, race
+from mashup_callback.scoring import SampleRows, race
 from mashup_callback.trainee import admit_to
 from tests.tiny import llama, rows, save_random_adapter, sft_trainer
 
@@ -49,7 +49,7 @@ def read(monkeypatch):
 def test_a_race_reads_each_file_once(tmp_path, paths, data, read, monkeypatch, cache):
     monkeypatch.setenv("MASHUP_CACHE", cache and str(tmp_path / cache))
     monkeypatch.setattr(race, "survivors", lambda values, runs, keep, metric: list(values)[: len(values) // 2])
-    scores = score_candidates(llama(), paths, Rows(*data, 8), search="racing")
+    scores = score_candidates(llama(), paths, SampleRows(*data, 8), search="racing")
     assert [score.rows for score in scores] == [64, 64, 32, 32, 16, 16, 16, 16]
     assert sorted(read) == sorted(paths)
     scores[0].source.load()
@@ -63,7 +63,7 @@ def test_a_bounded_search_reads_no_more_files_than_it_may_use(tmp_path, data, re
     monkeypatch.setattr(local, "_read", lambda path, end=None: whole.append(end is None) or part(path, end))
     model = llama()
     found = find_candidates(tmp_path / "runs", max_candidates=8, check=BaseModel.of(model).check)
-    scores = score_candidates(model, found, Rows(*data, 8), search="racing", keep=2)
+    scores = score_candidates(model, found, SampleRows(*data, 8), search="racing", keep=2)
     assert sum(score.rows > 0 for score in scores) == 8 and len(scores) == 64
     assert sorted(path.name for path in read) == [f"{seed:02d}" for seed in range(8)] and not any(whole)
 
@@ -100,7 +100,7 @@ def test_memory_is_bounded_and_given_back(paths, read, monkeypatch):
 
 def test_what_is_eliminated_is_forgotten(paths, data, monkeypatch):
     monkeypatch.setattr(race, "survivors", lambda values, runs, keep, metric: list(values)[:2])
-    scores = score_candidates(llama(), paths, Rows(*data, 8), search="racing")
+    scores = score_candidates(llama(), paths, SampleRows(*data, 8), search="racing")
     assert [score.source._factors is None for score in scores] == [score.status == "eliminated" for score in scores]
 
 
@@ -181,7 +181,7 @@ def test_the_base_is_hashed_only_where_a_score_is_cached(tmp_path, paths, monkey
 
 
 def test_processes_tell_revisions_of_a_repository_apart(monkeypatch):
-    monkeypatch.setattr(race, "exchange", lambda value: [value, value])
+    monkeypatch.setattr(race, "gather", lambda value: [value, value])
     scores = [race.Score(Candidate(name="acme/one", revision=revision, run=revision)) for revision in ("a", "b")]
     found = race._on_all_processes(scores)
     assert [(score.candidate.revision, score.candidate.run) for score in found] == [("a", "a"), ("b", "b")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mashup_callback.scoring import Rows, as_rows, draw_sample
+from mashup_callback.scoring import SampleRows, as_rows, draw_sample
 from mashup_callback.scoring.private_copy import private_copy
 from mashup_callback.scoring.sample import _drawn
 
@@ -73,14 +73,14 @@ def test_guard_rows_replace_the_held_out_half():
 
 def test_batches_hold_every_row_once_longest_first():
     data = [{"input_ids": [0] * length} for length in (3, 1, 4, 1, 5, 9, 2, 6)]
-    rows = Rows(data, lambda rows: {"longest": max(len(row["input_ids"]) for row in rows)}, 3)
+    rows = SampleRows(data, lambda rows: {"longest": max(len(row["input_ids"]) for row in rows)}, 3)
     groups = [(indices, batch["longest"]) for indices, batch in rows.batches()]
     assert sorted(index for indices, _ in groups for index in indices) == list(range(8))
     assert [longest for _, longest in groups] == [9, 4, 1]
 
 
 def test_halving_while_batches_run():
-    rows = Rows(DATA[:7], identity, 4)
+    rows = SampleRows(DATA[:7], identity, 4)
     seen = []
     for indices, _ in rows.batches():
         if len(indices) > 2:
@@ -93,14 +93,14 @@ def test_halving_while_batches_run():
 
 
 def test_random_collator_gives_every_candidate_the_same_batch():
-    rows = Rows(DATA[:4], lambda rows: {"noise": torch.rand(3)}, 2)
+    rows = SampleRows(DATA[:4], lambda rows: {"noise": torch.rand(3)}, 2)
     assert torch.equal(*(next(rows.batches())[1]["noise"] for _ in range(2)))
 
 
 def test_fingerprint_tells_samples_apart():
-    fingerprints = {Rows(DATA[i : i + 4], identity, 2).fingerprint() for i in (0, 1)}
+    fingerprints = {SampleRows(DATA[i : i + 4], identity, 2).fingerprint() for i in (0, 1)}
     assert len(fingerprints) == 2
-    assert Rows(DATA[:4], identity, 2).fingerprint() in fingerprints
+    assert SampleRows(DATA[:4], identity, 2).fingerprint() in fingerprints
 
 
 def test_ready_batches_are_rows():
@@ -128,7 +128,7 @@ def test_guard_rows_lose_the_columns_that_training_rows_lack():
 
 
 def test_fingerprint_of_batches_that_are_no_mappings():
-    assert Rows(["a"], list).fingerprint() != Rows(["b"], list).fingerprint()
+    assert SampleRows(["a"], list).fingerprint() != SampleRows(["b"], list).fingerprint()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 100, 4096, 10**6])
@@ -302,12 +302,12 @@ def test_short_rows_with_labels_fill_a_batch_up_to_the_budget(monkeypatch):
     assert lengths(rows) == [3, 3, 6, 6, 6]
     assert lengths(draw_sample(loader, 24, batch_size=8, guard_rows=data[:1]).selection) == [8, 8, 8]
     assert lengths(draw_sample(loader, 24, batch_size=2, guard_rows=data[:1], labeled=False).selection) == [2] * 12
-    assert lengths(rows.part(0, 12)) == lengths(Rows(rows.rows[:12], padded, 2, 60))
+    assert lengths(rows.part(0, 12)) == lengths(SampleRows(rows.rows[:12], padded, 2, 60))
 
 
 def test_shares_of_filled_batches_are_as_many_on_each_process():
     data = [{"input_ids": [i, 1], "labels": [1, 1]} for i in range(9)]
-    shares = [Rows(data, padded, 2, 1000).share(rank, 2) for rank in range(2)]
+    shares = [SampleRows(data, padded, 2, 1000).share(rank, 2) for rank in range(2)]
     assert [lengths(share) for share in shares] == [[5], [4]]
     assert sorted(i for share in shares for indices, _ in share.batches() for i in indices) == list(range(9))
 

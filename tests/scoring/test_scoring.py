@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from mashup_callback import score_candidates
-from mashup_callback.scoring import Rows, evaluate
+from mashup_callback.scoring import SampleRows, evaluate
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer, stream, tokenizer
 
 
@@ -87,7 +87,7 @@ def test_batching_does_not_change_the_loss(tmp_path):
     path = save_random_adapter(tmp_path / "adapter", 0, scale=1.0)
     found = []
     for size in (1, 4, 13):
-        [score] = score_candidates(llama(), [path], Rows(examples, loader.collate_fn, size))
+        [score] = score_candidates(llama(), [path], SampleRows(examples, loader.collate_fn, size))
         found.append(score.losses)
     for other in found[1:]:
         torch.testing.assert_close(other.loss, found[0].loss, atol=1e-4, rtol=0)
@@ -126,11 +126,11 @@ def test_out_of_memory_halves_the_batch(tmp_path):
             raise RuntimeError("CUDA out of memory.")
 
     model.register_forward_pre_hook(forward, with_kwargs=True)
-    data = Rows([loader.dataset[i] for i in range(8)], loader.collate_fn, 8)
+    data = SampleRows([loader.dataset[i] for i in range(8)], loader.collate_fn, 8)
     first, second = score_candidates(model, [path, path], data)
     # The batch is halved, and halved again, for both candidates.
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2]
-    [expected] = score_candidates(llama(), [path], Rows(data.rows, loader.collate_fn, 8))
+    [expected] = score_candidates(llama(), [path], SampleRows(data.rows, loader.collate_fn, 8))
     assert first.loss == second.loss == pytest.approx(expected.loss, abs=1e-6)
 
 
@@ -143,13 +143,13 @@ def test_out_of_memory_with_one_row_fails_the_candidate_only(tmp_path):
 
     model.register_forward_pre_hook(forward)
     path = save_random_adapter(tmp_path / "adapter", 0)
-    [score] = score_candidates(model, [path], Rows([loader.dataset[i] for i in range(4)], loader.collate_fn, 4))
+    [score] = score_candidates(model, [path], SampleRows([loader.dataset[i] for i in range(4)], loader.collate_fn, 4))
     assert score.status == "failed" and "out of memory" in score.reason
 
 
 def test_batches_without_labels_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="callable"):
-        evaluate(llama(), Rows([{"input_ids": torch.tensor([[7, 8]])}], lambda rows: rows[0]))
+        evaluate(llama(), SampleRows([{"input_ids": torch.tensor([[7, 8]])}], lambda rows: rows[0]))
 
 
 def test_not_a_number_is_a_failure(tmp_path):
@@ -169,7 +169,7 @@ def test_time_limit_keeps_what_was_scored(tmp_path):
 
 def test_racing_finds_the_best_with_fewer_rows(tmp_path, library):
     loader = sft_trainer(tmp_path / "out", train_rows=rows("text", 128)).get_train_dataloader()
-    data = Rows([loader.dataset[i] for i in range(128)], loader.collate_fn, 16)
+    data = SampleRows([loader.dataset[i] for i in range(128)], loader.collate_fn, 16)
     factors = (1.0, 0.5, 0.1, -0.5, -1.0, -1.5, -2.0, -2.5)
     paths = [save_scaled_adapter(tmp_path / str(factor), library / "trained-0", factor) for factor in factors]
     everything = score_candidates(llama(), paths, data, search="exhaustive")
@@ -183,7 +183,7 @@ def test_racing_finds_the_best_with_fewer_rows(tmp_path, library):
 
 def test_time_that_ends_within_a_round_keeps_the_best_so_far(tmp_path, monkeypatch):
     loader = sft_trainer(tmp_path / "out", train_rows=rows("text", 64)).get_train_dataloader()
-    data = Rows([loader.dataset[i] for i in range(64)], loader.collate_fn, 16)
+    data = SampleRows([loader.dataset[i] for i in range(64)], loader.collate_fn, 16)
     paths = [save_random_adapter(tmp_path / f"a{seed}", seed) for seed in range(3)]
     model, passes = llama(), []
     clock = iter([0.0] * 10**6)
