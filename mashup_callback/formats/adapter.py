@@ -5,8 +5,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,14 +101,17 @@ def load_factors(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     data: bytes | None = None,
+    weight: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, LoraFactors]:
     """
-    Loads an adapter's factors by module name.
+    Loads an adapter's updates by module name.
 
-    `data` is from [`read_weights`], where the file has been read already.
+    `data` is from [`read_weights`], where the file has been read already; `weight` gives the base model's weight of a
+    module, of which DoRA's update is computed.
 
     Raises:
-        AdapterError: The file changed since it was read, or values are not finite or absurdly large.
+        AdapterError: The file changed since it was read, values are not finite or absurdly large, or there is no
+            `weight` for an adapter that needs it.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
     data = read_weights(adapter) if data is None else data
@@ -115,7 +119,14 @@ def load_factors(
         tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{WEIGHTS_NAME} cannot be loaded: {quote(error)}") from error
-    return {name: _load_module(name, shape, tensors, device, dtype) for name, shape in adapter.modules.items()}
+    loaded = {}
+    for name, shape in adapter.modules.items():
+        parts = _load_parts(name, shape, tensors, device, dtype)
+        loaded[name] = shape.form.update(parts, shape.scaling, weight and partial(weight, name))
+        if (loaded[name].in_features, loaded[name].out_features) != (shape.in_features, shape.out_features):
+            raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} has another shape")
+        _check_size(name, loaded[name], shape.scaling)
+    return loaded
 
 
 def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
@@ -145,21 +156,23 @@ def read_weights(adapter: Adapter) -> bytes:
     return data
 
 
-def _load_module(
+def _load_parts(
     name: str, shape: ModuleShape, tensors: Mapping[str, torch.Tensor], device: str | torch.device, dtype: torch.dtype
-) -> LoraFactors:
-    try:
-        A, B = (tensors[key].to(device=device, dtype=dtype, copy=True) for key in (shape.key_a, shape.key_b))
-    except KeyError:
-        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} is gone") from None
-    if A.shape != (shape.rank, shape.in_features) or B.shape != (shape.out_features, shape.rank):
-        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} has another shape")
-    for factor in (A, B):
+) -> dict[str, torch.Tensor]:
+    if not set(shape.keys.values()) <= tensors.keys():
+        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} is gone")
+    parts = {part: tensors[key].to(device=device, dtype=dtype, copy=True) for part, key in shape.keys.items()}
+    for part in parts.values():
         # NaN fails the comparison too.
-        if not (largest := factor.abs().max().item()) <= MAX_ABSOLUTE:
+        if not (largest := part.abs().max().item()) <= MAX_ABSOLUTE:
             raise AdapterError(f"{quote(name)} holds the value {largest:g}, expected at most {MAX_ABSOLUTE:g}")
-    factors = LoraFactors(A, B, shape.scaling)
+    return parts
+
+
+def _check_size(name: str, update: LoraFactors, scaling: float) -> None:
+    # One that is computed each time is measured where it is compared with the model's weight.
+    if update.dense and math.isfinite(scaling):
+        return
     largest = torch.finfo(torch.float32).max
-    if not math.isfinite(shape.scaling) or not (factors.norm_bound() <= largest or factors.norm() <= largest):
-        raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {factors.norm():g}")
-    return factors
+    if not math.isfinite(scaling) or not (update.norm_bound() <= largest or update.norm() <= largest):
+        raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {update.norm():g}")

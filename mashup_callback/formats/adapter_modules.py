@@ -1,45 +1,57 @@
 """The modules of a LoRA adapter: pairs of tensors in its file, and the layers of the model that they fit."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from ..errors import AdapterError
 from .adapter_config import CONFIG_NAME, AdapterConfig
 from .files import quote
 from .header import TensorInfo
+from .variants import ENDS, Form, find_form
 
 
 _KEY_PREFIX = "base_model.model."
-_KEY_A, _KEY_B = ".lora_A.weight", ".lora_B.weight"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
 _FEATURE_KEYS = {
-    "lora_embedding": "adapters of embeddings are not supported",
-    "lora_magnitude": "DoRA is not supported, it also rescales the base weights",
     ".bias": "trained biases are not supported",
     "modules_to_save": "modules trained besides the adapter are not supported",
+    "trainable_tokens": "embeddings trained besides the adapter are not supported",
+    "hada_t": "only linear layers are supported, and this is a convolution",
+    "lokr_t": "only linear layers are supported, and this is a convolution",
     ".base_layer": "it would overwrite a weight of the base model",
 }
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """One adapted linear layer: its sizes, the factor on B·A, and the keys of A and B in the weights file."""
+    """One adapted layer: its sizes, the factor on the update, and the keys of its parts in the weights file."""
 
     rank: int
     in_features: int
     out_features: int
     scaling: float
-    key_a: str
-    key_b: str
+    keys: Mapping[str, str]
+    form: Form = field(repr=False)
 
 
 def adapter_modules(config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, ModuleShape]:
-    """Pairs the tensors of a weights file into LoRA modules; raises `AdapterError` where they are none."""
-    names = dict.fromkeys(_module_of(key) for key in tensors)
-    if not names:
+    """Groups the tensors of a weights file by their modules; raises `AdapterError` where they make no update."""
+    # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
+    prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
+    keys: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        name, part = _place(key, prefix, config.peft_type)
+        if keys.setdefault(name, {}).setdefault(part, key) != key:
+            raise AdapterError(f"{quote(key)} and {quote(keys[name][part])} are one tensor under two names")
+    if not keys:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
-    return {name: _module_shape(name, config, tensors) for name in names}
+    modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
+    if not modules:
+        raise AdapterError("all its ranks are zero: it changes nothing")
+    return modules
 
 
 def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, ...]:
@@ -92,36 +104,43 @@ def _renamings(names: list[str], layers: Iterable[str]) -> Iterable[list[str]]:
                 yield [name.removeprefix(removed) for name in names]
 
 
-def _module_of(key: str) -> str:
+def _place(key: str, prefix: str, peft_type: str) -> tuple[str, str]:
+    """Returns the module that a tensor belongs to, and which part of its update it is."""
     if len(key) > _MAX_KEY:
         raise AdapterError(
             f"the tensor {quote(key)} has a name of {len(key):,} characters, expected up to {_MAX_KEY:,}"
         )
-    for suffix in (_KEY_A, _KEY_B):
-        if key.startswith(_KEY_PREFIX) and key.endswith(suffix) and len(key) > len(_KEY_PREFIX + suffix):
-            return key.removeprefix(_KEY_PREFIX).removesuffix(suffix)
+    for end, part in ENDS[peft_type].items():
+        name = key[len(prefix) : -len(end) - 1]
+        if name and key.startswith(prefix) and key.endswith(f".{end}"):
+            return name, part
     reason = next((why for part, why in _FEATURE_KEYS.items() if part in key), "it is no LoRA factor")
-    raise AdapterError(
-        f"unexpected tensor {quote(key)}: {reason}; expected {_KEY_PREFIX}<module>{_KEY_A} and {_KEY_B} only"
-    )
+    raise AdapterError(f"unexpected tensor {quote(key)}: {reason}; expected {prefix}<module>.{next(iter(ENDS))}")
 
 
-def _module_shape(name: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> ModuleShape:
-    key_a, key_b = _KEY_PREFIX + name + _KEY_A, _KEY_PREFIX + name + _KEY_B
-    a, b = (_matrix(key, tensors) for key in (key_a, key_b))
-    if a[0] != b[1]:
-        raise AdapterError(f"the ranks of {quote(name)} differ: lora_A has {a[0]} rows and lora_B {b[1]} columns")
-    if a[0] != config.rank_of(name):
-        raise AdapterError(f"{quote(name)} has rank {a[0]}, but {CONFIG_NAME} says {config.rank_of(name)}")
-    return ModuleShape(a[0], a[1], b[0], config.scaling_of(name, a[0]), key_a, key_b)
+def _is_used(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether AdaLoRA left a module a rank above zero."""
+    return "E" not in keys or tensors[keys["E"]].shape[:1] != (0,)
 
 
-def _matrix(key: str, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
-    if key not in tensors:
-        raise AdapterError(f"tensor {quote(key)} is missing, its partner is there")
-    shape = tensors[key].shape
-    if len(shape) != 2 or 0 in shape:
-        raise AdapterError(
-            f"tensor {quote(key)} has shape {shape}, expected a matrix: only linear layers are supported"
-        )
-    return shape[0], shape[1]
+def _module_shape(
+    name: str, keys: Mapping[str, str], config: AdapterConfig, tensors: Mapping[str, TensorInfo]
+) -> ModuleShape:
+    form = find_form(config.peft_type, config.use_dora, keys)
+    try:
+        parts = {part: torch.empty(tensors[key].shape, device="meta") for part, key in keys.items()}
+        factors = form.factors(parts)
+    except (AdapterError, RuntimeError, IndexError) as error:
+        raise AdapterError(f"the tensors of {quote(name)} make no update: {quote(error)}") from error
+    rank = config.rank_of(name)
+    _check_rank(name, rank, parts, config)
+    scaling = config.scaling_of(name, rank)
+    return ModuleShape(factors.rank, factors.in_features, factors.out_features, scaling, keys, form)
+
+
+def _check_rank(name: str, rank: int, parts: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:
+    # Every name of a factor that has the rank as its number of rows ends in A or b; AdaLoRA drops rows.
+    for part in parts:
+        found = parts[part].shape[0]
+        if part[-1] in "Ab" and found != rank and not (config.peft_type == "ADALORA" and found < rank):
+            raise AdapterError(f"{quote(name)} has rank {found}, but {CONFIG_NAME} says {rank}")

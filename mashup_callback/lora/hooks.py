@@ -4,10 +4,12 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import BypassedError
 from ..lowrank import Factors, LoraFactors
@@ -32,7 +34,10 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
     structure = _STRUCTURES.get(model) or _Structure(model)
     layers = {name: structure.layers[name] for name in factors}
     with ExitStack() as hooks, _none_bypassed(structure, layers):
-        for names in _same_input(factors):
+        for name, update in factors.items():
+            if update.dense:
+                hooks.enter_context(layers[name].register_forward_hook(partial(_add_dense, update)))
+        for names in _same_input({name: update for name, update in factors.items() if not update.dense}):
             shared = _SharedInput([layers[name] for name in names], [factors[name] for name in names])
             for name in names:
                 hooks.enter_context(layers[name].register_forward_hook(shared.add))
@@ -120,6 +125,19 @@ def _same_input(factors: Factors) -> list[list[str]]:
     return list(groups.values())
 
 
+def _add_dense(update: LoraFactors, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Adds an update that is computed for this call and let go of again."""
+    x, delta = args[0], update.delta().to(output.device)
+    if isinstance(layer, nn.Embedding):
+        return (output + _embed_scale(layer) * F.embedding(x, delta.T)).to(output.dtype)
+    return (output + F.linear(x.to(delta.dtype), delta)).to(output.dtype)
+
+
+def _embed_scale(layer: nn.Module) -> float | torch.Tensor:
+    """Returns the factor that the embeddings of some models, such as Gemma's, are multiplied by."""
+    return getattr(layer, "embed_scale", 1.0)
+
+
 class _SharedInput:
     """The updates of layers that are given the same input, which is multiplied by A once."""
 
@@ -127,7 +145,8 @@ class _SharedInput:
         device = next(layers[0].parameters()).device
         As = [update.A.to(device) for update in updates]
         self.A = torch.cat(As) if len(As) > 1 else As[0]
-        Bs = [(update.scaling * update.B.to(device)).T for update in updates]
+        scales = [update.scaling * _embed_scale(layer) for layer, update in zip(layers, updates, strict=True)]
+        Bs = [(scale * update.B.to(device)).T for scale, update in zip(scales, updates, strict=True)]
         self.B = dict(zip(layers, Bs, strict=True))
         self.ranks = [update.rank for update in updates]
         self.seen: tuple[weakref.ref, int] | None = None
@@ -147,7 +166,9 @@ class _SharedInput:
         # The version tells whether the same tensor holds other numbers by now; an inference tensor has none.
         version = 0 if x.is_inference() else x._version
         if self.seen is None or self.seen[0]() is not x or self.seen[1] != version:
-            product = torch.mm(x.reshape(-1, x.shape[-1]).to(self.A), self.A.T)
+            embeds = isinstance(layer, nn.Embedding)
+            flat = x.reshape(-1) if embeds else x.reshape(-1, x.shape[-1]).to(self.A)
+            product = F.embedding(flat, self.A.T) if embeds else torch.mm(flat, self.A.T)
             self.products = dict(zip(self.B, product.split(self.ranks, 1), strict=True))
             self.seen = (weakref.ref(x), version) if len(self.B) > 1 else None
         return self.products[layer]

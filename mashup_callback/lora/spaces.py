@@ -11,6 +11,8 @@ from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, trunca
 from ..methods import MergeRule
 
 
+# Directions of a randomized SVD beyond the wanted rank where only updates of full rank are merged.
+_DENSE_WIDTH = 64
 # One update per adapter, None where it lacks the module.
 _Inputs = Sequence[LoraFactors | None]
 
@@ -42,7 +44,8 @@ class ModuleMerge:
             return truncate_core(basis, core, rank)
         if self.space == "factors":
             return self._merge_apart(inputs, rank)
-        if self.space == "core" or self.rule.commutes:
+        # A core of updates of full rank is as large as the layer.
+        if self.space == "core" or (self.rule.commutes and not any(f.dense for f in present)):
             return self._merge_cores(inputs, present, rank)
         return self._merge_dense(inputs, present, rank)
 
@@ -58,8 +61,9 @@ class ModuleMerge:
 
     def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
-        updates = [zero if f is None else LoraFactors(f.A.float(), f.B.float(), f.scaling).delta() for f in inputs]
-        return truncate_dense(self.rule.merge(updates, self.weights), rank, sum(f.rank for f in present), self.seed)
+        updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
+        width = sum(f.rank for f in present if not f.dense) or _DENSE_WIDTH
+        return truncate_dense(self.rule.merge(updates, self.weights), rank, width, self.seed)
 
     def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:
         pairs = [None if f is None else _split_scaling(f) for f in inputs]

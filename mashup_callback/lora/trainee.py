@@ -14,7 +14,7 @@ from ..config import MashupConfig
 from ..distributed import failing_together, on_main_process
 from ..formats import BaseModel, Description, write_adapter
 from ..lowrank import Factors, LoraFactors, trainable
-from ..model import weight_norms, write_parameters
+from ..model import linear_layers, weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap, written
@@ -97,7 +97,7 @@ class LoraTrainee:
         return weight_norms(self.model)
 
     def _adapter_source(self, adapter: Any) -> AdapterSource:
-        return AdapterSource(adapter, self._norms)
+        return AdapterSource(adapter, self._norms, linear_layers(self.model))
 
     def _extracted(self, checkpoint: Any) -> AdapterSource:
         path = self.workspace.new("extracted")

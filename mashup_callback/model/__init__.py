@@ -4,6 +4,7 @@ from .isolation import quantized_layers, random_state, undisturbed, without_adap
 from .layers import (
     adapter_host,
     base_model_name,
+    base_weight,
     layer_shape,
     layer_shapes,
     linear_layers,
@@ -30,6 +31,7 @@ __all__ = [
     "ModelTensors",
     "adapter_host",
     "base_model_name",
+    "base_weight",
     "clean_name",
     "describe_model",
     "fill_master",
