@@ -17,7 +17,7 @@ from safetensors.torch import load
 from ..errors import AdapterError
 from ..lowrank import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
-from .adapter_modules import ModuleShape, adapter_modules, contradictions, match_modules
+from .adapter_modules import ModuleShape, adapter_modules, contradictions, find_renaming, renamed
 from .base import BaseModel
 from .files import open_regular, quote, read_limited
 from .header import FileStamp, TensorInfo, parse_header, read_header
@@ -34,7 +34,7 @@ class Adapter:
     A LoRA adapter whose description has been read and found sound: at `path`, or on the Hub where that is None.
 
     Its modules have the names that they have in the base model; `stamp` is the state of its weights file when it was
-    read.
+    read, and `copies` are the keys of weights of the base model that are stored besides.
     """
 
     path: Path | None
@@ -43,6 +43,7 @@ class Adapter:
     dtype: str
     stamp: FileStamp = field(repr=False)
     warnings: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
@@ -56,7 +57,13 @@ class Adapter:
         Raises:
             AdapterError: A layer or its shape is not the model's.
         """
-        modules = match_modules(self.modules, base.layers)
+        change = find_renaming(list(self.modules), base.layers)
+        modules = {renamed(name, change): shape for name, shape in self.modules.items()}
+        copies = {renamed(name, change): key for name, key in self.copies.items()}
+        if unknown := [key for name, key in copies.items() if name not in base.layers]:
+            raise AdapterError(
+                f"unexpected tensor {quote(unknown[0])}: it is no LoRA factor, and no layer of the model"
+            )
         for name, shape in modules.items():
             found, expected = (shape.in_features, shape.out_features), tuple(base.layers[name])
             if found != expected:
@@ -67,7 +74,7 @@ class Adapter:
         recorded, warnings = self.config.base_model, self.warnings
         if recorded and base.name and _short_name(recorded) != _short_name(base.name):
             warnings += (f"recorded base model {quote(recorded)} differs from {base.name}; the shapes fit",)
-        return dataclasses.replace(self, modules=modules, warnings=warnings)
+        return dataclasses.replace(self, modules=modules, copies=copies, warnings=warnings)
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -91,8 +98,8 @@ def _described(
     path: Path | None, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
 ) -> Adapter:
     dtype = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in tensors.values()}))
-    modules = adapter_modules(config, tensors)
-    return Adapter(path, config, modules, dtype, stamp, contradictions(config, modules))
+    modules, copies = adapter_modules(config, tensors)
+    return Adapter(path, config, modules, dtype, stamp, contradictions(config, modules), copies)
 
 
 @torch.no_grad()
@@ -119,6 +126,8 @@ def load_factors(
         tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{WEIGHTS_NAME} cannot be loaded: {quote(error)}") from error
+    for name, key in adapter.copies.items():
+        _check_copy(key, tensors.get(key), weight and weight(name))
     loaded = {}
     for name, shape in adapter.modules.items():
         parts = _load_parts(name, shape, tensors, device, dtype)
@@ -167,6 +176,21 @@ def _load_parts(
         if not (largest := part.abs().max().item()) <= MAX_ABSOLUTE:
             raise AdapterError(f"{quote(name)} holds the value {largest:g}, expected at most {MAX_ABSOLUTE:g}")
     return parts
+
+
+def _check_copy(key: str, copy: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+    """Refuses a tensor that would take the place of the base model's weight, unless it is that weight."""
+    if copy is None or weight is None or sorted(copy.shape) != sorted(weight.shape):
+        same = False
+    else:
+        # The weight of an embedding is given the other way round, and either may have been rounded.
+        copy = (copy if copy.shape == weight.shape else copy.T).to(weight.device)
+        same = torch.equal(copy.to(weight.dtype), weight) or torch.equal(weight.to(copy.dtype), copy)
+    if not same:
+        raise AdapterError(
+            f"{quote(key)} would overwrite a weight of the base model, and is not known to be equal to it: it was "
+            "trained or resized besides the adapter, or there is no base model here to compare it with"
+        )
 
 
 def _check_size(name: str, update: LoraFactors, scaling: float) -> None:

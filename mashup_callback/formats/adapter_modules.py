@@ -1,6 +1,6 @@
 """The modules of a LoRA adapter: pairs of tensors in its file, and the layers of the model that they fit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,10 @@ from .variants import ENDS, Form, find_form
 
 
 _KEY_PREFIX = "base_model.model."
+# Names of the modules that hold a language model, which differ with and without a vision tower.
+_TEXT_MODEL = {"model", "language_model", "text_model"}
+# The end of the name of a base model's weight, of which peft stores copies for embeddings and heads.
+_WHOLE = ".weight"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
 _FEATURE_KEYS = {
@@ -21,7 +25,6 @@ _FEATURE_KEYS = {
     "trainable_tokens": "embeddings trained besides the adapter are not supported",
     "hada_t": "only linear layers are supported, and this is a convolution",
     "lokr_t": "only linear layers are supported, and this is a convolution",
-    ".base_layer": "it would overwrite a weight of the base model",
 }
 
 
@@ -37,21 +40,31 @@ class ModuleShape:
     form: Form = field(repr=False)
 
 
-def adapter_modules(config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, ModuleShape]:
-    """Groups the tensors of a weights file by their modules; raises `AdapterError` where they make no update."""
+def adapter_modules(
+    config: AdapterConfig, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, ModuleShape], dict[str, str]]:
+    """
+    Groups the tensors of a weights file by their modules, and gives the keys of whole weights that are stored besides.
+
+    Raises:
+        AdapterError: They make no update.
+    """
     # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
     prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
     keys: dict[str, dict[str, str]] = {}
+    copies = {}
     for key in tensors:
         name, part = _place(key, prefix, config.peft_type)
-        if keys.setdefault(name, {}).setdefault(part, key) != key:
+        if part == _WHOLE:
+            copies[name] = key
+        elif keys.setdefault(name, {}).setdefault(part, key) != key:
             raise AdapterError(f"{quote(key)} and {quote(keys[name][part])} are one tensor under two names")
     if not keys:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
     modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
     if not modules:
         raise AdapterError("all its ranks are zero: it changes nothing")
-    return modules
+    return modules, copies
 
 
 def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, ...]:
@@ -68,40 +81,49 @@ def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, 
     return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
 
 
-def match_modules(modules: Mapping[str, ModuleShape], layers: Mapping[str, object]) -> dict[str, ModuleShape]:
+def find_renaming(names: Sequence[str], layers: Mapping[str, object]) -> tuple[str, str]:
     """
-    Returns the modules under the model's names, by the one prefix change that fits them all: none, one that is added
-    or one that is removed, as wrappers such as sentence-transformers make necessary.
+    Returns the one change of a prefix, what is removed and what is added, that makes these the model's names.
+
+    One is added or removed where wrappers such as sentence-transformers make it necessary, and replaced where a
+    language model is trained or loaded with its vision tower.
 
     Raises:
         AdapterError: If no change fits, or several do.
     """
-    if all(name in layers for name in modules):
-        return dict(modules)
-    fits = [names for names in _renamings(list(modules), layers) if all(name in layers for name in names)]
+    if all(name in layers for name in names):
+        return "", ""
+    fits = [change for change in _renamings(names, layers) if all(renamed(name, change) in layers for name in names)]
     if len(fits) == 1:
-        return dict(zip(fits[0], modules.values(), strict=True))
+        return fits[0]
     if fits:
-        raise AdapterError(
-            f"{quote(next(iter(modules)))} could be {quote(fits[0][0])} or {quote(fits[1][0])} of this model"
-        )
-    unknown = [name for name in modules if name not in layers]
+        first, second = (renamed(names[0], change) for change in fits[:2])
+        raise AdapterError(f"{quote(names[0])} could be {quote(first)} or {quote(second)} of this model")
+    unknown = [name for name in names if name not in layers]
     raise AdapterError(
-        f"trained on another base model: {len(unknown)} of its {len(modules)} modules are no linear layers of this "
+        f"trained on another base model: {len(unknown)} of its {len(names)} modules are no linear layers of this "
         f"one, the first is {quote(unknown[0])}, expected names such as {quote(next(iter(layers), 'none'))}"
     )
 
 
-def _renamings(names: list[str], layers: Iterable[str]) -> Iterable[list[str]]:
-    first = names[0]
+def renamed(name: str, change: tuple[str, str]) -> str:
+    """Returns a module's name after a change of its prefix."""
+    removed, added = change
+    return added + name.removeprefix(removed)
+
+
+def _renamings(names: Sequence[str], layers: Iterable[str]) -> list[tuple[str, str]]:
+    first, found = names[0].split("."), dict[tuple[str, str], None]()
     for layer in layers:
-        if layer.endswith("." + first):
-            added = layer.removesuffix(first)
-            yield [added + name for name in names]
-        elif first.endswith("." + layer):
-            removed = first.removesuffix(layer)
-            if all(name.startswith(removed) for name in names):
-                yield [name.removeprefix(removed) for name in names]
+        parts = layer.split(".")
+        equal = [a == b for a, b in zip(reversed(first), reversed(parts), strict=False)]
+        shared = [*equal, False].index(False)
+        removed, added = (own[: len(own) - shared] for own in (first, parts))
+        change = ".".join([*removed, ""]), ".".join([*added, ""])
+        plain = not (removed and added) or _TEXT_MODEL.issuperset(removed + added)
+        if shared and plain and all(name.startswith(change[0]) for name in names):
+            found[change] = None
+    return list(found)
 
 
 def _place(key: str, prefix: str, peft_type: str) -> tuple[str, str]:
@@ -114,6 +136,8 @@ def _place(key: str, prefix: str, peft_type: str) -> tuple[str, str]:
         name = key[len(prefix) : -len(end) - 1]
         if name and key.startswith(prefix) and key.endswith(f".{end}"):
             return name, part
+    if key.startswith(prefix) and key.endswith(_WHOLE) and not any(part in key for part in ("lora_", *_FEATURE_KEYS)):
+        return key.removeprefix(prefix).removesuffix(_WHOLE).removesuffix(".base_layer"), _WHOLE
     reason = next((why for part, why in _FEATURE_KEYS.items() if part in key), "it is no LoRA factor")
     raise AdapterError(f"unexpected tensor {quote(key)}: {reason}; expected {prefix}<module>.{next(iter(ENDS))}")
 

@@ -14,7 +14,7 @@ from ..config import MashupConfig
 from ..distributed import failing_together, on_main_process
 from ..formats import BaseModel, Description, write_adapter
 from ..lowrank import Factors, LoraFactors, trainable
-from ..model import linear_layers, weight_norms, write_parameters
+from ..model import compute_device, linear_layers, weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap, written
@@ -54,6 +54,7 @@ class LoraTrainee:
                 space=self.config.merge_space,
                 ranks=self.adapter.ranks,
                 seed=self.config.seed,
+                device=compute_device(self.model),
             )
         )
         return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.targets)

@@ -101,6 +101,12 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
             )
 
 
+def compute_device(model: nn.Module) -> torch.device:
+    """Returns the device of the model's weights, the CPU where matrices cannot be decomposed on that or it has none."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type in ("meta", "mps") else device
+
+
 def adapter_host(model: nn.Module) -> nn.Module | None:
     """Returns the module that the adapters were added to, None if there are none."""
     # Not always the model itself: sentence-transformers builds one around it.
