@@ -102,7 +102,7 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Returns the device of the model's weights, the CPU where matrices cannot be decomposed on that or it has none."""
+    """Returns the device of the model's weights, or the CPU where matrices cannot be decomposed on that."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type in ("meta", "mps") else device
 
