@@ -1,10 +1,11 @@
 """A LoRA adapter is trained."""
 
+from .fitting import cut_to, fit
 from .hooks import applied, structure_kept
 from .merge import MergedAdapter, merge_adapters, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter, find_adapter
-from .trainee import LoraTrainee, cut_to, fit
+from .trainee import LoraTrainee
 from .writer import save_adapter
 
 

@@ -1,6 +1,6 @@
 """The live model, whatever wraps it."""
 
-from .isolation import quantized_layers, random_state, undisturbed, without_adapters
+from .isolation import quantized_layers, random_state, undisturbed, with_adapters, without_adapters
 from .layers import (
     adapter_host,
     base_model_name,
@@ -49,6 +49,7 @@ __all__ = [
     "undisturbed",
     "unwrapped",
     "weight_norms",
+    "with_adapters",
     "without_adapters",
     "write_parameters",
 ]
