@@ -25,6 +25,9 @@ class Update(Protocol):
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         """Returns a context in which `model` computes with the update; afterwards every bit is as it was."""
 
+    def warnings(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns what of it is lost when it is applied to `model`, known once it has been."""
+
 
 class Source(Protocol):
     """

@@ -1,10 +1,34 @@
 """What the trained adapter can hold of updates: its layers and ranks, and its own balance of A and B."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import torch
+from torch import nn
 
 from ..lowrank import Factors, LoraFactors, trainable
+from ..model import with_adapters, write_parameters
 from .merge import merge_factors
-from .targets import Target, TrainedAdapter
+from .targets import Target, TrainedAdapter, find_adapter
+
+
+class Holder:
+    """The adapter that is trained on a model, as what holds updates of layers whose hooks are never called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.adapter = model, find_adapter(model, overwrite=True)
+
+    def held(self, factors: Factors) -> AbstractContextManager[None]:
+        """Returns a context in which it holds updates."""
+        return held(self.model, self.adapter, factors)
+
+    def lost(self, factors: Factors) -> float:
+        """Returns the squared norm of what the adapter's layers and ranks cannot hold of updates."""
+        return energy(factors) - energy(cut_to(factors, self.adapter))
+
+
+def energy(factors: Factors) -> float:
+    return sum(update.norm() ** 2 for update in factors.values())
 
 
 def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
@@ -13,6 +37,20 @@ def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
     if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
         return known
     return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
+
+
+@contextmanager
+@torch.no_grad()
+def held(model: nn.Module, adapter: TrainedAdapter, factors: Factors) -> Iterator[None]:
+    """Context in which a model computes with updates, cut to what its trained adapter can hold, in that adapter."""
+    values = adapter.values(fit(cut_to(factors, adapter), adapter))
+    with with_adapters(model):
+        try:
+            # Forward passes read the parameters only; their fp32 masters stay as they are.
+            write_parameters(model, values, masters=False)
+            yield
+        finally:
+            write_parameters(model, adapter.before, masters=False)
 
 
 @torch.no_grad()

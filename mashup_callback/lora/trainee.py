@@ -16,9 +16,9 @@ from ..formats import BaseModel, Description, write_adapter
 from ..model import weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
-from ..swap import swap, written
+from ..swap import swap
 from .extraction import extract
-from .fitting import cut_to, fit
+from .fitting import fit, held
 from .merge import merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter
@@ -60,8 +60,7 @@ class LoraTrainee:
 
     def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
         """Returns a context in which the adapter holds an update of any rank, cut to its own."""
-        held = fit(cut_to(update.factors, self.adapter), self.adapter)
-        return written(self.model, self.adapter.values(held), self.adapter.before)
+        return held(self.model, self.adapter, update.factors)
 
     def write(self, update: LoraUpdate) -> None:
         """Fills A and B in place."""

@@ -4,6 +4,7 @@ from .isolation import quantized_layers, random_state, undisturbed, with_adapter
 from .layers import (
     adapter_host,
     base_model_name,
+    expert_parameters,
     layer_shape,
     layer_shapes,
     linear_layers,
@@ -32,6 +33,7 @@ __all__ = [
     "base_model_name",
     "clean_name",
     "describe_model",
+    "expert_parameters",
     "fill_master",
     "is_sharded",
     "layer_shape",
