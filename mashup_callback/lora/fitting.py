@@ -16,7 +16,10 @@ class Holder:
     """The adapter that is trained on a model, as what holds updates of layers whose hooks are never called."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.adapter = model, find_adapter(model, overwrite=True)
+        self.model = model
+        # Switched off, an adapter has no gradients and looks as if it were not trained.
+        with with_adapters(model):
+            self.adapter = find_adapter(model, overwrite=True)
 
     def held(self, factors: Factors) -> AbstractContextManager[None]:
         """Returns a context in which it holds updates."""

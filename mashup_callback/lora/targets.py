@@ -66,11 +66,8 @@ def _trained_name(layers: _Layers) -> str | None:
     """Returns the adapter that is trained; raises `ValueError` where others are trained or active besides it."""
     active = sorted({name for _, layer in layers for name in layer.active_adapters if _parameters(layer, name)})
     names = [name for name in active if any(p.requires_grad for _, layer in layers for p in _parameters(layer, name))]
-    if active and not names:
-        raise ValueError(
-            f"The adapter {active[0]!r} is frozen: none of its parameters requires a gradient, so nothing is trained. "
-            "Load it with `is_trainable=True`, and call `prepare_model_for_kbit_training` before the adapter is added."
-        )
+    if not names:
+        return None
     if len(names) > 1:
         raise ValueError(
             f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
@@ -84,7 +81,7 @@ def _trained_name(layers: _Layers) -> str | None:
             "trained: candidates were made for the base model without it. Expected one active adapter. Call "
             "`model.set_adapter(name)`, or make the other one part of the model with `merge_and_unload`."
         )
-    return names[0] if names else None
+    return names[0]
 
 
 def _parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
