@@ -4,15 +4,17 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import BypassedError
 from ..lowrank import Factors, LoraFactors
 from ..model import clean_name, expert_parameters, linear_layers, output_head
+from .experts import experts_changed
 from .fitting import Holder, energy
 
 
@@ -56,10 +58,13 @@ def _held(structure: "_Structure", factors: Factors) -> AbstractContextManager[N
 def _hooked(structure: "_Structure", factors: Factors) -> Iterator[None]:
     layers = {name: structure.layers[name] for name in factors if name in structure.layers}
     with ExitStack() as hooks, _none_bypassed(structure, layers):
-        for experts in _experts(structure, factors):
+        for experts in experts_changed(structure.experts, {n: f for n, f in factors.items() if n not in layers}):
             hooks.enter_context(experts.module.register_forward_pre_hook(experts.change))
             hooks.enter_context(experts.module.register_forward_hook(experts.restore, always_call=True))
-        for names in _same_input({name: factors[name] for name in layers}):
+        for name, layer in layers.items():
+            if factors[name].dense:
+                hooks.enter_context(layer.register_forward_hook(partial(_add_dense, factors[name])))
+        for names in _same_input({name: factors[name] for name in layers if not factors[name].dense}):
             shared = _SharedInput([layers[name] for name in names], [factors[name] for name in names])
             for name in names:
                 hooks.enter_context(layers[name].register_forward_hook(shared.add))
@@ -179,37 +184,17 @@ def _same_input(factors: Factors) -> list[list[str]]:
     return list(groups.values())
 
 
-def _experts(structure: _Structure, factors: Factors) -> list["_Experts"]:
-    groups: dict[str, dict[int, LoraFactors]] = {}
-    for name, update in factors.items():
-        parameter, _, index = name.rpartition(".")
-        if name not in structure.layers:
-            groups.setdefault(parameter, {})[int(index)] = update
-    return [_Experts(*structure.experts[parameter], updates) for parameter, updates in groups.items()]
+def _add_dense(update: LoraFactors, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Adds an update that is computed for this call and let go of again."""
+    x, delta = args[0], update.delta().to(output.device)
+    if isinstance(layer, nn.Embedding):
+        return (output + _embed_scale(layer) * F.embedding(x, delta.T)).to(output.dtype)
+    return (output + F.linear(x.to(delta.dtype), delta)).to(output.dtype)
 
 
-class _Experts:
-    """The updates of experts that are parts of one parameter of a module."""
-
-    def __init__(self, module: nn.Module, name: str, updates: Mapping[int, LoraFactors]) -> None:
-        self.module, self.name, self.updates = module, name, updates
-        self.weights: nn.Parameter | None = None
-
-    def change(self, module: nn.Module, args: tuple) -> None:
-        self.weights = module._parameters[self.name]
-        changed = [self._weight(weight, index) for index, weight in enumerate(self.weights)]
-        # A tensor, as a parameter would be cut off from the gradients of the factors.
-        module._parameters[self.name] = torch.stack(changed)
-
-    def restore(self, module: nn.Module, args: tuple, output: object) -> None:
-        if self.weights is not None:
-            module._parameters[self.name], self.weights = self.weights, None
-
-    def _weight(self, weight: torch.Tensor, index: int) -> torch.Tensor:
-        if index not in self.updates:
-            return weight
-        delta = self.updates[index].delta().to(weight.device)
-        return (weight + (delta.T if getattr(self.module, "is_transposed", False) else delta)).to(weight.dtype)
+def _embed_scale(layer: nn.Module) -> float | torch.Tensor:
+    """Returns the factor that the embeddings of some models, such as Gemma's, are multiplied by."""
+    return getattr(layer, "embed_scale", 1.0)
 
 
 class _SharedInput:
@@ -219,7 +204,8 @@ class _SharedInput:
         device = next(layers[0].parameters()).device
         As = [update.A.to(device) for update in updates]
         self.A = torch.cat(As) if len(As) > 1 else As[0]
-        Bs = [(update.scaling * update.B.to(device)).T for update in updates]
+        scales = [update.scaling * _embed_scale(layer) for layer, update in zip(layers, updates, strict=True)]
+        Bs = [(scale * update.B.to(device)).T for scale, update in zip(scales, updates, strict=True)]
         self.B = dict(zip(layers, Bs, strict=True))
         self.ranks = [update.rank for update in updates]
         self.seen: tuple[weakref.ref, int] | None = None
@@ -239,7 +225,9 @@ class _SharedInput:
         # The version tells whether the same tensor holds other numbers by now; an inference tensor has none.
         version = 0 if x.is_inference() else x._version
         if self.seen is None or self.seen[0]() is not x or self.seen[1] != version:
-            product = torch.mm(x.reshape(-1, x.shape[-1]).to(self.A), self.A.T)
+            embeds = isinstance(layer, nn.Embedding)
+            flat = x.reshape(-1) if embeds else x.reshape(-1, x.shape[-1]).to(self.A)
+            product = F.embedding(flat, self.A.T) if embeds else torch.mm(flat, self.A.T)
             self.products = dict(zip(self.B, product.split(self.ranks, 1), strict=True))
             self.seen = (weakref.ref(x), version) if len(self.B) > 1 else None
         return self.products[layer]

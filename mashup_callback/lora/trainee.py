@@ -13,7 +13,7 @@ from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import failing_together, on_main_process
 from ..formats import BaseModel, Description, write_adapter
-from ..model import weight_norms, write_parameters
+from ..model import compute_device, linear_layers, weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap
@@ -54,6 +54,7 @@ class LoraTrainee:
                 space=self.config.merge_space,
                 ranks=self.adapter.ranks,
                 seed=self.config.seed,
+                device=compute_device(self.model),
             )
         )
         return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.targets)
@@ -92,7 +93,7 @@ class LoraTrainee:
         return weight_norms(self.model)
 
     def _adapter_source(self, adapter: Any) -> AdapterSource:
-        return AdapterSource(adapter, self._norms)
+        return AdapterSource(adapter, self._norms, linear_layers(self.model))
 
     def _extracted(self, checkpoint: Any) -> AdapterSource:
         path = self.workspace.new("extracted")

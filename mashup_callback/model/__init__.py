@@ -4,6 +4,8 @@ from .isolation import quantized_layers, random_state, undisturbed, with_adapter
 from .layers import (
     adapter_host,
     base_model_name,
+    base_weight,
+    compute_device,
     expert_parameters,
     layer_shape,
     layer_shapes,
@@ -31,7 +33,9 @@ __all__ = [
     "ModelTensors",
     "adapter_host",
     "base_model_name",
+    "base_weight",
     "clean_name",
+    "compute_device",
     "describe_model",
     "expert_parameters",
     "fill_master",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,11 +66,32 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a linear layer of any kind, quantized ones too; None for other layers."""
+    """
+    Returns (in_features, out_features) of a layer that low-rank updates fit; None for other layers.
+
+    These are linear layers of any kind, quantized ones too, and embeddings, which take a token as an input.
+    """
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
     shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return shape if all(isinstance(size, int) for size in shape) else None
+
+
+@torch.no_grad()
+def base_weight(layer: nn.Module) -> torch.Tensor:
+    """
+    Returns the weight of one of the [`linear_layers`] as an update of it is given, `(out_features, in_features)`.
+
+    Raises:
+        AdapterError: No process holds all of it, or it is not in memory.
+    """
+    weight = dequantize_module_weight(layer).data
+    weight = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
+    if not _is_plain(weight) or tuple(weight.shape[::-1]) != layer_shape(layer):
+        raise AdapterError("it needs the base model's weights, and these are sharded or offloaded in this run")
+    return weight
 
 
 @torch.no_grad()
@@ -102,6 +124,12 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
                 f"its update of {name} is {norm / norms[name]:.1f} times as large as the weight (Frobenius norms), "
                 f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
             )
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Returns the device of the model's weights, or the CPU where matrices cannot be decomposed on that."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type in ("meta", "mps") else device
 
 
 def adapter_host(model: nn.Module) -> nn.Module | None:
