@@ -25,6 +25,9 @@ class Update(Protocol):
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         """Returns a context in which `model` computes with the update; afterwards every bit is as it was."""
 
+    def warnings(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns what of it is lost when it is applied to `model`, known once it has been."""
+
 
 class Source(Protocol):
     """
@@ -125,7 +128,8 @@ def find_trainee(
         raise ValueError(
             "The model trains no LoRA layers, and none of its own weights. A mashup is written into what is trained: "
             "give the Trainer a `peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, call "
-            "`model.add_adapter`, or leave the weights trainable for full fine-tuning."
+            "`model.add_adapter`, or leave the weights trainable for full fine-tuning. An adapter that is loaded "
+            "without `is_trainable=True`, or added before `prepare_model_for_kbit_training`, is frozen."
         )
     norms, layers = weight_norms(model), linear_layers(model)
     return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms, layers))

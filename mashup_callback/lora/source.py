@@ -11,7 +11,7 @@ from torch import nn
 from ..formats import Adapter, adapter_hash, load_factors, read_weights
 from ..lowrank import Factors
 from ..model import base_weight, refuse_huge
-from .hooks import applied
+from .hooks import applied, bypass_warnings
 
 
 # Bytes that all sources together keep in memory, so that a file is read once.
@@ -26,6 +26,9 @@ class LoraUpdate:
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         return applied(model, self.factors)
+
+    def warnings(self, model: nn.Module) -> tuple[str, ...]:
+        return bypass_warnings(model, self.factors)
 
 
 class _Kept:

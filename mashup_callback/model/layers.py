@@ -36,8 +36,33 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns (in_features, out_features) of a model's linear layers, by their name in the base model."""
-    return {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
+    """
+    Returns (in_features, out_features) of a model's linear layers, by their name in the base model, and of experts
+    that are parts of one parameter, by its name and their number in it.
+    """
+    shapes = {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
+    for name, (module, parameter) in expert_parameters(model).items():
+        count, rows, columns = _whole_shape(module._parameters[parameter])
+        sizes = (rows, columns) if getattr(module, "is_transposed", False) else (columns, rows)
+        shapes |= {f"{name}.{index}": sizes for index in range(count)}
+    return shapes
+
+
+def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Returns the parameters that hold the weights of several experts, by their name in the base model."""
+    modules = extract_model_from_parallel(model).named_modules()
+    return {
+        clean_name(f"{name}.{key}"): (module, key)
+        for name, module in modules
+        if "experts" in name.split(".")
+        for key, value in module._parameters.items()
+        if value is not None and len(_whole_shape(value)) == 3 and value.dtype.is_floating_point
+    }
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # ZeRO-3 keeps an empty tensor in the place of the parameter.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
