@@ -22,4 +22,8 @@ class OutOfStepError(Exception):
 
 
 class BypassedError(Exception):
-    """Layers are computed without their forward, so that hooks on them change nothing."""
+    """Layers are computed without their forward, so that hooks on them change nothing: `layers` are their names."""
+
+    def __init__(self, message: str, layers: frozenset[str] = frozenset()) -> None:
+        super().__init__(message)
+        self.layers = layers

@@ -6,7 +6,7 @@ k updates `delta_i = B_i A_i` of one layer live in the span of their stacked fac
 `C_i = R_b,i R_a,iᵀ`: inner products and norms of the updates are those of the cores (Core Space, arXiv 2509.17786).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,19 @@ class LoraFactors:
     def out_features(self) -> int:
         return self.B.shape[0]
 
+    @property
+    def dense(self) -> bool:
+        """Whether the update is of full rank and computed whole each time."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        return self.A.nbytes + self.B.nbytes
+
+    def to(self, target: torch.device | torch.dtype | str) -> "LoraFactors":
+        """Returns it with its tensors on a device, or of a data type."""
+        return LoraFactors(self.A.to(target), self.B.to(target), self.scaling)
+
     def delta(self) -> torch.Tensor:
         """The dense update, of shape `(out_features, in_features)` and in the factors' dtype."""
         return self.scaling * (self.B @ self.A)
@@ -58,6 +71,72 @@ class LoraFactors:
     def norm_bound(self) -> float:
         """The product of the factors' norms, a bound on the norm of the update at a fraction of the cost."""
         return abs(self.scaling) * self.A.norm().item() * self.B.norm().item()
+
+
+class DenseUpdate(LoraFactors):
+    """
+    An update of full rank, computed from its parts each time: kept whole, those of all layers are as large as a model.
+
+    Its factors are itself and an identity; `shape` is `(out_features, in_features)`.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, torch.Tensor],
+        compose: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+        shape: tuple[int, int],
+    ) -> None:
+        self.parts, self.compose, self.shape = parts, compose, shape
+
+    @property
+    def A(self) -> torch.Tensor:  # noqa: N802
+        return self.delta() if self.in_features > self.out_features else self._identity
+
+    @property
+    def B(self) -> torch.Tensor:  # noqa: N802
+        return self._identity if self.in_features > self.out_features else self.delta()
+
+    @property
+    def scaling(self) -> float:
+        return 1.0
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def dense(self) -> bool:
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def _identity(self) -> torch.Tensor:
+        like = next(iter(self.parts.values()))
+        return torch.eye(self.rank, device=like.device, dtype=like.dtype)
+
+    def to(self, target: torch.device | torch.dtype | str) -> LoraFactors:
+        return DenseUpdate({name: part.to(target) for name, part in self.parts.items()}, self.compose, self.shape)
+
+    @torch.no_grad()
+    def delta(self) -> torch.Tensor:
+        return self.compose(self.parts)
+
+    def norm(self) -> float:
+        return _norm(self.delta())
+
+    def norm_bound(self) -> float:
+        return self.norm()
 
 
 # The updates of one adapter: module name in the base model (`"model.layers.0.self_attn.q_proj"`) -> its factors.

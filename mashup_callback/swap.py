@@ -1,8 +1,7 @@
 """Writing into the live model in place: read back, compared between the processes, and put back where that fails."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -28,20 +27,6 @@ def swap(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Callable[[]
     except BaseException:
         undo()
         raise
-
-
-@contextmanager
-@torch.no_grad()
-def written(
-    model: nn.Module, values: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]
-) -> Iterator[None]:
-    """Context in which parameters hold other values, and after which they hold `before`, to the bit."""
-    try:
-        # Forward passes read the parameters only; their fp32 masters stay as they are.
-        write_parameters(model, values, masters=False)
-        yield
-    finally:
-        write_parameters(model, before, masters=False)
 
 
 def _check_written(found: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, torch.Tensor]) -> None:

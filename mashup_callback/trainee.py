@@ -14,7 +14,7 @@ from .config import MashupConfig
 from .formats import BaseModel
 from .full import CheckpointSource, FullTrainee, find_trained_weights
 from .lora import AdapterSource, LoraTrainee, find_adapter
-from .model import weight_norms
+from .model import linear_layers, weight_norms
 from .report import MergeInfo
 from .storage import Workspace
 
@@ -24,6 +24,9 @@ class Update(Protocol):
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         """Returns a context in which `model` computes with the update; afterwards every bit is as it was."""
+
+    def warnings(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns what of it is lost when it is applied to `model`, known once it has been."""
 
 
 class Source(Protocol):
@@ -125,10 +128,11 @@ def find_trainee(
         raise ValueError(
             "The model trains no LoRA layers, and none of its own weights. A mashup is written into what is trained: "
             "give the Trainer a `peft_config=LoraConfig(...)`, wrap the model with `peft.get_peft_model`, call "
-            "`model.add_adapter`, or leave the weights trainable for full fine-tuning."
+            "`model.add_adapter`, or leave the weights trainable for full fine-tuning. An adapter that is loaded "
+            "without `is_trainable=True`, or added before `prepare_model_for_kbit_training`, is frozen."
         )
-    norms = weight_norms(model)
-    return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms))
+    norms, layers = weight_norms(model), linear_layers(model)
+    return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms, layers))
 
 
 def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candidate], Source]:
@@ -137,9 +141,9 @@ def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candi
     its layers, a full checkpoint takes the place of its weights.
     """
     base = BaseModel.of(model, base_model)
-    norms = weight_norms(model)
+    norms, layers = weight_norms(model), linear_layers(model)
     sources: dict[str, Callable[[Any], Source]] = {
-        "adapter": lambda found: AdapterSource(found, norms),
+        "adapter": lambda found: AdapterSource(found, norms, layers),
         "model": CheckpointSource,
     }
     return lambda candidate: sources[candidate.kind](read_source(candidate, lambda found: found.fit(base)))

@@ -5,8 +5,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from safetensors.torch import load
 from ..errors import AdapterError
 from ..lowrank import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
-from .adapter_modules import ModuleShape, adapter_modules, contradictions, match_modules
+from .adapter_modules import ModuleShape, adapter_modules, contradictions, find_renaming, renamed
 from .base import BaseModel
+from .experts import expert_modules, of_expert
 from .files import open_regular, quote, read_limited
 from .header import FileStamp, TensorInfo, parse_header, read_header
 
@@ -33,7 +35,7 @@ class Adapter:
     A LoRA adapter whose description has been read and found sound: at `path`, or on the Hub where that is None.
 
     Its modules have the names that they have in the base model; `stamp` is the state of its weights file when it was
-    read.
+    read, and `copies` are the keys of weights of the base model that are stored besides.
     """
 
     path: Path | None
@@ -42,6 +44,7 @@ class Adapter:
     dtype: str
     stamp: FileStamp = field(repr=False)
     warnings: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
@@ -55,7 +58,17 @@ class Adapter:
         Raises:
             AdapterError: A layer or its shape is not the model's.
         """
-        modules = match_modules(self.modules, base.layers)
+        change = find_renaming(*self._names(base))
+        modules: dict[str, ModuleShape] = {}
+        for name, shape in self.modules.items():
+            name = renamed(name.replace(".base_layer", "") if shape.stack else name, change)
+            stacked = shape.stack and expert_modules(name, shape, self.config, base.layers)
+            modules |= stacked or {name: shape}
+        copies = {renamed(name, change): key for name, key in self.copies.items()}
+        if unknown := [key for name, key in copies.items() if name not in base.layers]:
+            raise AdapterError(
+                f"unexpected tensor {quote(unknown[0])}: it is no LoRA factor, and no layer of the model"
+            )
         for name, shape in modules.items():
             found, expected = (shape.in_features, shape.out_features), tuple(base.layers[name])
             if found != expected:
@@ -66,7 +79,15 @@ class Adapter:
         recorded, warnings = self.config.base_model, self.warnings
         if recorded and base.name and _short_name(recorded) != _short_name(base.name):
             warnings += (f"recorded base model {quote(recorded)} differs from {base.name}; the shapes fit",)
-        return dataclasses.replace(self, modules=modules, warnings=warnings)
+        return dataclasses.replace(self, modules=modules, copies=copies, warnings=warnings)
+
+    def _names(self, base: BaseModel) -> tuple[list[str], Collection[str]]:
+        """Returns names of the adapter's modules, and those that the model has of such."""
+        names = [name for name, shape in self.modules.items() if shape.stack is None]
+        if names:
+            return names, base.layers
+        holders = dict.fromkeys(".".join(name.split(".")[:-2]) for name in base.layers if name[-1].isdigit())
+        return [name.replace(".base_layer", "") for name in self.modules], holders
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -90,8 +111,8 @@ def _described(
     path: Path | None, config: AdapterConfig, tensors: Mapping[str, TensorInfo], stamp: FileStamp
 ) -> Adapter:
     dtype = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in tensors.values()}))
-    modules = adapter_modules(config, tensors)
-    return Adapter(path, config, modules, dtype, stamp, contradictions(config, modules))
+    modules, copies = adapter_modules(config, tensors)
+    return Adapter(path, config, modules, dtype, stamp, contradictions(config, modules), copies)
 
 
 @torch.no_grad()
@@ -100,14 +121,17 @@ def load_factors(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     data: bytes | None = None,
+    weight: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, LoraFactors]:
     """
-    Loads an adapter's factors by module name.
+    Loads an adapter's updates by module name.
 
-    `data` is from [`read_weights`], where the file has been read already.
+    `data` is from [`read_weights`], where the file has been read already; `weight` gives the base model's weight of a
+    module, of which DoRA's update is computed.
 
     Raises:
-        AdapterError: The file changed since it was read, or values are not finite or absurdly large.
+        AdapterError: The file changed since it was read, values are not finite or absurdly large, or there is no
+            `weight` for an adapter that needs it.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
     data = read_weights(adapter) if data is None else data
@@ -115,7 +139,16 @@ def load_factors(
         tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{WEIGHTS_NAME} cannot be loaded: {quote(error)}") from error
-    return {name: _load_module(name, shape, tensors, device, dtype) for name, shape in adapter.modules.items()}
+    for name, key in adapter.copies.items():
+        _check_copy(key, tensors.get(key), weight and weight(name))
+    loaded = {}
+    for name, shape in adapter.modules.items():
+        parts = _load_parts(name, shape, tensors, device, dtype)
+        loaded[name] = shape.form.update(parts, shape.scaling, weight and partial(weight, name))
+        if (loaded[name].in_features, loaded[name].out_features) != (shape.in_features, shape.out_features):
+            raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} has another shape")
+        _check_size(name, loaded[name], shape.scaling)
+    return loaded
 
 
 def adapter_hash(adapter: Adapter, data: bytes | None = None) -> str:
@@ -145,21 +178,41 @@ def read_weights(adapter: Adapter) -> bytes:
     return data
 
 
-def _load_module(
+def _load_parts(
     name: str, shape: ModuleShape, tensors: Mapping[str, torch.Tensor], device: str | torch.device, dtype: torch.dtype
-) -> LoraFactors:
-    try:
-        A, B = (tensors[key].to(device=device, dtype=dtype, copy=True) for key in (shape.key_a, shape.key_b))
-    except KeyError:
-        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} is gone") from None
-    if A.shape != (shape.rank, shape.in_features) or B.shape != (shape.out_features, shape.rank):
-        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} has another shape")
-    for factor in (A, B):
+) -> dict[str, torch.Tensor]:
+    if not set(shape.keys.values()) <= tensors.keys():
+        raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} is gone")
+    if shape.stack and not shape.stack.expert[1]:
+        raise AdapterError("`target_parameters` adapts several experts at once, and there is no base model here")
+    own = {part: of_expert(part, tensors[key], shape.stack) for part, key in shape.keys.items()}
+    parts = {part: tensor.to(device=device, dtype=dtype, copy=True) for part, tensor in own.items()}
+    for part in parts.values():
         # NaN fails the comparison too.
-        if not (largest := factor.abs().max().item()) <= MAX_ABSOLUTE:
+        if not (largest := part.abs().max().item()) <= MAX_ABSOLUTE:
             raise AdapterError(f"{quote(name)} holds the value {largest:g}, expected at most {MAX_ABSOLUTE:g}")
-    factors = LoraFactors(A, B, shape.scaling)
+    return parts
+
+
+def _check_copy(key: str, copy: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+    """Refuses a tensor that would take the place of the base model's weight, unless it is that weight."""
+    if copy is None or weight is None or sorted(copy.shape) != sorted(weight.shape):
+        same = False
+    else:
+        # The weight of an embedding is given the other way round, and either may have been rounded.
+        copy = (copy if copy.shape == weight.shape else copy.T).to(weight.device)
+        same = torch.equal(copy.to(weight.dtype), weight) or torch.equal(weight.to(copy.dtype), copy)
+    if not same:
+        raise AdapterError(
+            f"{quote(key)} would overwrite a weight of the base model, and is not known to be equal to it: it was "
+            "trained or resized besides the adapter, or there is no base model here to compare it with"
+        )
+
+
+def _check_size(name: str, update: LoraFactors, scaling: float) -> None:
+    # One that is computed each time is measured where it is compared with the model's weight.
+    if update.dense and math.isfinite(scaling):
+        return
     largest = torch.finfo(torch.float32).max
-    if not math.isfinite(shape.scaling) or not (factors.norm_bound() <= largest or factors.norm() <= largest):
-        raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {factors.norm():g}")
-    return factors
+    if not math.isfinite(scaling) or not (update.norm_bound() <= largest or update.norm() <= largest):
+        raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {update.norm():g}")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +19,33 @@ MAX_ALPHA = 1e5
 # another initialization that it converted for the original base on saving.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _LITERAL = frozenset(string.ascii_letters + string.digits + "_-.")
-# Fields of which no value changes what the adapter computes, or that are read here.
-_KNOWN = {
-    *("auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
-    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
-    *("peft_version", "qalora_group_size", "runtime_config"),
-    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"),
-    *("base_model_name_or_path", "revision", "task_type", "target_modules"),
+# Fields of which no value changes what the adapter computes, or that are read here: those of every method, of LoRA,
+# of AdaLoRA besides LoRA's, and of LoHa and LoKr.
+_COMMON = {
+    *("auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "peft_version"),
+    *("peft_type", "r", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type"),
+    "target_modules",
 }
+_LORA = _COMMON | {
+    *("corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_dropout", "lora_ga_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
+    *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias", "target_parameters"),
+}
+_ADALORA = (_LORA - {"use_dora", "target_parameters"}) | {
+    *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+}
+_LYCORIS = _COMMON | {
+    *("alpha", "init_weights", "rank_dropout", "module_dropout", "use_effective_conv2d"),
+    *("decompose_both", "decompose_factor", "rank_dropout_scale"),
+}
+_KNOWN = {"LORA": _LORA, "ADALORA": _ADALORA, "LOHA": _LYCORIS, "LOKR": _LYCORIS}
+# The fields of the rank and of alpha, where they are not those of LoRA.
+_NAMES = {"ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}
 _FEATURES = {
-    "use_dora": "DoRA also rescales the base weights",
     "lora_bias": "the update has a bias",
     "modules_to_save": "whole modules were trained besides the adapter",
     "trainable_token_indices": "embeddings were trained besides the adapter",
     "layer_replication": "the base model's layers are repeated",
-    "target_parameters": "parameters instead of linear layers are adapted",
     "megatron_config": "Megatron's parallel layers are adapted",
     "alora_invocation_tokens": "the update applies to a part of each sequence only",
     "use_qalora": "inputs are pooled in groups before A",
@@ -49,17 +61,20 @@ _OWN_HEAD = (
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of peft's `LoraConfig` that matter after training; the last four are claims, not facts."""
+    """The fields of peft's configuration that matter after training; the last four are claims, not facts."""
 
     r: int
     lora_alpha: float
+    peft_type: str = "LORA"
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     base_model: str | None = None
     revision: str | None = None
     task_type: str | None = None
     target_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """Returns the rank that the configuration gives the module of this name."""
@@ -68,12 +83,17 @@ class AdapterConfig:
     def scaling_of(self, module: str, rank: int) -> float:
         """Returns the factor on B·A for the module of this name: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alpha = _lookup(self.alpha_pattern, module, self.lora_alpha)
+        if self.peft_type == "ADALORA":
+            # It divides by the rank before the allocation, and adds this to it.
+            return alpha / (self.r + 1e-5)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def effective(self) -> dict[str, Any]:
         """Returns the fields that change what the adapter computes."""
         patterns = {"rank_pattern": list(self.rank_pattern.items()), "alpha_pattern": list(self.alpha_pattern.items())}
-        return {"r": self.r, "lora_alpha": self.lora_alpha, "use_rslora": self.use_rslora, **patterns}
+        method = {"peft_type": self.peft_type, "use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        parameters = {"target_parameters": list(self.target_parameters)} if self.target_parameters else {}
+        return {"r": self.r, "lora_alpha": self.lora_alpha, **method, **patterns, **parameters}
 
 
 def parse_config(data: bytes) -> AdapterConfig:
@@ -81,29 +101,37 @@ def parse_config(data: bytes) -> AdapterConfig:
     Parses an `adapter_config.json`; no regular expression in it is ever run, and nothing that it names is followed.
 
     Raises:
-        AdapterError: It is not a plain LoRA configuration. Fields that are not known here may be present only while
-            they are unset (`null`, `false`, zero or empty).
+        AdapterError: It is no configuration of LoRA, AdaLoRA, LoHa or LoKr. Fields that are not known here may be
+            present only while they are unset (`null`, `false`, zero or empty).
     """
     fields = parse_object(data, CONFIG_NAME)
-    if fields.get("peft_type") != "LORA":
+    peft_type = fields.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in _KNOWN:
         raise AdapterError(
-            f"`peft_type` is {quote(fields.get('peft_type'))}, expected LORA: other methods cannot be merged yet"
+            f"`peft_type` is {quote(peft_type)}, expected one of {', '.join(_KNOWN)}: what other methods train is no "
+            "update of linear layers"
         )
-    _check_features(fields)
+    _check_features(fields, _KNOWN[peft_type])
+    rank, alpha = _NAMES.get(peft_type, ("r", "lora_alpha"))
+    # AdaLoRA's own rank pattern says which rows are kept, and the file holds only these.
+    patterns = {} if peft_type == "ADALORA" else fields
     return AdapterConfig(
-        r=_rank(fields.get("r"), "r"),
-        lora_alpha=_alpha(fields.get("lora_alpha"), "lora_alpha"),
-        use_rslora=_flag(fields, "use_rslora"),
-        rank_pattern=_pattern(fields.get("rank_pattern"), "rank_pattern", _rank),
-        alpha_pattern=_pattern(fields.get("alpha_pattern"), "alpha_pattern", _alpha),
+        r=_rank(fields.get(rank), rank),
+        lora_alpha=_alpha(fields.get(alpha), alpha),
+        peft_type=peft_type,
+        use_rslora=_flag(fields, "use_rslora") and peft_type == "LORA",
+        use_dora=_flag(fields, "use_dora"),
+        rank_pattern=_pattern(patterns.get("rank_pattern"), "rank_pattern", _rank),
+        alpha_pattern=_pattern(patterns.get("alpha_pattern"), "alpha_pattern", _alpha),
         base_model=_text(fields, "base_model_name_or_path"),
         revision=_text(fields, "revision"),
         task_type=_text(fields, "task_type"),
         target_modules=_targets(fields.get("target_modules")),
+        target_parameters=_parameters(fields.get("target_parameters")),
     )
 
 
-def _check_features(fields: Mapping[str, Any]) -> None:
+def _check_features(fields: Mapping[str, Any], known: Collection[str]) -> None:
     init = fields.get("init_lora_weights")
     if not isinstance(init, bool | str | None) or init not in _PLAIN_INITS:
         raise AdapterError(
@@ -113,7 +141,7 @@ def _check_features(fields: Mapping[str, Any]) -> None:
     if fields.get("bias", "none") != "none":
         raise AdapterError(f"`bias` is {quote(fields['bias'])}, expected none: trained biases cannot be merged")
     for name, value in fields.items():
-        if name not in _KNOWN and value:
+        if name not in known and value:
             why = _FEATURES.get(name, "it is not known to leave the update at scaling·B·A")
             if name == "modules_to_save" and fields.get("task_type") in _HEADED:
                 why = f"it was trained with a head of its own (`task_type` {fields['task_type']}), {_OWN_HEAD}"
@@ -150,6 +178,12 @@ def _targets(value: Any) -> str | tuple[str, ...] | None:
     if not isinstance(value, str | None):
         raise AdapterError(f"`target_modules` is {quote(value)}, expected a string, a list of strings or null")
     return value
+
+
+def _parameters(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | None) or not all(isinstance(item, str) for item in value or ()):
+        raise AdapterError(f"`target_parameters` is {quote(value)}, expected a list of strings or null")
+    return tuple(value or ())
 
 
 def _pattern(value: Any, name: str, check: Callable[[Any, str], float]) -> dict[str, Any]:

@@ -1,53 +1,98 @@
 """The modules of a LoRA adapter: pairs of tensors in its file, and the layers of the model that they fit."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from ..errors import AdapterError
 from .adapter_config import CONFIG_NAME, AdapterConfig
 from .files import quote
 from .header import TensorInfo
+from .variants import ENDS, Form, find_form
 
 
 _KEY_PREFIX = "base_model.model."
-_KEY_A, _KEY_B = ".lora_A.weight", ".lora_B.weight"
+# Names of the modules that hold a language model, which differ with and without a vision tower.
+_TEXT_MODEL = {"model", "language_model", "text_model"}
+# The end of the name of a base model's weight, of which peft stores copies for embeddings and heads.
+_WHOLE = ".weight"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
 _FEATURE_KEYS = {
-    "lora_embedding": "adapters of embeddings are not supported",
-    "lora_magnitude": "DoRA is not supported, it also rescales the base weights",
     ".bias": "trained biases are not supported",
     "modules_to_save": "modules trained besides the adapter are not supported",
-    ".base_layer": "it would overwrite a weight of the base model",
+    "trainable_tokens": "embeddings trained besides the adapter are not supported",
+    "hada_t": "only linear layers are supported, and this is a convolution",
+    "lokr_t": "only linear layers are supported, and this is a convolution",
 }
 
 
 @dataclass(frozen=True)
+class Stack:
+    """
+    What is known of factors that several experts share: the `parameters` that `target_parameters` names of their
+    module and how many of these are wrapped around, and, with the model known, which `expert` of how many it is.
+    """
+
+    parameters: tuple[str, ...] = ()
+    depth: int = 0
+    expert: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class ModuleShape:
-    """One adapted linear layer: its sizes, the factor on B·A, and the keys of A and B in the weights file."""
+    """
+    One adapted layer: its sizes, the factor on the update, and the keys of its parts in the weights file.
+
+    It has a `stack` where it is an expert, or several experts until it is compared with the model.
+    """
 
     rank: int
     in_features: int
     out_features: int
     scaling: float
-    key_a: str
-    key_b: str
+    keys: Mapping[str, str]
+    form: Form = field(repr=False)
+    stack: Stack | None = None
 
 
-def adapter_modules(config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, ModuleShape]:
-    """Pairs the tensors of a weights file into LoRA modules; raises `AdapterError` where they are none."""
-    names = dict.fromkeys(_module_of(key) for key in tensors)
-    if not names:
+def adapter_modules(
+    config: AdapterConfig, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, ModuleShape], dict[str, str]]:
+    """
+    Groups the tensors of a weights file by their modules, and gives the keys of whole weights that are stored besides.
+
+    Raises:
+        AdapterError: They make no update.
+    """
+    # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
+    prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
+    keys: dict[str, dict[str, str]] = {}
+    copies = {}
+    for key in tensors:
+        name, part = _place(key, prefix, config.peft_type)
+        if part == _WHOLE:
+            copies[name] = key
+        elif keys.setdefault(name, {}).setdefault(part, key) != key:
+            raise AdapterError(f"{quote(key)} and {quote(keys[name][part])} are one tensor under two names")
+    if not keys:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
-    return {name: _module_shape(name, config, tensors) for name in names}
+    modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
+    if not modules:
+        raise AdapterError("all its ranks are zero: it changes nothing")
+    if config.target_parameters and not any(shape.stack for shape in modules.values()):
+        found = quote(", ".join(config.target_parameters))
+        raise AdapterError(f"`target_parameters` names {found}, expected parameters of experts that have tensors")
+    return modules, copies
 
 
-def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, ...]:
+def contradictions(config: AdapterConfig, modules: Mapping[str, ModuleShape]) -> tuple[str, ...]:
     """Returns warnings where `target_modules` names other modules than those that have tensors."""
     targets = config.target_modules
     if not isinstance(targets, tuple) or not targets:
         return ()
-    parts = {name: name.split(".") for name in modules}
+    parts = {name: name.split(".") for name, shape in modules.items() if shape.stack is None}
     ends = {name: {".".join(own[i:]) for i in range(len(own))} for name, own in parts.items()}
     extra = [name for name in ends if not ends[name] & set(targets)]
     missing = sorted(set(targets).difference(*ends.values()))
@@ -56,72 +101,99 @@ def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, 
     return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
 
 
-def match_modules(modules: Mapping[str, ModuleShape], layers: Mapping[str, object]) -> dict[str, ModuleShape]:
+def find_renaming(names: Sequence[str], layers: Collection[str]) -> tuple[str, str]:
     """
-    Returns the modules under the model's names, by the one prefix change that fits them all: none, one that is added
-    or one that is removed, as wrappers such as sentence-transformers make necessary.
+    Returns the one change of a prefix, what is removed and what is added, that makes these the model's names.
+
+    One is added or removed where wrappers such as sentence-transformers make it necessary, and replaced where a
+    language model is trained or loaded with its vision tower.
 
     Raises:
         AdapterError: If no change fits, or several do.
     """
-    if all(name in layers for name in modules):
-        return dict(modules)
-    fits = [names for names in _renamings(list(modules), layers) if all(name in layers for name in names)]
+    if all(name in layers for name in names):
+        return "", ""
+    fits = [change for change in _renamings(names, layers) if all(renamed(name, change) in layers for name in names)]
     if len(fits) == 1:
-        return dict(zip(fits[0], modules.values(), strict=True))
+        return fits[0]
     if fits:
-        raise AdapterError(
-            f"{quote(next(iter(modules)))} could be {quote(fits[0][0])} or {quote(fits[1][0])} of this model"
-        )
-    unknown = [name for name in modules if name not in layers]
+        first, second = (renamed(names[0], change) for change in fits[:2])
+        raise AdapterError(f"{quote(names[0])} could be {quote(first)} or {quote(second)} of this model")
+    unknown = [name for name in names if name not in layers]
     raise AdapterError(
-        f"trained on another base model: {len(unknown)} of its {len(modules)} modules are no linear layers of this "
+        f"trained on another base model: {len(unknown)} of its {len(names)} modules are no linear layers of this "
         f"one, the first is {quote(unknown[0])}, expected names such as {quote(next(iter(layers), 'none'))}"
     )
 
 
-def _renamings(names: list[str], layers: Iterable[str]) -> Iterable[list[str]]:
-    first = names[0]
+def renamed(name: str, change: tuple[str, str]) -> str:
+    """Returns a module's name after a change of its prefix."""
+    removed, added = change
+    return added + name.removeprefix(removed)
+
+
+def _renamings(names: Sequence[str], layers: Iterable[str]) -> list[tuple[str, str]]:
+    first, found = names[0].split("."), dict[tuple[str, str], None]()
     for layer in layers:
-        if layer.endswith("." + first):
-            added = layer.removesuffix(first)
-            yield [added + name for name in names]
-        elif first.endswith("." + layer):
-            removed = first.removesuffix(layer)
-            if all(name.startswith(removed) for name in names):
-                yield [name.removeprefix(removed) for name in names]
+        parts = layer.split(".")
+        equal = [a == b for a, b in zip(reversed(first), reversed(parts), strict=False)]
+        shared = [*equal, False].index(False)
+        removed, added = (own[: len(own) - shared] for own in (first, parts))
+        change = ".".join([*removed, ""]), ".".join([*added, ""])
+        plain = not (removed and added) or _TEXT_MODEL.issuperset(removed + added)
+        if shared and plain and all(name.startswith(change[0]) for name in names):
+            found[change] = None
+    return list(found)
 
 
-def _module_of(key: str) -> str:
+def _place(key: str, prefix: str, peft_type: str) -> tuple[str, str]:
+    """Returns the module that a tensor belongs to, and which part of its update it is."""
     if len(key) > _MAX_KEY:
         raise AdapterError(
             f"the tensor {quote(key)} has a name of {len(key):,} characters, expected up to {_MAX_KEY:,}"
         )
-    for suffix in (_KEY_A, _KEY_B):
-        if key.startswith(_KEY_PREFIX) and key.endswith(suffix) and len(key) > len(_KEY_PREFIX + suffix):
-            return key.removeprefix(_KEY_PREFIX).removesuffix(suffix)
+    for end, part in ENDS[peft_type].items():
+        name = key[len(prefix) : -len(end) - 1]
+        if name and key.startswith(prefix) and key.endswith(f".{end}"):
+            return name, part
+    if key.startswith(prefix) and key.endswith(_WHOLE) and not any(part in key for part in ("lora_", *_FEATURE_KEYS)):
+        return key.removeprefix(prefix).removesuffix(_WHOLE).removesuffix(".base_layer"), _WHOLE
     reason = next((why for part, why in _FEATURE_KEYS.items() if part in key), "it is no LoRA factor")
-    raise AdapterError(
-        f"unexpected tensor {quote(key)}: {reason}; expected {_KEY_PREFIX}<module>{_KEY_A} and {_KEY_B} only"
-    )
+    raise AdapterError(f"unexpected tensor {quote(key)}: {reason}; expected {prefix}<module>.{next(iter(ENDS))}")
 
 
-def _module_shape(name: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> ModuleShape:
-    key_a, key_b = _KEY_PREFIX + name + _KEY_A, _KEY_PREFIX + name + _KEY_B
-    a, b = (_matrix(key, tensors) for key in (key_a, key_b))
-    if a[0] != b[1]:
-        raise AdapterError(f"the ranks of {quote(name)} differ: lora_A has {a[0]} rows and lora_B {b[1]} columns")
-    if a[0] != config.rank_of(name):
-        raise AdapterError(f"{quote(name)} has rank {a[0]}, but {CONFIG_NAME} says {config.rank_of(name)}")
-    return ModuleShape(a[0], a[1], b[0], config.scaling_of(name, a[0]), key_a, key_b)
+def _is_used(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether AdaLoRA left a module a rank above zero."""
+    return "E" not in keys or tensors[keys["E"]].shape[:1] != (0,)
 
 
-def _matrix(key: str, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
-    if key not in tensors:
-        raise AdapterError(f"tensor {quote(key)} is missing, its partner is there")
-    shape = tensors[key].shape
-    if len(shape) != 2 or 0 in shape:
-        raise AdapterError(
-            f"tensor {quote(key)} has shape {shape}, expected a matrix: only linear layers are supported"
-        )
-    return shape[0], shape[1]
+def _module_shape(
+    name: str, keys: Mapping[str, str], config: AdapterConfig, tensors: Mapping[str, TensorInfo]
+) -> ModuleShape:
+    try:
+        form = find_form(config.peft_type, config.use_dora, keys)
+        parts = {part: torch.empty(tensors[key].shape, device="meta") for part, key in keys.items()}
+        factors = form.factors(parts)
+    except (AdapterError, RuntimeError, IndexError) as error:
+        raise AdapterError(f"the tensors of {quote(name)} make no update: {quote(error)}") from error
+    stack = _stack(name, config)
+    rank = config.rank_of(name)
+    if stack is None:
+        _check_rank(name, rank, parts, config)
+    scaling = config.scaling_of(name, rank)
+    return ModuleShape(factors.rank, factors.in_features, factors.out_features, scaling, keys, form, stack)
+
+
+def _stack(name: str, config: AdapterConfig) -> Stack | None:
+    module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
+    targets = [target.rpartition(".") for target in config.target_parameters]
+    found = tuple(leaf for holder, _, leaf in targets if f".{module}".endswith(f".{holder}" if holder else ""))
+    return Stack(found, depth) if found and module.endswith("experts") else None
+
+
+def _check_rank(name: str, rank: int, parts: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:
+    # Every name of a factor that has the rank as its number of rows ends in A or b; AdaLoRA drops rows.
+    for part in parts:
+        found = parts[part].shape[0]
+        if part[-1] in "Ab" and found != rank and not (config.peft_type == "ADALORA" and found < rank):
+            raise AdapterError(f"{quote(name)} has rank {found}, but {CONFIG_NAME} says {rank}")

@@ -1,5 +1,6 @@
 """Candidates of full fine-tuning, a full checkpoint or an adapter, as inputs of a merge of full models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +18,8 @@ class MergeDirectories(Protocol):
     def base_directory(self) -> Path:
         """Returns a directory with the model's weights as they are in memory."""
 
-    def adapter_directory(self, adapter: Adapter) -> Path:
-        """Returns a directory with a copy of an adapter."""
+    def adapter_directory(self, adapter: Adapter, load: Callable[[], Any]) -> Path:
+        """Returns a directory with a copy of an adapter, whose update `load` reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,4 +89,4 @@ class AdapterOnBase:
 
     def merge_input(self, directories: MergeDirectories) -> ModelInput:
         """Returns it as an input for mergekit."""
-        return ModelInput(directories.base_directory(), directories.adapter_directory(self.adapter))
+        return ModelInput(directories.base_directory(), directories.adapter_directory(self.adapter, self.source.load))

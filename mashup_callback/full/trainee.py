@@ -23,7 +23,6 @@ from ..formats import (
     Checkpoint,
     Description,
     check_unchanged,
-    load_factors,
     read_checkpoint,
     read_tensor,
     write_adapter,
@@ -134,11 +133,11 @@ class FullTrainee:
         """Returns where the model is on disk as it is in memory now; it is written there if need be."""
         return self._base[0]
 
-    def adapter_directory(self, adapter: Adapter) -> Path:
+    def adapter_directory(self, adapter: Adapter, load: Callable[[], Any]) -> Path:
         """Returns a copy of an adapter, written from checked tensors as mergekit has peft load it."""
         if adapter.path not in self._adapters:
             path = self.workspace.new("adapter")
-            on_main_process(lambda: write_adapter(path, load_factors(adapter), base_model=None))
+            on_main_process(lambda: write_adapter(path, load().factors, base_model=None))
             self._adapters[adapter.path] = path
         return self._adapters[adapter.path]
 

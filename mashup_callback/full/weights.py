@@ -29,6 +29,9 @@ class FullUpdate:
         """Returns a context in which the model has these weights."""
         return replaced(model, self)
 
+    def warnings(self, model: nn.Module) -> tuple[str, ...]:
+        return ()
+
 
 def find_trained_weights(model: nn.Module) -> frozenset[str]:
     """Returns the names of the weights that are trained; none where an adapter of any kind is on the model."""

@@ -1,10 +1,11 @@
 """A LoRA adapter is trained."""
 
-from .hooks import applied, structure_kept
+from .fitting import cut_to, fit
+from .hooks import applied, bypassed_layers, note_bypassed, structure_kept
 from .merge import MergedAdapter, merge_adapters, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter, find_adapter
-from .trainee import LoraTrainee, cut_to, fit
+from .trainee import LoraTrainee
 from .writer import save_adapter
 
 
@@ -15,11 +16,13 @@ __all__ = [
     "MergedAdapter",
     "TrainedAdapter",
     "applied",
+    "bypassed_layers",
     "cut_to",
     "find_adapter",
     "fit",
     "merge_adapters",
     "merge_factors",
+    "note_bypassed",
     "save_adapter",
     "structure_kept",
 ]

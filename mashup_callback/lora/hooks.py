@@ -2,16 +2,20 @@
 
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import BypassedError
 from ..lowrank import Factors, LoraFactors
-from ..model import clean_name, linear_layers, output_head
+from ..model import clean_name, expert_parameters, linear_layers, output_head
+from .experts import experts_changed
+from .fitting import Holder, energy
 
 
 # Layers of one block that most architectures give the same input. Where one does not, the result is the same.
@@ -24,15 +28,43 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
     Context in which the model, wrapped or not, computes y + s·(x Aᵀ) Bᵀ in the layers that have an update.
 
     x Aᵀ is computed in the factors' data type, as peft does, and once for all layers that are given the same input.
-    Raises a `BypassedError` on exit if a layer's forward was not called though that of the module around it was.
+    Experts that are parts of one parameter get their updates while their module runs.
+
+    Raises a `BypassedError` on exit if a layer's forward was not called though that of the module around it was. Where
+    that is noted, see [`note_bypassed`], the adapter that is trained holds the updates of these layers meanwhile.
     """
     if not factors:
         yield
         return
     structure = _STRUCTURES.get(model) or _Structure(model)
-    layers = {name: structure.layers[name] for name in factors}
+    bypassed = {name: update for name, update in factors.items() if name in structure.bypassed}
+    reached = {name: update for name, update in factors.items() if name not in bypassed}
+    with _held(structure, bypassed) if bypassed else nullcontext(), _hooked(structure, reached):
+        yield
+
+
+def _held(structure: "_Structure", factors: Factors) -> AbstractContextManager[None]:
+    if structure.holder.adapter is None:
+        raise BypassedError(
+            f"Fused kernels bypass {len(factors)} layers that a candidate changes, such as {next(iter(factors))}: it "
+            "can be tried there in the factors of a LoRA adapter that is trained, and none is. Switch the kernels off "
+            "(axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel; Unsloth: load the model with transformers)"
+            ", train a LoRA adapter, or train without the mashup."
+        )
+    return structure.holder.held(factors)
+
+
+@contextmanager
+def _hooked(structure: "_Structure", factors: Factors) -> Iterator[None]:
+    layers = {name: structure.layers[name] for name in factors if name in structure.layers}
     with ExitStack() as hooks, _none_bypassed(structure, layers):
-        for names in _same_input(factors):
+        for experts in experts_changed(structure.experts, {n: f for n, f in factors.items() if n not in layers}):
+            hooks.enter_context(experts.module.register_forward_pre_hook(experts.change))
+            hooks.enter_context(experts.module.register_forward_hook(experts.restore, always_call=True))
+        for name, layer in layers.items():
+            if factors[name].dense:
+                hooks.enter_context(layer.register_forward_hook(partial(_add_dense, factors[name])))
+        for names in _same_input({name: factors[name] for name in layers if not factors[name].dense}):
             shared = _SharedInput([layers[name] for name in names], [factors[name] for name in names])
             for name in names:
                 hooks.enter_context(layers[name].register_forward_hook(shared.add))
@@ -40,15 +72,22 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
 
 
 class _Structure:
-    """The modules of a model, and the layers that are known to be called."""
+    """The modules of a model, and the layers that are known to be called, or to be bypassed."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.layers = linear_layers(model)
+        self.experts = expert_parameters(model)
+        self.bypassed: set[str] = set()
         modules = extract_model_from_parallel(model).named_modules()
         self.modules = {clean_name(name): module for name, module in modules}
         head = output_head(model)
         self.heads = (head, head.get_base_layer() if hasattr(head, "get_base_layer") else head)
         self.called: set[nn.Module] = set()
+
+    @cached_property
+    def holder(self) -> Holder:
+        return Holder(self.model)
 
 
 _STRUCTURES: dict[nn.Module, _Structure] = {}
@@ -57,11 +96,37 @@ _STRUCTURES: dict[nn.Module, _Structure] = {}
 @contextmanager
 def structure_kept(model: nn.Module) -> Iterator[None]:
     """Context in which a model's modules stay what they are: they are looked up, and tried for a bypass, once."""
+    if model in _STRUCTURES:
+        yield
+        return
     _STRUCTURES[model] = _Structure(model)
     try:
         yield
     finally:
         del _STRUCTURES[model]
+
+
+def note_bypassed(model: nn.Module, layers: Iterable[str]) -> None:
+    """Notes layers that hooks do not reach, for as long as the model's [`structure_kept`]."""
+    _STRUCTURES[model].bypassed.update(layers)
+
+
+def bypassed_layers(model: nn.Module) -> frozenset[str]:
+    """Returns the layers that were noted as bypassed."""
+    structure = _STRUCTURES.get(model)
+    return frozenset() if structure is None else frozenset(structure.bypassed)
+
+
+def bypass_warnings(model: nn.Module, factors: Factors) -> tuple[str, ...]:
+    """Returns what is lost of an update where layers are bypassed, if anything is."""
+    bypassed = {name: factors[name] for name in bypassed_layers(model) & factors.keys()}
+    share = _STRUCTURES[model].holder.lost(bypassed) / energy(factors) if bypassed else 0.0
+    if share <= 1e-6:
+        return ()
+    return (
+        f"fused kernels bypass {len(bypassed)} of its {len(factors)} layers, so it was scored in the factors of the "
+        f"trainee, whose layers and ranks keep {1 - share:.1%} of its update's squared norm",
+    )
 
 
 @contextmanager
@@ -90,9 +155,8 @@ def _none_bypassed(structure: _Structure, layers: Mapping[str, nn.Module]) -> It
         raise BypassedError(
             f"The forward of {len(bypassed)} of the {len(layers)} layers that a candidate changes was never called "
             f"({shown}), though that of the module around them was: something multiplies by their weights itself, as "
-            "fused LoRA kernels do. A candidate cannot be tried there, expected layers that are called. Switch the "
-            "kernels off (axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel; Unsloth: load the model with "
-            "transformers), or train without the mashup."
+            "fused LoRA kernels do.",
+            frozenset(bypassed),
         )
 
 
@@ -120,6 +184,19 @@ def _same_input(factors: Factors) -> list[list[str]]:
     return list(groups.values())
 
 
+def _add_dense(update: LoraFactors, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Adds an update that is computed for this call and let go of again."""
+    x, delta = args[0], update.delta().to(output.device)
+    if isinstance(layer, nn.Embedding):
+        return (output + _embed_scale(layer) * F.embedding(x, delta.T)).to(output.dtype)
+    return (output + F.linear(x.to(delta.dtype), delta)).to(output.dtype)
+
+
+def _embed_scale(layer: nn.Module) -> float | torch.Tensor:
+    """Returns the factor that the embeddings of some models, such as Gemma's, are multiplied by."""
+    return getattr(layer, "embed_scale", 1.0)
+
+
 class _SharedInput:
     """The updates of layers that are given the same input, which is multiplied by A once."""
 
@@ -127,7 +204,8 @@ class _SharedInput:
         device = next(layers[0].parameters()).device
         As = [update.A.to(device) for update in updates]
         self.A = torch.cat(As) if len(As) > 1 else As[0]
-        Bs = [(update.scaling * update.B.to(device)).T for update in updates]
+        scales = [update.scaling * _embed_scale(layer) for layer, update in zip(layers, updates, strict=True)]
+        Bs = [(scale * update.B.to(device)).T for scale, update in zip(scales, updates, strict=True)]
         self.B = dict(zip(layers, Bs, strict=True))
         self.ranks = [update.rank for update in updates]
         self.seen: tuple[weakref.ref, int] | None = None
@@ -147,7 +225,9 @@ class _SharedInput:
         # The version tells whether the same tensor holds other numbers by now; an inference tensor has none.
         version = 0 if x.is_inference() else x._version
         if self.seen is None or self.seen[0]() is not x or self.seen[1] != version:
-            product = torch.mm(x.reshape(-1, x.shape[-1]).to(self.A), self.A.T)
+            embeds = isinstance(layer, nn.Embedding)
+            flat = x.reshape(-1) if embeds else x.reshape(-1, x.shape[-1]).to(self.A)
+            product = F.embedding(flat, self.A.T) if embeds else torch.mm(flat, self.A.T)
             self.products = dict(zip(self.B, product.split(self.ranks, 1), strict=True))
             self.seen = (weakref.ref(x), version) if len(self.B) > 1 else None
         return self.products[layer]

@@ -91,6 +91,7 @@ def merge_factors(
     space: str = "delta",
     ranks: int | Mapping[str, int] | None = None,
     seed: int = 42,
+    device: torch.device | str | None = None,
 ) -> MergedAdapter:
     """
     Merges the updates of several adapters of one base model.
@@ -105,7 +106,8 @@ def merge_factors(
     mergekit copies a tensor that one model alone has (`slerp`, `nuslerp`, `arcee_fusion`), a lone update is copied.
 
     A single adapter is returned unmerged if the method needs more. `ranks` are the largest of the result, for all
-    modules or per module; modules without one keep the largest rank of their inputs.
+    modules or per module; modules without one keep the largest rank of their inputs. One module at a time is merged on
+    `device`, by default where it is; the result is on the CPU.
     """
     weights = tuple(float(weight) for weight in weights)
     _check_inputs(inputs, weights, space)
@@ -114,8 +116,10 @@ def merge_factors(
         check_merge(method, parameters, weights if merge.rule.takes_weights else "equal", space, len(inputs))
     factors, kept = {}, {}
     for name in dict.fromkeys(name for adapter in inputs for name in adapter):
-        merged = merge(name, [adapter.get(name) for adapter in inputs], _wanted_rank(ranks, name))
-        factors[name], kept[name] = merged.factors, merged.kept_energy
+        updates = [adapter.get(name) for adapter in inputs]
+        moved = [update if update is None or device is None else update.to(device) for update in updates]
+        merged = merge(name, moved, _wanted_rank(ranks, name))
+        factors[name], kept[name] = merged.factors.to("cpu"), merged.kept_energy
     return MergedAdapter(
         factors, kept, method, space, dict(merge.rule.parameters), weights, rank=_largest_rank(factors)
     )

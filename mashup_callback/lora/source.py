@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..formats import Adapter, adapter_hash, load_factors, read_weights
-from ..lowrank import Factors, LoraFactors
-from ..model import refuse_huge
-from .hooks import applied
+from ..lowrank import Factors
+from ..model import base_weight, refuse_huge
+from .hooks import applied, bypass_warnings
 
 
 # Bytes that all sources together keep in memory, so that a file is read once.
@@ -26,6 +26,9 @@ class LoraUpdate:
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         return applied(model, self.factors)
+
+    def warnings(self, model: nn.Module) -> tuple[str, ...]:
+        return bypass_warnings(model, self.factors)
 
 
 class _Kept:
@@ -51,13 +54,16 @@ _KEPT = _Kept()
 @dataclass(eq=False)
 class AdapterSource:
     """
-    A LoRA adapter that fits the model, named as the model names its layers; `norms` are those of its weights.
+    A LoRA adapter that fits the model, named as the model names its layers.
+
+    `norms` are those of the model's weights, `layers` the layers themselves.
 
     Its file is read and hashed once: what was read stays in memory until [`AdapterSource.release`], within bounds.
     """
 
     adapter: Adapter
     norms: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
     _data: bytes | None = field(default=None, init=False, repr=False)
     _factors: Factors | None = field(default=None, init=False, repr=False)
@@ -74,17 +80,15 @@ class AdapterSource:
     def load(self, device: torch.device | str = "cpu") -> LoraUpdate:
         factors = self._factors
         if factors is None:
-            factors = load_factors(self.adapter, data=self._data)
+            factors = load_factors(self.adapter, data=self._data, weight=self._weight if self.layers else None)
             refuse_huge(factors, self.norms)
             self.release()
-            if self._keep(sum(update.A.nbytes + update.B.nbytes for update in factors.values())):
+            if self._keep(sum(update.nbytes for update in factors.values())):
                 self._factors = factors
-        return LoraUpdate(
-            {
-                name: LoraFactors(update.A.to(device), update.B.to(device), update.scaling)
-                for name, update in factors.items()
-            }
-        )
+        return LoraUpdate({name: update.to(device) for name, update in factors.items()})
+
+    def _weight(self, name: str) -> torch.Tensor:
+        return base_weight(self.layers[name])
 
     def fingerprint(self) -> str | None:
         if self._digest is None:

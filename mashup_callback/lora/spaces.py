@@ -11,6 +11,8 @@ from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, trunca
 from ..methods import MergeRule
 
 
+# Directions of a randomized SVD beyond the wanted rank where only updates of full rank are merged.
+_DENSE_WIDTH = 64
 # One update per adapter, None where it lacks the module.
 _Inputs = Sequence[LoraFactors | None]
 
@@ -38,13 +40,19 @@ class ModuleMerge:
 
     def _merge(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         if len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0]):
-            basis, (core,) = shared_cores(present)
-            return truncate_core(basis, core, rank)
+            return self._truncate(present[0], rank)
         if self.space == "factors":
             return self._merge_apart(inputs, rank)
-        if self.space == "core" or self.rule.commutes:
+        # A core of updates of full rank is as large as the layer.
+        if self.space == "core" or (self.rule.commutes and not any(f.dense for f in present)):
             return self._merge_cores(inputs, present, rank)
         return self._merge_dense(inputs, present, rank)
+
+    def _truncate(self, update: LoraFactors, rank: int) -> Truncation:
+        if update.dense:
+            return truncate_dense(update.delta(), rank, _DENSE_WIDTH, self.seed)
+        basis, (core,) = shared_cores([update])
+        return truncate_core(basis, core, rank)
 
     def _merge_cores(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         basis, cores = shared_cores(present, principal=not self.rule.commutes)
@@ -58,8 +66,9 @@ class ModuleMerge:
 
     def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
-        updates = [zero if f is None else LoraFactors(f.A.float(), f.B.float(), f.scaling).delta() for f in inputs]
-        return truncate_dense(self.rule.merge(updates, self.weights), rank, sum(f.rank for f in present), self.seed)
+        updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
+        width = sum(f.rank for f in present if not f.dense) or _DENSE_WIDTH
+        return truncate_dense(self.rule.merge(updates, self.weights), rank, width, self.seed)
 
     def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:
         pairs = [None if f is None else _split_scaling(f) for f in inputs]
@@ -72,10 +81,7 @@ class ModuleMerge:
         absent = (sum(A for A, _ in owned) / len(owned), torch.zeros_like(owned[0][1]))
         A, B = (self.rule.merge(side, self.weights) for side in zip(*(pair or absent for pair in pairs), strict=True))
         merged = LoraFactors(A, B, 1.0)
-        if merged.rank <= rank:
-            return Truncation(merged, 1.0)
-        basis, (core,) = shared_cores([merged])
-        return truncate_core(basis, core, rank)
+        return Truncation(merged, 1.0) if merged.rank <= rank else self._truncate(merged, rank)
 
 
 def _zero_update(like: LoraFactors) -> Truncation:

@@ -1,16 +1,18 @@
 """The LoRA layers that are trained: found in the live model, and checked that a merge can be written into them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from ..lowrank import product_norm
-from ..model import adapter_host, clean_name, layer_shape, read_parameters
+from ..lowrank import Factors, product_norm
+from ..model import adapter_host, clean_name, is_sharded, read_parameters
+from .places import LinearPlace, Target, find_place
 
 
 # Initializations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
@@ -18,43 +20,52 @@ ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FREEZES_A_FACTOR = ("mica",)
 # B·A counts as zero below this share of |A|·|B|: orthogonal initializations reach zero only approximately.
 _ZERO = 1e-5
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One LoRA layer of the trainee by its name in the base model, with copies of A and B, whole even if sharded."""
-
-    name: str
-    A: torch.Tensor
-    B: torch.Tensor
-    rank: int
-    scaling: float
-    alpha: float
+# By name in the model, cleaned of what wrappers add; parameters of one module may be wrapped one inside the other.
+_Layers = Sequence[tuple[str, LoraLayer]]
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedAdapter:
-    """The adapter that is trained as it was before a write: its name on the model, layers and `peft.LoraConfig`."""
+    """The adapter that is trained as it was before a write: its name, layers, `peft.LoraConfig` and parameters."""
 
     name: str
     targets: Mapping[str, Target]
     config: Any
+    before: Mapping[str, torch.Tensor]
+    places: Sequence[LinearPlace]
 
     @property
     def ranks(self) -> dict[str, int]:
         return {name: target.rank for name, target in self.targets.items()}
 
-    def values(self, factors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Returns the A and B of some layers by the names of their parameters, as [`write_parameters`] takes them."""
-        named = [(_parameter_names(layer, self.name), factor) for layer, factor in factors.items()]
-        return {name: value for (a, b), factor in named for name, value in ((a, factor.A), (b, factor.B))}
+    def values(self, factors: Factors) -> dict[str, torch.Tensor]:
+        """Returns the values with which the adapter computes updates of all its layers, by parameter."""
+        values = [place.values(factors, self.before) for place in self.places]
+        return {name: value for part in values for name, value in part.items()}
 
 
 def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | None:
     """Returns the adapter that is trained, None without one; raises `ValueError` if a merge cannot be its start."""
     modules = extract_model_from_parallel(model).named_modules()
-    layers = {clean_name(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
-    names = sorted({name for layer in layers.values() for name in layer.active_adapters if _is_trained(layer, name)})
+    layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
+    adapter = _trained_name(layers)
+    if adapter is None:
+        return None
+    config = adapter_host(model).peft_config[adapter]
+    _refuse_initialization(config)
+    places = _places(layers, adapter)
+    _refuse_sharded(model, places)
+    before = read_parameters(model, [name for place in places for name in place.parameters])
+    targets = {target.name: target for place in places for target in place.targets(before)}
+    if not overwrite:
+        _refuse_trained(targets.values())
+    return TrainedAdapter(adapter, targets, config, before, places)
+
+
+def _trained_name(layers: _Layers) -> str | None:
+    """Returns the adapter that is trained; raises `ValueError` where others are trained or active besides it."""
+    active = sorted({name for _, layer in layers for name in layer.active_adapters if _parameters(layer, name)})
+    names = [name for name in active if any(p.requires_grad for _, layer in layers for p in _parameters(layer, name))]
     if not names:
         return None
     if len(names) > 1:
@@ -62,20 +73,22 @@ def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | 
             f"The model trains {len(names)} adapters at once ({', '.join(names)}), expected one. Activate and "
             "unfreeze only the adapter that the mashup is for, with `model.set_adapter(name)`."
         )
-    adapter = names[0]
-    config = adapter_host(model).peft_config[adapter]
-    _refuse_initialization(config)
-    held = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
-    fitting = {name: layer for name, layer in held.items() if layer_shape(layer.get_base_layer()) is not None}
-    values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, adapter)])
-    targets = {name: _target(name, layer, adapter, values) for name, layer in fitting.items()}
-    if not overwrite:
-        _refuse_trained(targets.values())
-    return TrainedAdapter(adapter, targets, config)
+    merged = sorted({name for _, layer in layers for name in layer.merged_adapters})
+    others = [name for name in active if name not in names] or merged
+    if others:
+        raise ValueError(
+            f"The adapter {others[0]!r} {'is merged' if merged else 'is active'} besides {names[0]!r}, which is "
+            "trained: candidates were made for the base model without it. Expected one active adapter. Call "
+            "`model.set_adapter(name)`, or make the other one part of the model with `merge_and_unload`."
+        )
+    return names[0]
 
 
-def _is_trained(layer: LoraLayer, adapter: str) -> bool:
-    return adapter in layer.lora_A and layer.lora_B[adapter].weight.requires_grad
+def _parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
+    """Returns the factors of an adapter in a layer, in modules or not."""
+    held = (getattr(layer, kind, {}) for kind in layer.adapter_layer_names)
+    owned = [kind[adapter] for kind in held if adapter in kind]
+    return [parameter for one in owned for parameter in (one.parameters() if isinstance(one, nn.Module) else [one])]
 
 
 def _refuse_initialization(config: Any) -> None:
@@ -84,6 +97,11 @@ def _refuse_initialization(config: Any) -> None:
         problem = "alters the base weights, so adapters of the original base no longer fit it"
     elif kind.startswith(FREEZES_A_FACTOR):
         problem = "freezes a factor that a mashup must write"
+    elif config.peft_type != "LORA":
+        raise ValueError(
+            f"The adapter that is trained is of the type {getattr(config.peft_type, 'value', config.peft_type)}, "
+            "expected LORA: others do not hold a merge as B·A. Train a `LoraConfig`."
+        )
     else:
         return
     raise ValueError(
@@ -92,18 +110,29 @@ def _refuse_initialization(config: Any) -> None:
     )
 
 
-def _parameter_names(layer: str, adapter: str) -> tuple[str, str]:
-    return f"{layer}.lora_A.{adapter}.weight", f"{layer}.lora_B.{adapter}.weight"
+def _places(layers: _Layers, adapter: str) -> list[LinearPlace]:
+    names: set[str] = set()
+    found = []
+    for name, layer in layers:
+        if adapter not in layer.r:
+            continue
+        if clean_name(name) in names and not isinstance(layer, ParamWrapper):
+            raise ValueError(
+                f"Layer {clean_name(name)} has LoRA layers one inside the other, expected one. Add several adapters "
+                "to one `PeftModel` with `model.add_adapter`, or `merge_and_unload` the first one."
+            )
+        names.add(clean_name(name))
+        place = find_place(clean_name(name), clean_name(f"{name}.lora_").removesuffix(".lora_"), layer, adapter)
+        found += [] if place is None else [place]
+    return found
 
 
-def _target(name: str, layer: LoraLayer, adapter: str, values: Mapping[str, torch.Tensor]) -> Target:
-    if adapter in layer.lora_variant:
+def _refuse_sharded(model: nn.Module, places: Sequence[LinearPlace]) -> None:
+    if any(place.magnitude for place in places) and is_sharded(model):
         raise ValueError(
-            f"Layer {name} is trained as {type(layer.lora_variant[adapter]).__name__}, whose update is more than "
-            "scaling·B·A. A mashup can be written into plain LoRA layers only (`use_dora=False`)."
+            "DoRA is trained on a sharded model (FSDP, ZeRO-3): its magnitudes follow from whole weights, which no "
+            "process has. Use `use_dora=False`, or train without sharding."
         )
-    A, B = (values[key] for key in _parameter_names(name, adapter))
-    return Target(name, A, B, layer.r[adapter], float(layer.scaling[adapter]), float(layer.lora_alpha[adapter]))
 
 
 def _refuse_trained(targets: Iterable[Target]) -> None:

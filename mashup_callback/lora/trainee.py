@@ -13,15 +13,15 @@ from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import failing_together, on_main_process
 from ..formats import BaseModel, Description, write_adapter
-from ..lowrank import Factors, LoraFactors, trainable
-from ..model import weight_norms, write_parameters
+from ..model import compute_device, linear_layers, weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
-from ..swap import swap, written
+from ..swap import swap
 from .extraction import extract
+from .fitting import fit, held
 from .merge import merge_factors
 from .source import AdapterSource, LoraUpdate
-from .targets import Target, TrainedAdapter
+from .targets import TrainedAdapter
 
 
 class LoraTrainee:
@@ -54,24 +54,24 @@ class LoraTrainee:
                 space=self.config.merge_space,
                 ranks=self.adapter.ranks,
                 seed=self.config.seed,
+                device=compute_device(self.model),
             )
         )
         return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.targets)
 
     def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
         """Returns a context in which the adapter holds an update of any rank, cut to its own."""
-        held = fit(cut_to(update.factors, self.adapter), self.adapter)
-        return written(self.model, self.adapter.values(held), self._before)
+        return held(self.model, self.adapter, update.factors)
 
     def write(self, update: LoraUpdate) -> None:
         """Fills A and B in place."""
         values = self.adapter.values(update.factors)
         with failing_together():
-            _check_shapes(values, self._before)
+            _check_shapes(values, self.adapter.before)
         swap(self.model, values, self.undo)
 
     def undo(self) -> None:
-        write_parameters(self.model, self._before)
+        write_parameters(self.model, self.adapter.before)
 
     def keep(self, update: LoraUpdate) -> LoraUpdate:
         # It has no files.
@@ -89,54 +89,16 @@ class LoraTrainee:
         self.workspace.close()
 
     @cached_property
-    def _before(self) -> dict[str, torch.Tensor]:
-        return self.adapter.values(self.adapter.targets)
-
-    @cached_property
     def _norms(self) -> dict[str, float]:
         return weight_norms(self.model)
 
     def _adapter_source(self, adapter: Any) -> AdapterSource:
-        return AdapterSource(adapter, self._norms)
+        return AdapterSource(adapter, self._norms, linear_layers(self.model))
 
     def _extracted(self, checkpoint: Any) -> AdapterSource:
         path = self.workspace.new("extracted")
         adapter = extract(self.model, checkpoint, self.adapter.ranks, self.config.min_kept_energy, path)
         return self._adapter_source(adapter.fit(self.base))
-
-
-def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
-    """Returns the best approximation of updates in the layers and the ranks of the trained adapter."""
-    known = {name: update for name, update in factors.items() if name in adapter.targets}
-    if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
-        return known
-    return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
-
-
-@torch.no_grad()
-def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
-    """
-    Returns what the trained adapter's parameters will hold of a merge.
-
-    They get the merge's singular vectors, with the roots of the singular values on either side, and A as large as the
-    fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does not fill
-    keep the fresh rows of A and get zero columns of B: with both zero they would never learn.
-
-    Raises:
-        ValueError: A layer of the merge has a larger rank than the trained adapter's.
-    """
-    return {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
-
-
-def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
-    if update is None:
-        return LoraFactors(target.A.clone(), torch.zeros_like(target.B), target.scaling)
-    if update.rank > target.rank:
-        raise ValueError(
-            f"The merge has rank {update.rank} in layer {target.name}, the trained adapter {target.rank}. Merge with "
-            "`ranks=adapter.ranks`."
-        )
-    return trainable(update, LoraFactors(target.A, target.B, target.scaling))
 
 
 def _check_shapes(values: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:

@@ -1,9 +1,12 @@
 """The live model, whatever wraps it."""
 
-from .isolation import quantized_layers, random_state, undisturbed, without_adapters
+from .isolation import quantized_layers, random_state, undisturbed, with_adapters, without_adapters
 from .layers import (
     adapter_host,
     base_model_name,
+    base_weight,
+    compute_device,
+    expert_parameters,
     layer_shape,
     layer_shapes,
     linear_layers,
@@ -30,8 +33,11 @@ __all__ = [
     "ModelTensors",
     "adapter_host",
     "base_model_name",
+    "base_weight",
     "clean_name",
+    "compute_device",
     "describe_model",
+    "expert_parameters",
     "fill_master",
     "is_sharded",
     "layer_shape",
@@ -49,6 +55,7 @@ __all__ = [
     "undisturbed",
     "unwrapped",
     "weight_norms",
+    "with_adapters",
     "without_adapters",
     "write_parameters",
 ]

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layers import adapter_host
@@ -25,7 +27,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     try:
-        with random_state(), torch.no_grad(), _no_cache(model):
+        # What is compiled would be compiled again for each candidate's hooks, up to a limit that training needs.
+        with random_state(), torch.no_grad(), _no_cache(model), torch.compiler.set_stance("force_eager"):
             model.eval()
             for layer in quantized_layers(model):
                 layer.training = True
@@ -62,6 +65,20 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def with_adapters(model: nn.Module) -> Iterator[None]:
+    """Context within that of [`without_adapters`] in which the adapters are on again."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    off = [module for module in model.modules() if isinstance(module, kinds) and module.disable_adapters]
+    for module in off:
+        module.enable_adapters(True)
+    try:
+        yield
+    finally:
+        for module in off:
+            module.enable_adapters(False)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -35,16 +36,62 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns (in_features, out_features) of a model's linear layers, by their name in the base model."""
-    return {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
+    """
+    Returns (in_features, out_features) of a model's linear layers, by their name in the base model, and of experts
+    that are parts of one parameter, by its name and their number in it.
+    """
+    shapes = {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
+    for name, (module, parameter) in expert_parameters(model).items():
+        count, rows, columns = _whole_shape(module._parameters[parameter])
+        sizes = (rows, columns) if getattr(module, "is_transposed", False) else (columns, rows)
+        shapes |= {f"{name}.{index}": sizes for index in range(count)}
+    return shapes
+
+
+def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Returns the parameters that hold the weights of several experts, by their name in the base model."""
+    modules = extract_model_from_parallel(model).named_modules()
+    return {
+        clean_name(f"{name}.{key}"): (module, key)
+        for name, module in modules
+        if "experts" in name.split(".")
+        for key, value in module._parameters.items()
+        if value is not None and len(_whole_shape(value)) == 3 and value.dtype.is_floating_point
+    }
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # ZeRO-3 keeps an empty tensor in the place of the parameter.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a linear layer of any kind, quantized ones too; None for other layers."""
+    """
+    Returns (in_features, out_features) of a layer that low-rank updates fit; None for other layers.
+
+    These are linear layers of any kind, quantized ones too, and embeddings, which take a token as an input.
+    """
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
     shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return shape if all(isinstance(size, int) for size in shape) else None
+
+
+@torch.no_grad()
+def base_weight(layer: nn.Module) -> torch.Tensor:
+    """
+    Returns the weight of one of the [`linear_layers`] as an update of it is given, `(out_features, in_features)`.
+
+    Raises:
+        AdapterError: No process holds all of it, or it is not in memory.
+    """
+    weight = dequantize_module_weight(layer).data
+    weight = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
+    if not _is_plain(weight) or tuple(weight.shape[::-1]) != layer_shape(layer):
+        raise AdapterError("it needs the base model's weights, and these are sharded or offloaded in this run")
+    return weight
 
 
 @torch.no_grad()
@@ -77,6 +124,12 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
                 f"its update of {name} is {norm / norms[name]:.1f} times as large as the weight (Frobenius norms), "
                 f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
             )
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Returns the device of the model's weights, or the CPU where matrices cannot be decomposed on that."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type in ("meta", "mps") else device
 
 
 def adapter_host(model: nn.Module) -> nn.Module | None:

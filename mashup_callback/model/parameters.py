@@ -1,5 +1,6 @@
 """Whole parameters of a live model, read and written however they are kept: plain, sharded, with fp32 masters."""
 
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
@@ -14,7 +15,9 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.
 
 def clean_name(name: str) -> str:
     """Returns a module's or parameter's name as it is in the base model, without what wrappers add to it."""
-    return _unwrapped_name(name).removeprefix("base_model.model.").replace(".base_layer", "")
+    name = re.sub(r"^(base_model\.model\.)+", "", _unwrapped_name(name))
+    # LoRA of several parameters of one module is wrapped one in the other, and only their names tell them apart.
+    return re.sub(r"(\.base_layer)+(?!(\.base_layer)*\.lora_)", "", name)
 
 
 def _unwrapped_name(name: str) -> str:

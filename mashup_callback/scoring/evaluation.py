@@ -10,7 +10,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from ..distributed import gather, process_index_and_count
-from ..errors import OutOfStepError
+from ..errors import BypassedError, OutOfStepError
+from ..lora import note_bypassed, structure_kept
 from ..model import is_sharded
 from ..trainee import Update
 from .losses import RowLosses, head_chunks, language_model_losses
@@ -52,17 +53,38 @@ def evaluate(
     """
     metric = make_metric(metric)
     mine = rows.share(*process_index_and_count()) if share else rows
-    sums, seen = torch.zeros(3, len(mine), dtype=torch.float64), torch.zeros(len(mine), dtype=torch.bool)
-    run = _in_step if share and is_sharded(model) else _alone
-    with metric.applied(model, update):
-        for indices, batch in mine.batches():
-            losses = run(model, mine, indices, batch, metric)
-            if losses is not None:
-                _add_batch(losses, indices, sums, seen)
+    with structure_kept(model):
+        while True:
+            sums, seen, bypassed = _sums(model, mine, metric, update, share)
+            if share:
+                bypassed = frozenset().union(*gather(bypassed))
+            if not bypassed:
+                break
+            # Once more, with the updates of these layers applied in another way.
+            note_bypassed(model, bypassed)
     if share:
         for values, found in gather((sums, seen)):
             sums[:, found] = values[:, found]
     return RowLosses(*sums)
+
+
+def _sums(
+    model: nn.Module, rows: SampleRows, metric: Metric, update: Update | None, share: bool
+) -> tuple[torch.Tensor, torch.Tensor, frozenset[str]]:
+    """Returns the sums of the losses on rows, which rows have some, and layers of the update that were bypassed."""
+    sums, seen = torch.zeros(3, len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.bool)
+    run = _in_step if share and is_sharded(model) else _alone
+    try:
+        with metric.applied(model, update):
+            for indices, batch in rows.batches():
+                losses = run(model, rows, indices, batch, metric)
+                if losses is not None:
+                    _add_batch(losses, indices, sums, seen)
+    except BypassedError as error:
+        if not error.layers:
+            raise
+        return sums, seen, error.layers
+    return sums, seen, frozenset()
 
 
 def _alone(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, metric: Metric) -> RowLosses | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..distributed import map_over_processes
 from ..errors import AdapterError
-from ..lora import LoraUpdate, TrainedAdapter, cut_to, fit
+from ..lora import LoraUpdate, TrainedAdapter, bypassed_layers, cut_to, fit
 from ..lowrank import Factors, LoraFactors
 from ..model import is_sharded
 from .evaluation import evaluate, halved, on_device
@@ -76,6 +76,8 @@ def probe(
 def _why_not(model: nn.Module, scores: Sequence[Score], judging: int) -> str | None:
     if is_sharded(model):
         return 'metric="probe" needs the whole model on each process, and this one is sharded'
+    if bypassed_layers(model):
+        return 'metric="probe" trains updates of layers, and fused kernels bypass some of these'
     if judging < 1:
         return "There are too few rows to train on some and judge by the others"
     if any(score.source.rank is None for score in scores if score.status == "scored"):

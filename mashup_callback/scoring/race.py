@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -127,6 +128,7 @@ def score_candidates(
                 seen = size
         if probed:
             scores = probe(model, [*scores], rows, keep, trained, learning_rate, race.deadline)
+    scores = _told_apart([*scores])
     order = {"scored": 0, "eliminated": 1}
     return sorted(scores, key=lambda score: (order.get(score.status, 2), -score.rows, score.value))
 
@@ -139,6 +141,19 @@ def _admitted(candidate: Candidate, admit: Callable[[Candidate], Source], metric
     except AdapterError as error:
         return Score(candidate, "rejected", str(error), metric=metric)
     return Score(candidate, source=source, warnings=source.warnings, metric=metric)
+
+
+def _told_apart(scores: list[Score]) -> list[Score]:
+    """Returns the scores, with a warning where no candidate changed any loss in another way than the others."""
+    seen = [score.losses.loss for score in scores if score.losses is not None]
+    rows = min(map(len, seen), default=0)
+    if len(seen) < 2 or any(not torch.equal(losses[:rows], seen[0][:rows]) for losses in seen):
+        return scores
+    warning = (
+        f"all {len(seen)} candidates have the same loss on every row: they are copies of one, or change nothing that "
+        "the model computes on these rows"
+    )
+    return [replace(score, warnings=(*score.warnings, warning)) if score.losses else score for score in scores]
 
 
 def _on_all_processes(scores: list[Score]) -> list[Score]:
@@ -193,10 +208,11 @@ class _Race:
         scores = list(scores)
         alive = [index for index, score in enumerate(scores) if score.status == "scored"]
         mine = self._scored_here([scores[index] for index in alive[rank::count]], rows)
-        found = gather([(score.status, score.reason, score.losses, score.seconds) for score in mine])
+        kept = ("status", "reason", "losses", "seconds", "warnings")
+        found = gather([{name: getattr(score, name) for name in kept} for score in mine])
         for other, outcomes in enumerate(found):
-            for index, (status, reason, losses, seconds) in zip(alive[other::count], outcomes, strict=True):
-                scores[index] = replace(scores[index], status=status, reason=reason, losses=losses, seconds=seconds)
+            for index, outcome in zip(alive[other::count], outcomes, strict=True):
+                scores[index] = replace(scores[index], **outcome)
         return scores
 
     def cut(self, scores: list[Score], size: int, keep: int) -> list[Score]:
@@ -260,7 +276,7 @@ class _Race:
         started = time.monotonic()
         try:
             with failing_together() if self.in_step else nullcontext():
-                losses = self._losses(score.source, rows, reading)
+                losses, warnings = self._losses(score.source, rows, reading)
         except AdapterError as error:
             return replace(score, status="rejected", reason=str(error))
         except (RuntimeError, OSError) as error:
@@ -270,13 +286,16 @@ class _Race:
             # What was scored on fewer rows stays comparable by its mean.
             return replace(score, status="scored" if score.losses else "eliminated", reason="max_seconds was over")
         losses = joined([score.losses, losses] if score.losses else [losses])
-        score = replace(score, seconds=score.seconds + time.monotonic() - started)
+        warnings = tuple(dict.fromkeys((*score.warnings, *warnings)))
+        score = replace(score, seconds=score.seconds + time.monotonic() - started, warnings=warnings)
         if not math.isfinite(losses.mean_loss):
             return replace(score, status="failed", reason=f"its loss is {losses.mean_loss}")
         return replace(score, losses=losses)
 
-    def _losses(self, source: Source, rows: SampleRows, reading: Future | None) -> RowLosses | None:
-        """Returns a candidate's losses from the cache or the model; None where the time is over."""
+    def _losses(
+        self, source: Source, rows: SampleRows, reading: Future | None
+    ) -> tuple[RowLosses | None, tuple[str, ...]]:
+        """Returns a candidate's losses from the cache or the model, None where the time is over, and what is lost."""
         key, losses, update = (None, None, None) if reading is None else reading.result()
         over = time.monotonic() > self.deadline
         if self.in_step:
@@ -285,6 +304,9 @@ class _Race:
         if losses is None and not over:
             update = source.load(self.device) if update is None else update
             losses = evaluate(self.model, rows, self.metric, update, share=self.in_step)
-            if key is not None:
+            warnings = update.warnings(self.model)
+            # What a trainee's ranks lost is no property of the candidate.
+            if key is not None and not warnings:
                 self.cache.put(key, losses)
-        return losses
+            return losses, warnings
+        return losses, ()

@@ -1,7 +1,9 @@
 """
-Time the linear merge of three rank-16 adapters against peft's exact `add_weighted_adapter(combination_type="svd")`.
+Time merges of three rank-16 adapters, and their memory, against peft's `add_weighted_adapter`, which merges the same.
 
-Both give the best rank-16 approximation of the mean update. Run on the CPU:
+Linear merges against `svd`, ties against `ties_svd` and dare_ties against `dare_ties_svd`; every row is one layer. The
+kept energy is the share of peft's own merge before it is cut, ties and linear; what dare drops is drawn at random, so
+its two merges differ. Run on the CPU:
 
     python recipes/benchmarks/merge.py --json merge.json
 """
@@ -9,9 +11,12 @@ Both give the best rank-16 approximation of the mean update. Run on the CPU:
 import argparse
 import json
 import statistics
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -21,17 +26,19 @@ from mashup_callback.lora import merge_factors
 from mashup_callback.lowrank import LoraFactors
 
 
-SHAPES = ((1024, 1024), (2048, 2048), (4096, 2048))
-ADAPTERS, RANK, ALPHA = 3, 16, 32
+SHAPES = ("1024x1024", "2048x2048", "4096x2048")
+METHODS = {"linear": "svd", "ties": "ties_svd", "dare_ties": "dare_ties_svd"}
+ADAPTERS, RANK, ALPHA, DENSITY = 3, 16, 32, 0.5
 WEIGHTS = [1 / ADAPTERS] * ADAPTERS
+NAMES = [str(index) for index in range(ADAPTERS)]
 
 
 def peft_model(out_features: int, in_features: int):
     """A single linear layer with `ADAPTERS` random adapters."""
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False)), config, "0")
-    for index in range(1, ADAPTERS):
-        model.add_adapter(str(index), config)
+    for name in NAMES[1:]:
+        model.add_adapter(name, config)
     return model
 
 
@@ -42,50 +49,71 @@ def read_factors(layer, name: str) -> LoraFactors:
     )
 
 
-def seconds(function, repeats: int) -> tuple[float, object]:
-    """Median time of `repeats` calls, and the last result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), result
+def measured(function: Callable[[], object], repeats: int = 1) -> tuple[float, float, object]:
+    """Median seconds of some calls, the most megabytes that they added to the process, and the last result."""
+    process, times, stop = psutil.Process(), [], threading.Event()
+    before = most = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.wait(0.001):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            result = function()
+            times.append(time.perf_counter() - start)
+    finally:
+        stop.set()
+        watcher.join()
+    return statistics.median(times), (most - before) / 1e6, result
 
 
-def measure(out_features: int, in_features: int, repeats: int) -> dict[str, float | str]:
+def measure(shape: str, method: str, repeats: int) -> dict[str, float | str]:
     """Time both merges of the same adapters and compare the results."""
     torch.manual_seed(0)
-    model = peft_model(out_features, in_features)
+    model = peft_model(*map(int, shape.split("x")))
     layer = model.base_model.model[0]
-    inputs = [{"0": read_factors(layer, str(index))} for index in range(ADAPTERS)]
-    merge_factors(inputs, weights=WEIGHTS)  # the first call imports and probes mergekit
-    ours, merged = seconds(lambda: merge_factors(inputs, weights=WEIGHTS, ranks=RANK), repeats)
-    names = [str(index) for index in range(ADAPTERS)]
-    theirs, _ = seconds(
-        lambda: model.add_weighted_adapter(names, WEIGHTS, "merged", combination_type="svd", svd_rank=RANK), 1
-    )
-    expected = read_factors(layer, "merged").delta()
-    error = (merged.factors["0"].delta() - expected).norm() / expected.norm()
+    inputs = [{"0": read_factors(layer, name)} for name in NAMES]
+    parameters = {} if method == "linear" else {"density": DENSITY}
+    options = {"method": method, "weights": WEIGHTS, "parameters": parameters, "ranks": RANK}
+    merge_factors(inputs, **options)  # the first call imports and probes mergekit
+    ours, our_memory, merged = measured(lambda: merge_factors(inputs, **options), repeats)
+    given = {"combination_type": METHODS[method], "svd_rank": RANK, **parameters}
+    theirs, their_memory, _ = measured(lambda: model.add_weighted_adapter(NAMES, WEIGHTS, "merged", **given))
+    found, expected = merged.factors["0"].delta(), read_factors(layer, "merged").delta()
     return {
-        "shape": f"{out_features}x{in_features}",
+        "shape": shape,
+        "method": method,
         "peft_seconds": theirs,
         "mashup_seconds": ours,
         "speedup": theirs / ours,
-        "relative_error": error.item(),
+        "peft_megabytes": their_memory,
+        "mashup_megabytes": our_memory,
+        "relative_difference": ((found - expected).norm() / expected.norm()).item(),
+        "norm_ratio": (found.norm() / expected.norm()).item(),
         "kept_energy": merged.kept_energy["0"],
     }
 
 
 def show(rows: list[dict[str, float | str]]) -> None:
     """Print the measurements as a table."""
-    table = Table("shape", "peft svd (s)", "mashup (s)", "speed-up", "relative error", "kept energy")
+    columns = ("shape", "method", "peft (s)", "mashup (s)", "speed-up", "peft (MB)", "mashup (MB)", "difference")
+    table = Table(*columns, "norms", "kept energy")
     for row in rows:
         table.add_row(
             str(row["shape"]),
+            str(row["method"]),
             f"{row['peft_seconds']:.2f}",
             f"{row['mashup_seconds']:.4f}",
-            f"{row['speedup']:.0f}x",
-            f"{row['relative_error']:.1e}",
+            f"{row['speedup']:.1f}x",
+            f"{row['peft_megabytes']:.0f}",
+            f"{row['mashup_megabytes']:.0f}",
+            f"{row['relative_difference']:.1e}",
+            f"{row['norm_ratio']:.3f}",
             f"{row['kept_energy']:.3f}",
         )
     Console().print(table)
@@ -95,9 +123,11 @@ def main() -> None:
     """Parse the command line, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
-    parser.add_argument("--repeats", type=int, default=9, help="runs of our merge, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of our merge, of which the median counts")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="outputs x inputs of the layers")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which merges")
     arguments = parser.parse_args()
-    rows = [measure(*shape, arguments.repeats) for shape in SHAPES]
+    rows = [measure(shape, method, arguments.repeats) for shape in arguments.shapes for method in arguments.methods]
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n")

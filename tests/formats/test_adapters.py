@@ -315,7 +315,7 @@ def test_another_recorded_name_is_a_warning(sound, recorded, base_model, warns):
 HOSTILE_FIELDS = [
     ({"peft_type": "XLORA"}, "`peft_type` is XLORA"),
     ({"peft_type": ["LORA"]}, "`peft_type`"),
-    ({"use_dora": True}, "`use_dora`.*DoRA also rescales"),
+    ({"use_dora": True}, "lora_magnitude_vector is missing"),
     ({"bias": "lora_only"}, "`bias` is lora_only"),
     ({"lora_bias": True}, "`lora_bias`"),
     ({"modules_to_save": ["lm_head"]}, "`modules_to_save`"),
@@ -462,7 +462,7 @@ def poisoned(value: float):
 HOSTILE_TENSORS = [
     (replaced("base_model.model.model.embed_tokens.weight", torch.zeros(64, 32)), "embed_tokens.*no LoRA factor"),
     (replaced(f"base_model.model.{Q_PROJ}.base_layer.weight", torch.zeros(32, 32)), "would overwrite a weight"),
-    (replaced("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 64)), "adapters of embeddings"),
+    (replaced("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 64)), "lora_B.weight is missing"),
     (replaced(A_KEY.replace("lora_A.weight", "lora_magnitude_vector"), torch.zeros(32)), "DoRA"),
     (replaced(B_KEY.replace("weight", "bias"), torch.zeros(32)), "trained biases"),
     (replaced("base_model.model.lora_A.weight", torch.zeros(4, 32)), "unexpected tensor"),
@@ -471,7 +471,7 @@ HOSTILE_TENSORS = [
     (lambda tensors: tensors.pop(B_KEY), "lora_B.weight is missing"),
     (lambda tensors: tensors.clear(), "holds no tensors"),
     (renamed(A_KEY, A_KEY.removeprefix("base_model.model.")), "unexpected tensor model.layers.0"),
-    (replaced(A_KEY, torch.zeros(3, 32)), "ranks of .*q_proj differ: lora_A has 3 rows and lora_B 4"),
+    (replaced(A_KEY, torch.zeros(3, 32)), "q_proj make no update: the ranks differ, 3 rows .* 4 columns"),
     (replaced(A_KEY, torch.zeros(4, 32, 1, 1)), "expected a matrix"),
     (replaced(A_KEY, torch.zeros(4, 0)), "expected a matrix"),
     (replaced(A_KEY, torch.zeros(4, 32, dtype=torch.int8)), "dtype I8"),
