@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-import mashup_callback.full.merge
-import mashup_callback.methods
 import mashup_callback.pipeline as pipeline
 from mashup_callback import MashupCallback
 from tests.full_model import full_trainer
