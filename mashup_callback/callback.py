@@ -20,7 +20,7 @@ from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
 from .sharing import push_mashup, share
-from .storage import StorageError, refuse_foreign
+from .storage import StorageError, prepare, unwound_by_sigterm
 from .trainee import find_trainee
 
 
@@ -115,6 +115,7 @@ class MashupCallback(TrainerCallback):
         self._trainer = trainer
         return self
 
+    @unwound_by_sigterm()
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -204,7 +205,7 @@ class MashupCallback(TrainerCallback):
                     f"The mashup would be written to the candidate {spec} and replace it. Set `report_dir` to a "
                     "directory of its own."
                 )
-        refuse_foreign(directory)
+        prepare(directory)
 
     def _is_due(self, state: TrainerState, model: nn.Module) -> bool:
         if state.global_step > 0:

@@ -1,17 +1,24 @@
 """Output directories: one that is replaced as a whole or not at all, and a temporary one beside it."""
 
+import fcntl
 import json
+import logging
 import os
+import re
 import shutil
+import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .distributed import is_main_process, on_main_process
 from .report import FAILED_NAME, MARK, REPORT_NAME
 
+
+logger = logging.getLogger(__name__)
 
 _INDEX, _ADAPTER = "model.safetensors.index.json", "adapter_model.safetensors"
 _WRITTEN_LATER = {FAILED_NAME, f"{FAILED_NAME}.tmp", f"{REPORT_NAME}.tmp"}
@@ -22,6 +29,7 @@ _MODEL_FILES = _RECORDS | {"config.json", "generation_config.json", "model.safet
 _MODEL_FILES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 _MODEL_FILES |= {"chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"}
 _HEAD_BYTES = 256
+_ASIDE = ".old"
 
 
 class StorageError(ValueError):
@@ -32,7 +40,7 @@ class StorageError(ValueError):
 def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     """Gives an empty directory to write to, which takes the place of `directory` unless the block raises."""
     target = Path(os.path.realpath(directory))
-    refuse_foreign(target)
+    prepare(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     draft.mkdir()
@@ -41,6 +49,19 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
         _swap_in(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def prepare(directory: str | os.PathLike) -> None:
+    """
+    Puts back an earlier merge that a killed run had moved aside, and refuses other files than this package's.
+
+    Raises:
+        StorageError: The directory would not be replaced.
+    """
+    target = Path(os.path.realpath(directory))
+    with _locked(target.parent):
+        _put_back(target)
+        refuse_foreign(directory)
 
 
 def refuse_foreign(directory: str | os.PathLike, name: str | os.PathLike | None = None) -> None:
@@ -106,23 +127,79 @@ class Workspace:
         return Path(tempfile.mkdtemp(prefix=f".{self._target.name}-", dir=self._target.parent)).resolve()
 
 
+@contextmanager
+def unwound_by_sigterm() -> Iterator[None]:
+    """Context that SIGTERM ends as an exception does, where it would end the process at once; then it does that."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came; no stage takes it for a failure of its own."""
+
+
+def _terminate(*args: object) -> None:
+    raise _Terminated
+
+
 def _swap_in(draft: Path, target: Path) -> None:
     """Renames the draft to the target; a directory already there is kept aside until that has succeeded."""
     for path in (*draft.iterdir(), draft):
         _flush(path)
-    aside = draft.with_name(draft.name + ".old")
-    if target.exists():
-        os.rename(target, aside)
-    try:
-        # Once more, as it may have been written to since, and out of the way nobody writes to it.
-        refuse_foreign(aside, target)
-        os.rename(draft, target)
-    except BaseException:
+    aside = draft.with_name(draft.name + _ASIDE)
+    with _locked(target.parent):
+        if target.exists():
+            os.rename(target, aside)
+        try:
+            # Once more, as it may have been written to since, and out of the way nobody writes to it.
+            refuse_foreign(aside, target)
+            os.rename(draft, target)
+        except BaseException:
+            if aside.exists():
+                os.rename(aside, target)
+            raise
         if aside.exists():
-            os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+            # What is half removed must not be taken for what was moved aside.
+            os.rename(aside, draft)
+    shutil.rmtree(draft, ignore_errors=True)
     _flush(target.parent)
+
+
+def _put_back(target: Path) -> None:
+    if target.exists() or not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}{re.escape(_ASIDE)}")
+    moved = [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+    for path in sorted(moved, key=lambda path: path.stat().st_ctime, reverse=True):
+        with suppress(OSError, StorageError):
+            refuse_foreign(path)
+            os.rename(path, target)
+            logger.warning("%s was being replaced when a run was killed; it is as before now.", target)
+            return
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Context in which no other run replaces a directory in this one, where the file system knows locks."""
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

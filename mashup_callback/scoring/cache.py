@@ -77,14 +77,19 @@ class ScoreCache:
             return
         path = self._path(key)
         text = json.dumps({name: getattr(losses, name).tolist() for name in _FIELDS})
+        draft = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            descriptor, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            with os.fdopen(descriptor, "w") as file:
                 file.write(text)
-            os.replace(file.name, path)
+            os.replace(draft, path)
         except OSError as error:
             logger.warning("Scores are not kept in %s: %s", self.directory, error)
             self.directory = None
+        finally:
+            if draft is not None:
+                Path(draft).unlink(missing_ok=True)
 
     def info(self) -> CacheInfo:
         """Returns how much the cache holds."""

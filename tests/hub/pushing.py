@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import yaml
@@ -24,7 +24,7 @@ def create_repo(store: Store, call: Call) -> Reply:
     url = {"url": f"{call.origin}/{repo_id}", "name": repo_id}
     if repo_id in store.repositories:
         return Reply.of_json({**url, "error": "You already created this model repo"}, 409)
-    repository = Repository(repo_id, datetime.now(UTC), private=asked.get("visibility") == "private")
+    repository = Repository(repo_id, datetime.now(timezone.utc), private=asked.get("visibility") == "private")
     repository.commit({}, title="initial commit")
     store.repositories[repo_id] = repository
     return Reply.of_json(url)

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +20,7 @@ from .store import Blob, Repository, stores_as_lfs
 from .views import timestamp
 
 
-SEED_DATE = datetime(2026, 1, 1, tzinfo=UTC)
+SEED_DATE = datetime(2026, 1, 1, tzinfo=timezone.utc)
 INHERITED_SETTINGS = re.compile(r"HF_|HUGGING_?FACE|(https?|all|no)_proxy$", re.IGNORECASE)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property
 
 from .access import HubError, User, require_write
@@ -115,7 +115,7 @@ class Repository:
         tree.update(added)
         identity = [self.id, parent, title, sorted((path, blob.oid) for path, blob in tree.items())]
         sha = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
-        commit = Commit(sha, title, date or datetime.now(UTC), tree)
+        commit = Commit(sha, title, date or datetime.now(timezone.utc), tree)
         self.commits[sha], self.references[reference] = commit, sha
         return commit
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import yaml
@@ -19,7 +19,7 @@ LISTED_WHEN_FULL = ("author", "sha", "lastModified", "gated", "disabled", "sibli
 
 def timestamp(moment: datetime) -> str:
     """Moment in the Hub's own format, UTC in milliseconds."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def front_matter(text: str) -> Any:
