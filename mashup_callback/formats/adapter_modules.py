@@ -1,6 +1,6 @@
 """The modules of a LoRA adapter: pairs of tensors in its file, and the layers of the model that they fit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import AdapterError
@@ -13,6 +13,8 @@ _KEY_PREFIX = "base_model.model."
 _KEY_A, _KEY_B = ".lora_A.weight", ".lora_B.weight"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
+# peft, which tries a regular expression for each, would take minutes for so many.
+_MAX_LOOKUPS = 1_000_000
 _FEATURE_KEYS = {
     "lora_embedding": "adapters of embeddings are not supported",
     "lora_magnitude": "DoRA is not supported, it also rescales the base weights",
@@ -39,6 +41,9 @@ def adapter_modules(config: AdapterConfig, tensors: Mapping[str, TensorInfo]) ->
     names = dict.fromkeys(_module_of(key) for key in tensors)
     if not names:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if (keys := len(getattr(config, field))) * len(names) > _MAX_LOOKUPS:
+            raise AdapterError(f"`{field}` has {keys:,} keys for {len(names):,} modules, far more than it needs")
     return {name: _module_shape(name, config, tensors) for name in names}
 
 
@@ -47,13 +52,20 @@ def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, 
     targets = config.target_modules
     if not isinstance(targets, tuple) or not targets:
         return ()
-    parts = {name: name.split(".") for name in modules}
-    ends = {name: {".".join(own[i:]) for i in range(len(own))} for name, own in parts.items()}
-    extra = [name for name in ends if not ends[name] & set(targets)]
-    missing = sorted(set(targets).difference(*ends.values()))
+    named = set(targets)
+    found_by = {name: named.intersection(_ends(name)) for name in modules}
+    extra = [name for name, ends in found_by.items() if not ends]
+    missing = sorted(named.difference(*found_by.values()))
     found = [f"{len(extra)} modules have tensors, such as {quote(extra[0])}, that it does not name"] if extra else []
     found += [f"{quote(', '.join(missing))} has no tensors"] if missing else []
     return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yields a name and what is left of it after each dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def match_modules(modules: Mapping[str, ModuleShape], layers: Mapping[str, object]) -> dict[str, ModuleShape]:
