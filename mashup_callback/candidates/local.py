@@ -64,7 +64,9 @@ def _glob(path: Path) -> list[Path]:
         parts = {match: match.relative_to(root).parts for match in root.glob(pattern)}
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{str(path)!r} is no glob: {error}. Use *, ?, [...], or ** as a whole part.") from error
-    return sorted((match for match in parts if _MASHUP not in parts[match] and match.name[0] != "."), key=_order)
+    return sorted(
+        (match for match in parts if _MASHUP not in parts[match] and not match.name.startswith(".")), key=_order
+    )
 
 
 def _order(path: Path) -> tuple[object, ...]:

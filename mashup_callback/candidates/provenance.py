@@ -12,6 +12,10 @@ from ..formats import read_limited
 
 CARD_NAME = "README.md"
 _CARD_BYTES = 2**20
+# Of all cards, those with thousands of results have the longest metadata.
+_METADATA_CHARACTERS = 2**18
+# Text and no other types: it makes nothing of a tag, and the version in C refuses deep nesting.
+_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 _HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
 
@@ -44,7 +48,7 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     try:
         text = read_limited(directory / CARD_NAME, _CARD_BYTES).decode("utf-8", errors="replace")
         match = _FRONT_MATTER.match(text)
-        card = yaml.safe_load(match.group(1)) if match else None
+        card = yaml.load(match[1], _LOADER) if match and len(match[1]) <= _METADATA_CHARACTERS else None
     except (AdapterError, yaml.YAMLError, RecursionError, ValueError):
         return {}
     return card if isinstance(card, dict) else {}

@@ -1,6 +1,6 @@
 """The modules of a LoRA adapter: pairs of tensors in its file, and the layers of the model that they fit."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ _TEXT_MODEL = {"model", "language_model", "text_model"}
 _WHOLE = ".weight"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
+# peft, which tries a regular expression for each, would take minutes for so many.
+_MAX_LOOKUPS = 1_000_000
 _FEATURE_KEYS = {
     ".bias": "trained biases are not supported",
     "modules_to_save": "modules trained besides the adapter are not supported",
@@ -78,6 +80,9 @@ def adapter_modules(
             raise AdapterError(f"{quote(key)} and {quote(keys[name][part])} are one tensor under two names")
     if not keys:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if (count := len(getattr(config, pattern))) * len(keys) > _MAX_LOOKUPS:
+            raise AdapterError(f"`{pattern}` has {count:,} keys for {len(keys):,} modules, far more than it needs")
     modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
     if not modules:
         raise AdapterError("all its ranks are zero: it changes nothing")
@@ -92,13 +97,20 @@ def contradictions(config: AdapterConfig, modules: Mapping[str, ModuleShape]) ->
     targets = config.target_modules
     if not isinstance(targets, tuple) or not targets:
         return ()
-    parts = {name: name.split(".") for name, shape in modules.items() if shape.stack is None}
-    ends = {name: {".".join(own[i:]) for i in range(len(own))} for name, own in parts.items()}
-    extra = [name for name in ends if not ends[name] & set(targets)]
-    missing = sorted(set(targets).difference(*ends.values()))
+    named = set(targets)
+    found_by = {name: named.intersection(_ends(name)) for name, shape in modules.items() if shape.stack is None}
+    extra = [name for name, ends in found_by.items() if not ends]
+    missing = sorted(named.difference(*found_by.values()))
     found = [f"{len(extra)} modules have tensors, such as {quote(extra[0])}, that it does not name"] if extra else []
     found += [f"{quote(', '.join(missing))} has no tensors"] if missing else []
     return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yields a name and what is left of it after each dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def find_renaming(names: Sequence[str], layers: Collection[str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError, CheckpointError
 from ..model import ModelTensors
-from .adapter_config import CONFIG_NAME
+from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from .base import BaseModel
 from .files import open_regular, parse_object, quote, read_limited
 from .header import FileStamp, TensorInfo, read_header
@@ -21,7 +21,7 @@ from .header import FileStamp, TensorInfo, read_header
 MODEL_CONFIG_NAME = "config.json"
 MODEL_WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MAX_JSON_BYTES = 50_000_000
+MAX_JSON_BYTES = 20_000_000
 
 
 class Files(Protocol):
@@ -44,7 +44,7 @@ class Directory:
     path: Path
 
     def has(self, name: str) -> bool:
-        return (self.path / name).exists()
+        return os.path.exists(self.path / name)
 
     def read(self, name: str, limit: int) -> bytes:
         return read_limited(self.path / name, limit)
@@ -55,6 +55,9 @@ class Directory:
 
 def parse_index(data: bytes) -> dict[str, str]:
     """Returns the file of every tensor that an index names; raises `CheckpointError` for one that leads elsewhere."""
+    if not data.isascii():
+        # One other character makes the text four times as large in memory.
+        raise CheckpointError(f"{INDEX_NAME} is not ASCII, expected plain names of tensors and files")
     weight_map = parse_object(data, INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME} has no weight_map, expected the file of every tensor")
@@ -72,11 +75,12 @@ def shard_names(index: Mapping[str, str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is: the shard that holds it, its name there, its data type and shape."""
+    """Where a tensor is: the shard that holds it, its name there, its data type and shape; `copies` must equal it."""
 
     file: str
     key: str
     info: TensorInfo
+    copies: tuple["Stored", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Checkpoint:
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether a directory looks like a full checkpoint: a model's configuration and no adapter's."""
-    return (directory / MODEL_CONFIG_NAME).is_file() and not (directory / CONFIG_NAME).exists()
+    return os.path.isfile(directory / MODEL_CONFIG_NAME) and not os.path.exists(directory / CONFIG_NAME)
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -132,7 +136,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 def describe_checkpoint(files: Files, path: Path | None = None) -> Checkpoint:
     """Reads the description of a full checkpoint, wherever its files are; raises `CheckpointError`."""
     try:
-        config = parse_object(files.read(MODEL_CONFIG_NAME, MAX_JSON_BYTES), MODEL_CONFIG_NAME)
+        config = parse_object(files.read(MODEL_CONFIG_NAME, 4 * MAX_CONFIG_BYTES), MODEL_CONFIG_NAME)
         index = parse_index(files.read(INDEX_NAME, MAX_JSON_BYTES)) if files.has(INDEX_NAME) else None
         headers = {name: _read_shard(files, name) for name in shard_names(index)}
     except CheckpointError:
@@ -152,6 +156,14 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         CheckpointError: The shard changed since its header was read, or a value is not finite.
     """
     stored = checkpoint.tensors[name]
+    tensor = _read(checkpoint, stored)
+    for copy in stored.copies:
+        if not torch.equal(_read(checkpoint, copy), tensor):
+            raise CheckpointError(f"{quote(copy.key)} and {quote(stored.key)} differ, and are one weight of the model")
+    return tensor
+
+
+def _read(checkpoint: Checkpoint, stored: Stored) -> torch.Tensor:
     path = _unchanged_shard(checkpoint, stored.file)
     try:
         with safe_open(path, "pt") as shard:
@@ -210,11 +222,11 @@ def _check_architecture(config: Mapping[str, Any], model: ModelTensors) -> None:
 
 def _find(checkpoint: Checkpoint, name: str, model: ModelTensors) -> Stored:
     keys = (name, *(alias for alias, first in model.aliases.items() if first == name))
-    stored = next((checkpoint.tensors[key] for key in keys if key in checkpoint.tensors), None)
-    if stored is None:
+    found = [checkpoint.tensors[key] for key in keys if key in checkpoint.tensors]
+    if not found:
         raise CheckpointError(f"another architecture: tensor {quote(name)} of the model is missing in the checkpoint")
-    found, expected = stored.info.shape, model.shapes[name]
-    if found != expected:
-        kind = "vocabulary" if name in model.embeddings and found[1:] == expected[1:] else "architecture"
-        raise CheckpointError(f"another {kind}: {quote(name)} has shape {found}, expected {expected}")
-    return stored
+    shape, expected = found[0].info.shape, model.shapes[name]
+    if shape != expected:
+        kind = "vocabulary" if name in model.embeddings and shape[1:] == expected[1:] else "architecture"
+        raise CheckpointError(f"another {kind}: {quote(name)} has shape {shape}, expected {expected}")
+    return dataclasses.replace(found[0], copies=tuple(found[1:]))

@@ -9,6 +9,10 @@ from typing import Any, NoReturn
 from ..errors import AdapterError
 
 
+# An index of a quarter of a million tensors; small values take 50 times as much memory as text.
+MAX_VALUES = 250_000
+
+
 def open_regular(path: Path) -> int:
     """Opens a regular file for reading and returns its file descriptor; raises `AdapterError` for anything else."""
     try:
@@ -16,10 +20,13 @@ def open_regular(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path.name} cannot be read: {error}") from error
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    # Those of the kernel in /proc have no size, and reading one may wait, fail oddly or take what it holds away.
+    if stat.S_ISREG(status.st_mode) and status.st_size:
         return descriptor
     os.close(descriptor)
-    raise AdapterError(f"{path.name} is not a regular file")
+    kind = "empty" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    raise AdapterError(f"{path.name} is {kind}")
 
 
 def read_limited(path: Path, limit: int) -> bytes:
@@ -41,6 +48,8 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         AdapterError: The text is anything else; `what` names it in the message.
     """
+    if data.count(b",") >= MAX_VALUES:
+        raise AdapterError(f"{what} holds more than {MAX_VALUES:,} values, far more than such a file needs")
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except RecursionError:

@@ -14,8 +14,8 @@ from tests.tiny import rows, save_random_adapter, sft_trainer
     [
         ("---\ndatasets:\n- acme/Code\n- other\n---\n# Card", {"code", "other"}),
         ("---\ndatasets: acme/code\n---\n", {"code"}),
-        ("---\ndatasets: 7\n---\n", set()),
-        ("---\ndatasets: [1, null]\n---\n", set()),
+        ("---\ndatasets: 7\n---\n", {"7"}),
+        ("---\ndatasets: [1, [a]]\n---\n", {"1"}),
         ("---\n- a\n---\n", set()),
         ("---\n: : [\n---\n", set()),
         ("datasets: code\n", set()),

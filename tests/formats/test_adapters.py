@@ -389,7 +389,7 @@ def test_regular_expressions_are_data(sound, field):
     ("text", "message"),
     [
         (b"[]", "holds a JSON list"),
-        (b"", "not strict JSON"),
+        (b"", "adapter_config.json is empty"),
         (b"\xff\xfe", "not strict JSON"),
         (b'{"r": 4, "r": 8}', "a key appears twice"),
         (b"[" * 100_000, "nested too deeply"),
@@ -508,7 +508,8 @@ def entry(start: int, stop: int, **fields) -> dict:
 
 BROKEN = "truncated, padded or no safetensors"
 HOSTILE_HEADERS = [
-    (b"", "truncated: 0 bytes"),
+    (b"", "adapter_model.safetensors is empty"),
+    (b"0", "truncated: 1 bytes"),
     (header({}, length=2**63), "header of 9,223,372,036,854,775,808 bytes"),
     (header({}, length=10_000_001, data=b" " * 10_000_001), "header of 10,000,001 bytes"),
     (header({}, length=1), BROKEN),

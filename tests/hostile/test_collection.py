@@ -1,0 +1,37 @@
+"""Hostile adapters and checkpoints: each is rejected with a reason that names what is wrong, or it is harmless."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from tests.hostile.cases import CASES, Case
+from tests.hostile.judging import Judge, Outcome, size
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return Judge(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(judge: Judge) -> dict[Case, tuple[Outcome, Path]]:
+    """What became of each case that ran so far."""
+    return {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(judge, outcomes, case, monkeypatch):
+    directory = judge.copy(case)
+    monkeypatch.chdir(directory)
+    outcome = judge.outcome(case, directory)
+    outcomes[case] = outcome, directory
+    assert judge.failure(case, outcome, directory) is None
+    assert not (directory / "executed").exists()
+    assert outcome.seconds < 1 and outcome.megabytes < 100 + size(directory)
+
+
+def test_every_field_of_peft_is_changed():
+    assert len(CASES) >= 150 and len({str(case) for case in CASES}) == len(CASES)
+    assert {item.name for item in dataclasses.fields(LoraConfig)} <= {case.field for case in CASES}
