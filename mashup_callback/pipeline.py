@@ -118,14 +118,13 @@ class MashupRun:
             self.model,
             candidates,
             rows,
-            "probe" if config.metric == "probe" else self.metric,
+            self.metric,
             search=config.search,
             keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
             base_model=self.base_model,
             max_seconds=config.max_seconds,
             hub=self.hub,
             admit=self.trainee.admit,
-            learning_rate=self.args.learning_rate,
         )
 
     def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
@@ -231,7 +230,6 @@ def candidate_rows(
             reason=score.reason,
             loss=score.loss,
             accuracy=None if score.losses is None else score.losses.accuracy,
-            probe_loss=score.probe_loss,
             rows=score.rows,
             tokens=score.tokens,
             weight=weights.get(score.candidate.key),

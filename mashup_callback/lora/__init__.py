@@ -4,7 +4,7 @@ from .hooks import applied, structure_kept
 from .merge import MergedAdapter, merge_adapters, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter, find_adapter
-from .trainee import LoraTrainee, cut_to, fit
+from .trainee import LoraTrainee, fit
 from .writer import save_adapter
 
 
@@ -15,7 +15,6 @@ __all__ = [
     "MergedAdapter",
     "TrainedAdapter",
     "applied",
-    "cut_to",
     "find_adapter",
     "fit",
     "merge_adapters",
