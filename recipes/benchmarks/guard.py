@@ -18,8 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import cache
-from itertools import product
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
@@ -35,9 +35,13 @@ from recipes.quickstart import world as quickstart
 
 HOME = Path("~/.cache/mashup_callback_recipes/leave_one_out").expanduser()
 STARTS = {"fresh": 0, "single": 1, "merge": 3}
-GUARD_STEPS = (0, 4, 8, 16)
+GUARD_STEPS = (4, 8, 16)
 WATCHED = (0, 2, 4, 8, 16)
 TEST_ROWS = 512
+
+# What is kept of the runs of one task and seed, by their start.
+Starts = dict[str, dict]
+Choice = Callable[[Starts], str]
 
 
 class Watch(TrainerCallback):
@@ -128,20 +132,20 @@ def quickstart_test(task: str) -> SampleRows:
 def predicted(found: dict, steps: int, extrapolate: bool) -> float:
     """The loss by which a start is judged: after `steps` steps, or that on a line in log(steps) to the run's end."""
     losses = {int(step): loss for step, loss in found["losses"].items()}
-    if not extrapolate or not steps:
+    if not extrapolate:
         return losses[steps]
     slope = (losses[steps] - losses[steps // 2]) / math.log(2)
     return losses[steps] + slope * math.log(found["steps"] / steps)
 
 
-def choose(starts: dict[str, dict], steps: int, extrapolate: bool) -> str:
+def choose(starts: Starts, steps: int, extrapolate: bool = False) -> str:
     """What the guard would choose: the weakest leaves after half of the steps, the better of two at the end."""
     half = steps // 2
     left = sorted(starts, key=lambda start: predicted(starts[start], half, False))[:2] if steps else list(starts)
     return min(left, key=lambda start: predicted(starts[start], steps, extrapolate))
 
 
-def cost(starts: dict[str, dict], steps: int) -> float:
+def cost(starts: Starts, steps: int) -> float:
     """Training steps, and evaluations in their unit, beyond those of a guard that does not train."""
     if not steps:
         return 0.0
@@ -149,42 +153,55 @@ def cost(starts: dict[str, dict], steps: int) -> float:
     return len(starts) * (steps // 2) + 2 * (steps - steps // 2) + (len(starts) + 2) * evaluation
 
 
+def rules() -> Iterator[tuple[int, str, Choice]]:
+    """Every way to choose, with the steps that it trains; a guard that trains none comes first."""
+    for steps in (0, *GUARD_STEPS):
+        yield steps, "held-out loss", partial(choose, steps=steps)
+    for steps in GUARD_STEPS:
+        yield steps, "extrapolated", partial(choose, steps=steps, extrapolate=True)
+    for start in STARTS:
+        yield 0, f"always {start}", lambda starts, start=start: start
+
+
 def table(results: list[dict]) -> list[dict]:
-    """One row for each world, learning rate, number of steps and rule."""
-    groups: dict[tuple, dict[tuple, dict]] = {}
+    """One row for each world, learning rate and rule."""
+    worlds: dict[tuple, dict[tuple, Starts]] = {}
     for found in results:
-        key = (found["world"], found["learning_rate"])
-        groups.setdefault(key, {}).setdefault((found["task"], found["seed"]), {})[found["start"]] = found
+        runs = worlds.setdefault((found["world"], found["learning_rate"]), {})
+        runs.setdefault((found["task"], found["seed"]), {})[found["start"]] = found
     rows = []
-    for (world, rate), runs in groups.items():
+    for (world, rate), runs in worlds.items():
         complete = [starts for starts in runs.values() if len(starts) == len(STARTS)]
-        for extrapolate, steps in product((False, True), GUARD_STEPS):
-            if steps or not extrapolate:
-                rows.append({"world": world, "learning_rate": rate} | _row(complete, steps, extrapolate))
+        for steps, rule, choice in rules() if complete else ():
+            where = {"world": world, "learning_rate": rate, "guard_steps": steps, "rule": rule}
+            rows.append(where | measured(complete, steps, choice))
     return rows
 
 
-def _row(runs: list[dict[str, dict]], steps: int, extrapolate: bool) -> dict:
-    def regret(starts: dict[str, dict], choice: str) -> float:
-        return starts[choice]["end"] - min(found["end"] for found in starts.values())
-
-    choices = [choose(starts, steps, extrapolate) for starts in runs]
-    regrets = [regret(starts, choice) for starts, choice in zip(runs, choices, strict=True)]
-    now = [regret(starts, choose(starts, 0, False)) for starts in runs]
-    gains = [before - after for before, after in zip(now, regrets, strict=True)]
+def measured(runs: list[Starts], steps: int, choice: Choice) -> dict:
+    """The regret of a rule, and its gain over a guard that trains none, with the standard error over tasks."""
+    regrets = [regret(starts, choice(starts)) for starts in runs]
+    gains = [regret(starts, choose(starts, 0)) - value for starts, value in zip(runs, regrets, strict=True)]
+    by_task: dict[str, list[float]] = {}
+    for starts, gain in zip(runs, gains, strict=True):
+        by_task.setdefault(starts["fresh"]["task"], []).append(gain)
+    means = [statistics.mean(values) for values in by_task.values()]
     return {
-        "guard_steps": steps,
-        "rule": "extrapolated" if extrapolate else "last",
         "runs": len(runs),
         "best_chosen": sum(value == 0 for value in regrets),
         "regret": round(statistics.mean(regrets), 4),
-        "gain": round(statistics.mean(gains), 4),
-        "gain_se": round(statistics.stdev(gains) / math.sqrt(len(gains)), 4) if len(gains) > 1 else math.nan,
+        "gain": round(statistics.mean(means), 4),
+        "gain_se": round(statistics.stdev(means) / math.sqrt(len(means)), 4) if len(means) > 1 else math.nan,
         "better": sum(gain > 0 for gain in gains),
         "worse": sum(gain < 0 for gain in gains),
         "cost_steps": round(statistics.mean(cost(starts, steps) for starts in runs), 1),
-        "share_of_run": round(statistics.mean(cost(s, steps) / s["fresh"]["steps"] for s in runs), 3),
+        "share_of_run": round(statistics.mean(cost(starts, steps) / starts["fresh"]["steps"] for starts in runs), 3),
     }
+
+
+def regret(starts: Starts, choice: str) -> float:
+    """Test loss after training from a start, less that of the best start."""
+    return starts[choice]["end"] - min(found["end"] for found in starts.values())
 
 
 def main() -> None:
