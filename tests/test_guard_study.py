@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.benchmarks.guard import choose, cost, measured, table
+from recipes.benchmarks.guard import LONGER, choose, cost, measured, table
 
 
 def start(name, losses, end, task="a"):
@@ -33,6 +33,14 @@ def test_regret_gain_and_cost():
     assert (found["better"], found["worse"], found["best_chosen"]) == (2, 0, 0)
     # Three starts for four steps, two for four more, five evaluations of two steps.
     assert cost(three(), 8) == 3 * 4 + 2 * 4 + 5 * 2.0
-    rows = table([run for starts in runs for run in starts.values()] + [start("fresh", [1.0] * 5, 0.0, "incomplete")])
-    assert {row["runs"] for row in rows} == {2}
-    assert {row["rule"]: row["best_chosen"] for row in rows if row["rule"] == "always fresh"} == {"always fresh": 2}
+
+
+def test_a_run_without_all_starts_is_left_out_and_the_control_is_charged():
+    done = [run for task in "ab" for run in three(task).values()]
+    longer = start(LONGER, [1.0] * 5, 0.05) | {"steps": 80}
+    rows = {
+        (row["rule"], row["guard_steps"]): row for row in table([*done, longer, start("fresh", [1.0] * 5, 0.0, "c")])
+    }
+    assert rows["always fresh", 0]["best_chosen"] == rows["always fresh", 0]["runs"] == 2
+    control = rows[LONGER, 0]
+    assert (control["runs"], control["regret"], control["cost_steps"]) == (1, -0.05, 16)

@@ -7,7 +7,8 @@ Would the guard choose better after a few steps of training? Measured on the wor
 The fresh initialization, the best single candidate and the merge of three are each trained to the end, and their loss
 on held-out rows is kept after a few steps. From these runs follows what a guard that trains all three for a few steps
 would have chosen, and its regret: the test loss of its choice after training, less that of the best of the three. The
-weakest of the three leaves after half of the steps. A run that is done is kept, and a study that was killed goes on.
+weakest of the three leaves after half of the steps. A control trains longer instead. A run that is done is kept, and a
+study that was killed goes on.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
@@ -37,6 +39,8 @@ HOME = Path("~/.cache/mashup_callback_recipes/leave_one_out").expanduser()
 STARTS = {"fresh": 0, "single": 1, "merge": 3}
 GUARD_STEPS = (4, 8, 16)
 WATCHED = (0, 2, 4, 8, 16)
+# The control: what is ahead before training, trained for as many steps more as sixteen steps from each start cost.
+LONGER, MORE = "30% more steps", 1.3
 TEST_ROWS = 512
 
 # What is kept of the runs of one task and seed, by their start.
@@ -65,9 +69,9 @@ class Watch(TrainerCallback):
         self.spent += time.monotonic() - started
 
 
-def run(world: World, task: str, seed: int, rate: float, start: str) -> dict:
+def run(world: World, task: str, seed: int, rate: float, start: str, steps: int) -> dict:
     """Trains from one start to the end."""
-    steps, count = world.steps(task), STARTS[start]
+    count = STARTS[start]
     with tempfile.TemporaryDirectory() as directory:
         watch = Watch(held_out_rows(world, task))
         settings = {"top_k": count, "guard": False, "search": "exhaustive", "report_dir": directory}
@@ -141,7 +145,7 @@ def predicted(found: dict, steps: int, extrapolate: bool) -> float:
 def choose(starts: Starts, steps: int, extrapolate: bool = False) -> str:
     """What the guard would choose: the weakest leaves after half of the steps, the better of two at the end."""
     half = steps // 2
-    left = sorted(starts, key=lambda start: predicted(starts[start], half, False))[:2] if steps else list(starts)
+    left = sorted(STARTS, key=lambda start: predicted(starts[start], half, False))[: 2 if steps else 3]
     return min(left, key=lambda start: predicted(starts[start], steps, extrapolate))
 
 
@@ -149,8 +153,8 @@ def cost(starts: Starts, steps: int) -> float:
     """Training steps, and evaluations in their unit, beyond those of a guard that does not train."""
     if not steps:
         return 0.0
-    evaluation = statistics.median(found["evaluation"] for found in starts.values())
-    return len(starts) * (steps // 2) + 2 * (steps - steps // 2) + (len(starts) + 2) * evaluation
+    evaluation = statistics.median(starts[start]["evaluation"] for start in STARTS)
+    return 3 * (steps // 2) + 2 * (steps - steps // 2) + 5 * evaluation
 
 
 def rules() -> Iterator[tuple[int, str, Choice]]:
@@ -159,6 +163,7 @@ def rules() -> Iterator[tuple[int, str, Choice]]:
         yield steps, "held-out loss", partial(choose, steps=steps)
     for steps in GUARD_STEPS:
         yield steps, "extrapolated", partial(choose, steps=steps, extrapolate=True)
+    yield 0, LONGER, lambda starts: LONGER
     for start in STARTS:
         yield 0, f"always {start}", lambda starts, start=start: start
 
@@ -171,16 +176,19 @@ def table(results: list[dict]) -> list[dict]:
         runs.setdefault((found["task"], found["seed"]), {})[found["start"]] = found
     rows = []
     for (world, rate), runs in worlds.items():
-        complete = [starts for starts in runs.values() if len(starts) == len(STARTS)]
-        for steps, rule, choice in rules() if complete else ():
-            where = {"world": world, "learning_rate": rate, "guard_steps": steps, "rule": rule}
-            rows.append(where | measured(complete, steps, choice))
+        complete = [starts for starts in runs.values() if starts.keys() >= STARTS.keys()]
+        for steps, rule, choice in rules():
+            measurable = [starts for starts in complete if rule != LONGER or LONGER in starts]
+            if measurable:
+                where = {"world": world, "learning_rate": rate, "guard_steps": steps, "rule": rule}
+                rows.append(where | measured(measurable, steps, choice))
     return rows
 
 
 def measured(runs: list[Starts], steps: int, choice: Choice) -> dict:
     """The regret of a rule, and its gain over a guard that trains none, with the standard error over tasks."""
     regrets = [regret(starts, choice(starts)) for starts in runs]
+    costs = [cost(starts, steps) + starts[choice(starts)]["steps"] - starts["fresh"]["steps"] for starts in runs]
     gains = [regret(starts, choose(starts, 0)) - value for starts, value in zip(runs, regrets, strict=True)]
     by_task: dict[str, list[float]] = {}
     for starts, gain in zip(runs, gains, strict=True):
@@ -194,14 +202,14 @@ def measured(runs: list[Starts], steps: int, choice: Choice) -> dict:
         "gain_se": round(statistics.stdev(means) / math.sqrt(len(means)), 4) if len(means) > 1 else math.nan,
         "better": sum(gain > 0 for gain in gains),
         "worse": sum(gain < 0 for gain in gains),
-        "cost_steps": round(statistics.mean(cost(starts, steps) for starts in runs), 1),
-        "share_of_run": round(statistics.mean(cost(starts, steps) / starts["fresh"]["steps"] for starts in runs), 3),
+        "cost_steps": round(statistics.mean(costs), 1),
+        "share_of_run": round(statistics.mean(costs) / runs[0]["fresh"]["steps"], 3),
     }
 
 
 def regret(starts: Starts, choice: str) -> float:
-    """Test loss after training from a start, less that of the best start."""
-    return starts[choice]["end"] - min(found["end"] for found in starts.values())
+    """Test loss after training from a start, less that of the best of the three."""
+    return starts[choice]["end"] - min(starts[start]["end"] for start in STARTS)
 
 
 def main() -> None:
@@ -209,6 +217,7 @@ def main() -> None:
     parser.add_argument("--world", default="quickstart")
     parser.add_argument("--home", type=Path, help="where the world keeps its base model and library")
     parser.add_argument("--tasks", nargs="+", help="default: all of the world's")
+    parser.add_argument("--starts", nargs="+", choices=[*STARTS, LONGER], default=[*STARTS, LONGER])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--learning-rate", type=float, help="default: the world's")
     parser.add_argument("--output", type=Path, default=Path("guard"), help="a directory for what is done")
@@ -218,14 +227,18 @@ def main() -> None:
     world.prepare()
     options.output.mkdir(parents=True, exist_ok=True)
     rate = options.learning_rate or world.budget.learning_rate
-    for seed in options.seeds:
-        for task in options.tasks or world.budget.tasks:
-            for start in STARTS:
-                path = options.output / f"{world.name}-{rate:g}-{task}-{seed}-{start}.json"
-                if not path.exists():
-                    found = run(world, task, seed, rate, start)
-                    path.write_text(json.dumps(found, indent=1) + "\n")
-                    print(task, seed, start, found["losses"], round(found["end"], 4), found["chosen"], flush=True)
+    for seed, task, start in product(options.seeds, options.tasks or world.budget.tasks, options.starts):
+        name = f"{world.name}-{rate:g}-{task}-{seed}"
+        path = options.output / f"{name}-{start.replace(' ', '-')}.json"
+        if path.exists():
+            continue
+        steps, origin = world.steps(task), start
+        if start == LONGER:
+            done = {other: json.loads((options.output / f"{name}-{other}.json").read_text()) for other in STARTS}
+            steps, origin = round(MORE * steps), choose(done, 0)
+        found = run(world, task, seed, rate, origin, steps) | {"start": start}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(task, seed, start, found["losses"], round(found["end"], 4), found["chosen"], flush=True)
     results = [json.loads(path.read_text()) for path in sorted(options.output.glob("*.json"))]
     rows = table(results)
     print(*(", ".join(f"{name} {value}" for name, value in row.items()) for row in rows), sep="\n")
