@@ -35,7 +35,7 @@ def test_regret_gain_and_cost():
     assert cost(three(), 8) == 3 * 4 + 2 * 4 + 5 * 2.0
 
 
-def test_a_run_without_all_starts_is_left_out_and_the_control_is_charged():
+def test_runs_without_a_single_candidate_or_a_merge_are_left_out_and_the_control_is_charged():
     done = [run for task in "ab" for run in three(task).values()]
     longer = start(LONGER, [1.0] * 5, 0.05) | {"steps": 80}
     rows = {

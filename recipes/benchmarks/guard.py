@@ -145,7 +145,8 @@ def predicted(found: dict, steps: int, extrapolate: bool) -> float:
 def choose(starts: Starts, steps: int, extrapolate: bool = False) -> str:
     """What the guard would choose: the weakest leaves after half of the steps, the better of two at the end."""
     half = steps // 2
-    left = sorted(STARTS, key=lambda start: predicted(starts[start], half, False))[: 2 if steps else 3]
+    done = [start for start in STARTS if start in starts]
+    left = sorted(done, key=lambda start: predicted(starts[start], half, False))[: 2 if steps else 3]
     return min(left, key=lambda start: predicted(starts[start], steps, extrapolate))
 
 
@@ -153,7 +154,7 @@ def cost(starts: Starts, steps: int) -> float:
     """Training steps, and evaluations in their unit, beyond those of a guard that does not train."""
     if not steps:
         return 0.0
-    evaluation = statistics.median(starts[start]["evaluation"] for start in STARTS)
+    evaluation = statistics.median(found["evaluation"] for found in starts.values())
     return 3 * (steps // 2) + 2 * (steps - steps // 2) + 5 * evaluation
 
 
@@ -176,9 +177,9 @@ def table(results: list[dict]) -> list[dict]:
         runs.setdefault((found["task"], found["seed"]), {})[found["start"]] = found
     rows = []
     for (world, rate), runs in worlds.items():
-        complete = [starts for starts in runs.values() if starts.keys() >= STARTS.keys()]
+        complete = [starts for starts in runs.values() if starts.keys() >= {"single", "merge"}]
         for steps, rule, choice in rules():
-            measurable = [starts for starts in complete if rule != LONGER or LONGER in starts]
+            measurable = [starts for starts in complete if choice(starts) in starts]
             if measurable:
                 where = {"world": world, "learning_rate": rate, "guard_steps": steps, "rule": rule}
                 rows.append(where | measured(measurable, steps, choice))
@@ -188,11 +189,11 @@ def table(results: list[dict]) -> list[dict]:
 def measured(runs: list[Starts], steps: int, choice: Choice) -> dict:
     """The regret of a rule, and its gain over a guard that trains none, with the standard error over tasks."""
     regrets = [regret(starts, choice(starts)) for starts in runs]
-    costs = [cost(starts, steps) + starts[choice(starts)]["steps"] - starts["fresh"]["steps"] for starts in runs]
+    costs = [cost(starts, steps) + starts[choice(starts)]["steps"] - starts["single"]["steps"] for starts in runs]
     gains = [regret(starts, choose(starts, 0)) - value for starts, value in zip(runs, regrets, strict=True)]
     by_task: dict[str, list[float]] = {}
     for starts, gain in zip(runs, gains, strict=True):
-        by_task.setdefault(starts["fresh"]["task"], []).append(gain)
+        by_task.setdefault(starts["single"]["task"], []).append(gain)
     means = [statistics.mean(values) for values in by_task.values()]
     return {
         "runs": len(runs),
@@ -203,13 +204,13 @@ def measured(runs: list[Starts], steps: int, choice: Choice) -> dict:
         "better": sum(gain > 0 for gain in gains),
         "worse": sum(gain < 0 for gain in gains),
         "cost_steps": round(statistics.mean(costs), 1),
-        "share_of_run": round(statistics.mean(costs) / runs[0]["fresh"]["steps"], 3),
+        "share_of_run": round(statistics.mean(costs) / runs[0]["single"]["steps"], 3),
     }
 
 
 def regret(starts: Starts, choice: str) -> float:
-    """Test loss after training from a start, less that of the best of the three."""
-    return starts[choice]["end"] - min(starts[start]["end"] for start in STARTS)
+    """Test loss after training from a start, less that of the best of those that were trained as long."""
+    return starts[choice]["end"] - min(found["end"] for start, found in starts.items() if start in STARTS)
 
 
 def main() -> None:
@@ -234,7 +235,8 @@ def main() -> None:
             continue
         steps, origin = world.steps(task), start
         if start == LONGER:
-            done = {other: json.loads((options.output / f"{name}-{other}.json").read_text()) for other in STARTS}
+            paths = {other: options.output / f"{name}-{other}.json" for other in STARTS}
+            done = {other: json.loads(path.read_text()) for other, path in paths.items() if path.exists()}
             steps, origin = round(MORE * steps), choose(done, 0)
         found = run(world, task, seed, rate, origin, steps) | {"start": start}
         path.write_text(json.dumps(found, indent=1) + "\n")
