@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from .methods import check_merge
 
 
-MetricName = Literal["loss", "token_accuracy", "probe"]
+MetricName = Literal["loss", "token_accuracy"]
 Space = Literal["delta", "core", "factors"]
 Search = Literal["racing", "exhaustive"]
 OnError = Literal["scratch", "raise"]
@@ -30,9 +30,8 @@ class MashupConfig:
             many, from 32 to 512, as keep scoring and guarding within 5% of the run's own forward and backward work;
             in short runs as few as 16 of long rows, if each half has 1,024 label tokens.
         metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
-            What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`,
-            `"probe"` (the best by loss, ranked by their loss after a few steps of training), or a callable
-            `metric(model, batch)` that returns a loss and a count for the batch (lower is better); see
+            What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`, or a
+            callable `metric(model, batch)` that returns a loss and a count for the batch (lower is better); see
             [`score_candidates`].
         merge_method (`str`, *optional*, defaults to `"linear"`):
             Any method registered in mergekit, or `"auto"`, which tries several and keeps the one with the lowest
@@ -96,9 +95,7 @@ class MashupConfig:
         default="auto",
         metadata={"help": "Rows used, half of them held out, or 'auto': 5% of the run's work."},
     )
-    metric: MetricName | Callable[..., Any] = field(
-        default="loss", metadata={"help": "'loss', 'token_accuracy' or 'probe'."}
-    )
+    metric: MetricName | Callable[..., Any] = field(default="loss", metadata={"help": "'loss' or 'token_accuracy'."})
     merge_method: str = field(default="linear", metadata={"help": "Any mergekit method, or 'auto'."})
     merge_parameters: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "The method's parameters."})
     merge_space: Space = field(default="delta", metadata={"help": "Where the updates are merged."})

@@ -6,7 +6,7 @@ the same call. So the processes stay in step: whatever the others wait for, they
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -18,7 +18,6 @@ from .errors import OutOfStepError
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -105,15 +104,3 @@ def local_main_first(function: Callable[[], Result]) -> Result:
     result = function() if first else None
     gather(None)
     return result if first else function()
-
-
-def map_over_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """
-    Applies a function to every item, each on one process, and returns all results on all processes.
-
-    The items are the same on every process, and the results, in the order of the items, can be pickled.
-    """
-    rank, count = process_index_and_count()
-    parts = gather({index: function(items[index]) for index in range(rank, len(items), count)})
-    everyone = {index: result for part in parts for index, result in part.items()}
-    return [everyone[index] for index in range(len(items))]

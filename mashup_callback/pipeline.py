@@ -125,14 +125,13 @@ class MashupRun:
             self.model,
             candidates,
             rows,
-            "probe" if config.metric == "probe" else self.metric,
+            self.metric,
             search=config.search,
             keep=self.keep,
             base_model=self.base_model,
             max_seconds=config.max_seconds,
             hub=self.hub,
             admit=self.trainee.admit,
-            learning_rate=self.args.learning_rate,
         )
 
     def _draw(self, dataloader: DataLoader, candidates: int) -> Sample:
@@ -259,7 +258,6 @@ def candidate_rows(
             reason=score.reason,
             loss=score.loss,
             accuracy=None if score.losses is None else score.losses.accuracy,
-            probe_loss=score.probe_loss,
             rows=score.rows,
             tokens=score.tokens,
             weight=weights.get(score.candidate.key),

@@ -37,7 +37,6 @@ class CandidateRow:
     reason: str | None = None
     loss: float | None = None
     accuracy: float | None = None
-    probe_loss: float | None = None
     rows: int = 0
     tokens: int = 0
     # None where it is not in the merge.
@@ -202,8 +201,6 @@ class MashupReport:
             table.add_column(name, justify="left" if name in ("candidate", "status") else "right", overflow="fold")
         for short, row in zip(self.short_names(), self.candidates, strict=True):
             status = f"{row.status}: {row.reason}" if row.reason else row.status
-            if row.probe_loss is not None:
-                status += f", loss {row.probe_loss:.4f} after a few steps"
             table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
         table.add_section()
         if len(self.rounds) > 1:

@@ -190,8 +190,7 @@ def make_metric(
 
     Args:
         value (`str`, `Callable` or `Metric`):
-            `"loss"`, `"token_accuracy"`, `"probe"` (whose first stage is the loss), a function, see
-            [`CallableMetric`], or a metric, which is returned as it is.
+            `"loss"`, `"token_accuracy"`, a function, see [`CallableMetric`], or a metric, which is returned as it is.
         trainer (`transformers.Trainer`, *optional*):
             Whose own loss is used instead.
         trainee (`Trainee`, *optional*):
@@ -200,7 +199,7 @@ def make_metric(
     if trainer is not None:
         return TrainerLoss(trainer, trainee)
     if isinstance(value, str):
-        return LossMetric("loss" if value == "probe" else value)
+        return LossMetric(value)
     return value if isinstance(value, Metric) else CallableMetric(value)
 
 

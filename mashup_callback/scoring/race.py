@@ -26,7 +26,7 @@ from ..distributed import (
     process_index_and_count,
 )
 from ..errors import AdapterError
-from ..lora import find_adapter, structure_kept
+from ..lora import structure_kept
 from ..model import is_sharded, undisturbed
 from ..trainee import Source, Update, admit_to
 from .cache import ScoreCache, base_fingerprint, score_key
@@ -34,7 +34,6 @@ from .evaluation import evaluate
 from .halving import round_sizes, survivors
 from .losses import RowLosses, joined
 from .metrics import Metric, make_metric
-from .probe import probe
 from .sample import SampleRows, as_rows
 from .score import Score
 
@@ -57,7 +56,6 @@ def score_candidates(
     max_seconds: float | None = None,
     hub: Hub | None = None,
     admit: Callable[[Candidate], Source] | None = None,
-    learning_rate: float = 1e-4,
 ) -> list[Score]:
     """
     Scores candidates on batches of the target's data.
@@ -81,8 +79,7 @@ def score_candidates(
             Batches as the model takes them, with labels.
         metric (`str`, `Callable` or `Metric`, *optional*, defaults to `"loss"`):
             `"loss"`: negative log-likelihood in nats per label token; `"token_accuracy"`: share of the label tokens
-            predicted; `"probe"`: the best by loss are ranked by their loss after a few steps of training, see
-            [`probe`]; or a callable that is given the model with the candidate applied and a batch, and returns a loss
+            predicted; or a callable that is given the model with the candidate applied and a batch, and returns a loss
             summed over the batch and what to divide it by.
         search (`str`, *optional*, defaults to `"exhaustive"`):
             `"exhaustive"`: every candidate sees every row; `"racing"`: successive halving, see [`survivors`].
@@ -97,38 +94,33 @@ def score_candidates(
         admit (`Callable[[Candidate], Source]`, *optional*):
             What makes of a candidate on disk something to score, or raises an `AdapterError`; by default
             [`admit_to`].
-        learning_rate (`float`, *optional*, defaults to `1e-4`):
-            What `metric="probe"` trains with; the callback passes the Trainer's.
 
     Returns:
         `list[Score]`: One for each candidate, the best first; those that were not scored to the end come last.
     """
     found = [as_candidate(candidate) for candidate in candidates]
-    hub, rows, probed = hub or Hub(asks=is_first_on_machine()), as_rows(batches), metric == "probe"
+    hub, rows = hub or Hub(asks=is_first_on_machine()), as_rows(batches)
     metric, admit = make_metric(metric), admit or admit_to(model, base_model)
-    trained = find_adapter(model, overwrite=True) if probed else None
     with (
         failing_together(),
         undisturbed(model),
         metric.base(model),
         structure_kept(model),
         _Race(model, metric, max_seconds, hub) as race,
+        arriving(found, hub) as coming,
     ):
-        with arriving(found, hub) as coming:
-            scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
-            if process_index_and_count()[1] > 1:
-                scores = _on_all_processes([*scores])
-            elif all(candidate.path is not None for candidate in found):
-                scores = [*scores]
-            seen = 0
-            for size in round_sizes(len(rows), search):
-                part = rows.part(seen, size) if size - seen < len(rows) else rows
-                scores = race.round(scores, part)
-                scores = race.cut(scores, size, keep) if size < len(rows) else scores
-                seen = size
-        if probed:
-            scores = probe(model, [*scores], rows, keep, trained, learning_rate, race.deadline)
-    scores = _told_apart([*scores])
+        scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
+        if process_index_and_count()[1] > 1:
+            scores = _on_all_processes([*scores])
+        elif all(candidate.path is not None for candidate in found):
+            scores = [*scores]
+        seen = 0
+        for size in round_sizes(len(rows), search):
+            part = rows.part(seen, size) if size - seen < len(rows) else rows
+            scores = race.round(scores, part)
+            scores = race.cut(scores, size, keep) if size < len(rows) else scores
+            seen = size
+        scores = _told_apart([*scores])
     order = {"scored": 0, "eliminated": 1}
     return sorted(scores, key=lambda score: (order.get(score.status, 2), -score.rows, score.value))
 

@@ -23,7 +23,6 @@ class Score:
         source (`Source`, *optional*): The candidate as it fits the model.
         warnings (`tuple[str, ...]`): What is odd about it.
         metric (`Metric`): What it is ranked by.
-        probe_loss (`float`, *optional*): Loss per label token after a few steps of training, see [`probe`].
     """
 
     candidate: Candidate
@@ -34,7 +33,6 @@ class Score:
     source: Source | None = None
     warnings: tuple[str, ...] = ()
     metric: Metric = LOSS
-    probe_loss: float | None = None
 
     @property
     def loss(self) -> float | None:
@@ -44,8 +42,6 @@ class Score:
     @property
     def value(self) -> float:
         """What candidates are ranked by; lower is better, and infinite if never scored."""
-        if self.probe_loss is not None:
-            return self.probe_loss
         return math.inf if self.losses is None else self.losses.mean(self.metric.compared(self.losses))
 
     @property

@@ -340,7 +340,7 @@ TENSORS = [
     value(
         "a name with a line break", renamed(QA, QA.replace("layers", "lay\nrs\x1b")), r"lay\?rs\?.*is missing|missing"
     ),
-    value("a name of another script", renamed(QA, QA.replace("layers", "lаyers")), "missing"),
+    value("a name of another script", renamed(QA, QA.replace("layers", "l\u0430yers")), "missing"),
     value("a layer that is not there", renamed(QA, QA.replace("0", "7")), "missing"),
     value(
         "another model's layer",

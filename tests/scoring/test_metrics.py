@@ -28,7 +28,7 @@ BATCH = {"input_ids": torch.arange(7, 31).view(2, 12), "labels": torch.arange(7,
 
 
 def test_settings_become_metrics():
-    assert make_metric("loss") == make_metric("probe") == LossMetric()
+    assert make_metric("loss") == LossMetric()
     assert make_metric("token_accuracy").name == "token_accuracy"
     score = ScoreMetric(lambda model, batch: 1.0)
     assert make_metric(score) is score and make_metric(score)(None, None) == (-1.0, 1.0)
