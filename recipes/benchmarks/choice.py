@@ -1,7 +1,7 @@
 """
 What could make the start better: every variant of the merge, trained, against the default one.
 
-    python recipes/benchmarks/choice.py --output-dir outputs/choice           # about 25 minutes on one core
+    python recipes/benchmarks/choice.py --output-dir outputs/choice           # about an hour on one core
     python recipes/benchmarks/choice.py --world stdlib --steps 40 --output-dir outputs/choice
 
 Every arm begins from the same three candidates, those of the lowest loss, and trains on the same batches with the same
@@ -267,6 +267,14 @@ ARMS: dict[str, Callable[[Case], Start]] = {
 }
 
 
+CONTROLS = {
+    "fitted": "more_steps",
+    "exact_frozen": "cut_frozen",
+    "ties_shared": "ties_delta",
+    "dare_ties_shared": "dare_ties_delta",
+}
+
+
 def trainee(case: Case, start: Start) -> nn.Module:
     """The base model with an adapter that begins as the arm wants it."""
     model = case.world.base_model()
@@ -331,17 +339,21 @@ def letter_loss(model: nn.Module, task: str) -> float:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a world and arm: the gain over the default with its standard error over tasks and seeds, the cost."""
-    keys = ["world", "task", "seed", "steps"]
-    base = runs[runs["arm"] == "default"].set_index(keys)[["start", "final"]].add_prefix("default_")
-    table = runs.join(base, on=keys)
-    table["gain"] = table["default_final"] - table["final"]
-    table["gain_before"] = table["default_start"] - table["start"]
+    """
+    One row a world and arm: the mean over tasks and seeds of the gain over the default and over the arm's own control,
+    each with its standard error, and the number of runs that end worse than the default.
+    """
+    run = ["world", "steps", "task", "seed"]
+    finals = runs.set_index([*run, "arm"])["final"]
+    table = runs.assign(default="default", control=runs["arm"].map(CONTROLS), order=runs["arm"].map([*ARMS].index))
+    for column, name in (("default", "gain"), ("control", "over_control")):
+        table[name] = finals.reindex(pd.MultiIndex.from_frame(table[[*run, column]])).to_numpy() - table["final"]
     table["worse"] = table["gain"] < 0
-    grouped = table.groupby(["world", "steps", "arm"], sort=False)
-    columns = {"final": ("final", "mean"), "gain": ("gain", "mean"), "gain_se": ("gain", "sem")}
-    columns |= {"gain_before": ("gain_before", "mean"), "worse": ("worse", "sum"), "runs": ("gain", "size")}
-    return grouped.agg(**columns, cost=("cost", "mean")).reset_index()
+    columns = {"start": ("start", "mean"), "final": ("final", "mean")}
+    columns |= {"gain": ("gain", "mean"), "gain_se": ("gain", "sem"), "worse": ("worse", "sum")}
+    columns |= {"over_control": ("over_control", "mean"), "over_control_se": ("over_control", "sem")}
+    columns |= {"cost": ("cost", "mean"), "runs": ("gain", "size")}
+    return table.sort_values("order").groupby(["world", "steps", "arm"], sort=False).agg(**columns).reset_index()
 
 
 def main() -> None:
