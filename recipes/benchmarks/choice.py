@@ -1,0 +1,389 @@
+"""
+What could make the start better: every variant of the merge, trained, against the default one.
+
+    python recipes/benchmarks/choice.py --output-dir outputs/choice           # about an hour on one core
+    python recipes/benchmarks/choice.py --world stdlib --steps 40 --output-dir outputs/choice
+
+Every arm begins from the same three candidates, those of the lowest loss, and trains on the same batches with the same
+fresh adapter; `gain` is the default's test loss at the end less the arm's. Runs are kept in the output directory, and
+what is there is not run again.
+
+- `default`: equal weights, linear, delta, cut to the trainee's rank. `scratch` and `single` for comparison.
+- `fitted`: one weight a candidate and layer, by AdamW on half of the selection rows with LoraHub's L1 (arXiv
+  2307.13269); the other half stops it. `more_steps`: as many ordinary training steps from the default instead.
+- `scale`: the default times the best of five scales, by the loss on the selection rows.
+- `METHOD_SPACE`: other methods and spaces. `shared` projects every candidate into one subspace of the trainee's rank
+  before it merges, so that nothing is cut afterwards (arXiv 2606.03723).
+- `exact_frozen`: the uncut merge added to the frozen base, a fresh adapter on top; `cut_frozen`: the cut one so.
+- `screen`: the three candidates of the lowest loss as a linear expansion around the mean of all predicts it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from itertools import cycle, islice, product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup, set_seed
+
+from mashup_callback import score_candidates
+from mashup_callback.lora import LoraUpdate, applied, fit, merge_factors
+from mashup_callback.lowrank import Factors, LoraFactors, shared_cores
+from mashup_callback.methods import MergeRule
+from mashup_callback.model import linear_layers, undisturbed
+from mashup_callback.scoring import SampleRows, draw_sample, evaluate
+from mashup_callback.trainee import find_trainee
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.leave_one_out.worlds import World, load_world, quickstart
+
+
+# A user has no scores of the target yet.
+os.environ["MASHUP_CACHE"] = ""
+K, FIT_STEPS, FIT_RATE, L1, CHECK_EVERY, PATIENCE = 3, 30, 0.02, 0.05, 5, 2
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+SAMPLE = {"quickstart": 256, "stdlib": 64}
+TARGETS = {"quickstart": ("smallest", "first", "units", "rising"), "stdlib": ("asyncio", "http", "unittest", "xml")}
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What an arm trains from: an update for the trainee or one for the frozen base, and what it took to find it."""
+
+    update: Factors | None = None
+    frozen: Factors = field(default_factory=dict)
+    cost: float = 0.0
+    more_steps: int = 0
+    note: str = ""
+
+
+class Case:
+    """A held-out task and a seed: its batches, its sample, its candidates with their losses."""
+
+    def __init__(self, world: World, task: str, seed: int, steps: int) -> None:
+        self.world, self.task, self.seed, self.steps = world, task, seed, steps
+        self.base = world.base_model()
+        with tempfile.TemporaryDirectory() as directory:
+            trainer = world.trainer(
+                world.base_model(), task, seed, Path(directory), steps=steps, learning_rate=world.budget.learning_rate
+            )
+            set_seed(seed)
+            loader = trainer.get_train_dataloader()
+            self.batches = list(islice(loader, steps))
+            self.sample = draw_sample(loader, SAMPLE[world.name], batch_size=trainer.args.train_batch_size, seed=seed)
+        self.rows = len(next(iter(self.batches[0].values())))
+
+    @cached_property
+    def scores(self) -> list:
+        library = self.world.candidates(self.task)
+        return score_candidates(self.base, library, self.sample.selection, search="exhaustive")
+
+    @cached_property
+    def candidates(self) -> list[Factors]:
+        """All of them, the best first."""
+        return [score.source.load().factors for score in self.scores]
+
+    @property
+    def best(self) -> list[Factors]:
+        return self.candidates[:K]
+
+    def merged(self, inputs: Sequence[Factors], ranks: int | None = None, **settings) -> Factors:
+        weights = [1 / len(inputs)] * len(inputs)
+        return merge_factors(inputs, weights=weights, ranks=ranks or self.world.rank, **settings).factors
+
+    def loss(self, update: Factors, rows: SampleRows) -> float:
+        with undisturbed(self.base):
+            return evaluate(self.base, rows, update=LoraUpdate(update)).mean_loss
+
+    def forwards(self, rows: int) -> float:
+        """The cost of forward passes over rows, in training steps: backward takes twice as long as forward."""
+        return rows / self.rows / 3
+
+
+def default(case: Case) -> Start:
+    return Start(case.merged(case.best))
+
+
+def scratch(case: Case) -> Start:
+    return Start()
+
+
+def single(case: Case) -> Start:
+    return Start(case.merged(case.best[:1]))
+
+
+def merged_by(case: Case, method: str, space: str) -> Start:
+    parameters = {} if method == "linear" else {"density": 0.5}
+    if space == "shared":
+        return Start(merge_shared(case.best, method, parameters, case.world.rank))
+    return Start(case.merged(case.best, method=method, parameters=parameters, space=space))
+
+
+def merge_shared(inputs: Sequence[Factors], method: str, parameters: dict, rank: int) -> Factors:
+    """Merges the candidates' coordinates in the two subspaces that keep the most of all of them together."""
+    rule, weights = MergeRule.create(method, parameters), [1 / len(inputs)] * len(inputs)
+    merged = {}
+    for name in inputs[0]:
+        (left, right), cores = shared_cores([one[name] for one in inputs])
+        U, V = _subspaces(torch.stack(cores), rank)
+        with torch.random.fork_rng():
+            torch.manual_seed(42)
+            core = rule.merge([U.T @ one @ V for one in cores], weights)
+        merged[name] = LoraFactors((right @ V).T.float(), (left @ U @ core).float(), 1.0)
+    return merged
+
+
+def _subspaces(cores: torch.Tensor, rank: int, rounds: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alternates between the two sides, as Tucker's decomposition does."""
+    V = torch.eye(cores.shape[-1], dtype=cores.dtype)
+    for _ in range(rounds):
+        U = torch.linalg.svd((cores @ V).transpose(0, 1).flatten(1), full_matrices=False)[0][:, :rank]
+        V = torch.linalg.svd((cores.mT @ U).transpose(0, 1).flatten(1), full_matrices=False)[0][:, :rank]
+    return U, V
+
+
+def scaled_by(update: LoraFactors, scale: float) -> LoraFactors:
+    return LoraFactors(update.A, update.B, update.scaling * scale)
+
+
+def scaled(factors: Factors, scale: float) -> Factors:
+    return {name: scaled_by(update, scale) for name, update in factors.items()}
+
+
+def scale(case: Case) -> Start:
+    update = case.merged(case.best)
+    losses = {scale: case.loss(scaled(update, scale), case.sample.selection) for scale in SCALES}
+    best = min(losses, key=losses.__getitem__)
+    return Start(scaled(update, best), cost=case.forwards(len(SCALES) * len(case.sample.selection)), note=f"{best:g}")
+
+
+def weighted(inputs: Sequence[Factors], weights: torch.Tensor) -> Factors:
+    """The weighted sum of updates, uncut and differentiable; `weights` has a row a layer and a column an update."""
+    return {
+        name: LoraFactors(
+            torch.cat([one[name].A for one in inputs]),
+            torch.cat([w * one[name].scaling * one[name].B for w, one in zip(row, inputs, strict=True)], dim=1),
+            1.0,
+        )
+        for name, row in zip(inputs[0], weights, strict=True)
+    }
+
+
+def gradient(model: nn.Module, inputs: Sequence[Factors], weights: torch.Tensor, batch: dict) -> torch.Tensor:
+    """The gradient of the loss of a batch with respect to the weights."""
+    weights = weights.detach().requires_grad_()
+    with applied(model, weighted(inputs, weights)):
+        loss = model(**batch).loss
+    return torch.autograd.grad(loss, weights)[0]
+
+
+@cache
+def fitted(case: Case) -> Start:
+    rows, half = case.sample.selection, len(case.sample.selection) // 2
+    fitting, stopping = rows.part(0, half), rows.part(half, len(rows))
+    weights = torch.full((len(case.best[0]), K), 1 / K)
+    best, best_loss = weights.clone(), case.loss(weighted(case.best, weights), stopping)
+    optimizer = torch.optim.AdamW([weights], FIT_RATE, weight_decay=0)
+    cost, waited, taken = case.forwards(len(stopping)), 0, 0
+    for step, (indices, batch) in enumerate(islice(cycle(fitting.batches()), FIT_STEPS), 1):
+        weights.grad = gradient(case.base, case.best, weights, batch) + L1 * weights.sign() / weights.numel()
+        optimizer.step()
+        cost, taken = cost + len(indices) / case.rows, step
+        if step % CHECK_EVERY == 0:
+            loss = case.loss(weighted(case.best, weights), stopping)
+            cost += case.forwards(len(stopping))
+            waited = 0 if loss < best_loss else waited + 1
+            if loss < best_loss:
+                best, best_loss = weights.clone(), loss
+            if waited == PATIENCE:
+                break
+    update = merge_weighted(case, best)
+    return Start(update, cost=cost, note=f"{taken} steps, weights {best.min():.2f} to {best.max():.2f}")
+
+
+def merge_weighted(case: Case, weights: torch.Tensor) -> Factors:
+    """The merge with a weight of its own for each candidate and layer, cut to the trainee's rank."""
+    inputs = [
+        {name: scaled_by(one[name], K * w.item()) for name, w in zip(one, column, strict=True)}
+        for one, column in zip(case.best, weights.T, strict=True)
+    ]
+    return case.merged(inputs)
+
+
+def more_steps(case: Case) -> Start:
+    cost = fitted(case).cost
+    return Start(case.merged(case.best), cost=cost, more_steps=round(cost))
+
+
+def exact_frozen(case: Case) -> Start:
+    return Start(frozen=case.merged(case.best, ranks=K * case.world.rank))
+
+
+def cut_frozen(case: Case) -> Start:
+    return Start(frozen=case.merged(case.best))
+
+
+def screen(case: Case) -> Start:
+    count, layers = len(case.candidates), len(case.candidates[0])
+    weights, predicted, cost = torch.full((layers, count), 1 / count), torch.zeros(count), 0.0
+    for indices, batch in case.sample.selection.batches():
+        predicted += gradient(case.base, case.candidates, weights, batch).sum(0) * len(indices)
+        cost += len(indices) / case.rows
+    order = predicted.argsort().tolist()
+    ranks = pd.Series(predicted.tolist()).corr(pd.Series([score.loss for score in case.scores]), "spearman")
+    note = f"ranks {order[:K]} of the scores, Spearman {ranks:.2f}"
+    # It replaces the scoring of all candidates.
+    cost -= case.forwards(count * len(case.sample.selection))
+    return Start(case.merged([case.candidates[index] for index in order[:K]]), cost=cost, note=note)
+
+
+ARMS: dict[str, Callable[[Case], Start]] = {
+    "default": default,
+    "scratch": scratch,
+    "single": single,
+    "fitted": fitted,
+    "more_steps": more_steps,
+    "scale": scale,
+    **{
+        f"{method}_{space}": partial(merged_by, method=method, space=space)
+        for method, space in product(("linear", "ties", "dare_ties"), ("delta", "core", "shared"))
+        # Linear merging is the same in the first two.
+        if method != "linear" or space == "shared"
+    },
+    "exact_frozen": exact_frozen,
+    "cut_frozen": cut_frozen,
+    "screen": screen,
+}
+
+
+CONTROLS = {
+    "fitted": "more_steps",
+    "exact_frozen": "cut_frozen",
+    "ties_shared": "ties_delta",
+    "dare_ties_shared": "dare_ties_delta",
+}
+
+
+def trainee(case: Case, start: Start) -> nn.Module:
+    """The base model with an adapter that begins as the arm wants it."""
+    model = case.world.base_model()
+    with torch.no_grad():
+        for name, layer in linear_layers(model).items():
+            if name in start.frozen:
+                layer.weight += start.frozen[name].delta()
+    set_seed(case.seed)
+    model = get_peft_model(model, case.world.lora_config())
+    if start.update is not None:
+        found = find_trainee(model)
+        found.write(LoraUpdate(fit(start.update, found.adapter)))
+    return model
+
+
+def train(case: Case, model: nn.Module, steps: int) -> None:
+    """The Trainer's own loop: AdamW, a cosine schedule with a tenth of warm-up, gradients clipped at 1."""
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, case.world.budget.learning_rate, weight_decay=0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
+    model.train()
+    for batch in islice(cycle(case.batches), steps):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def run(case: Case, arm: str) -> dict:
+    """One run: the test loss before and after training, and what the start cost."""
+    started = time.perf_counter()
+    start = ARMS[arm](case)
+    seconds = time.perf_counter() - started
+    model = trainee(case, start)
+    before = test_loss(case.world, model, case.task)
+    started = time.perf_counter()
+    train(case, model, case.steps + start.more_steps)
+    trained = (time.perf_counter() - started) / (case.steps + start.more_steps)
+    row = {"world": case.world.name, "task": case.task, "seed": case.seed, "arm": arm, "steps": case.steps}
+    values = {"start": before, "final": test_loss(case.world, model, case.task), "cost": start.cost}
+    return row | values | {"seconds": seconds, "step_seconds": trained, "note": start.note}
+
+
+def test_loss(world: World, model: nn.Module, task: str) -> float:
+    """The NLL of the answer's letter on the quickstart, else the world's own, per byte."""
+    return letter_loss(model, task) if world.name == "quickstart" else world.evaluate(model, task)
+
+
+@torch.no_grad()
+def letter_loss(model: nn.Module, task: str) -> float:
+    tokenizer, rows = quickstart._tokenizer(), quickstart._test_rows(task)
+    losses = []
+    model.eval()
+    for start in range(0, len(rows), 128):
+        batch = rows[start : start + 128]
+        inputs = tokenizer(batch["prompt"], padding=True, padding_side="left", return_tensors="pt")
+        logits = model(inputs.input_ids, attention_mask=inputs.attention_mask, logits_to_keep=1).logits[:, -1]
+        answers = torch.tensor(tokenizer.convert_tokens_to_ids(batch["completion"]))
+        losses.append(nn.functional.cross_entropy(logits, answers, reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """
+    One row a world and arm: the mean over tasks and seeds of the gain over the default and over the arm's own control,
+    each with its standard error, and the number of runs that end worse than the default.
+    """
+    run = ["world", "steps", "task", "seed"]
+    finals = runs.set_index([*run, "arm"])["final"]
+    table = runs.assign(default="default", control=runs["arm"].map(CONTROLS), order=runs["arm"].map([*ARMS].index))
+    for column, name in (("default", "gain"), ("control", "over_control")):
+        table[name] = finals.reindex(pd.MultiIndex.from_frame(table[[*run, column]])).to_numpy() - table["final"]
+    table["worse"] = table["gain"] < 0
+    columns = {"start": ("start", "mean"), "final": ("final", "mean")}
+    columns |= {"gain": ("gain", "mean"), "gain_se": ("gain", "sem"), "worse": ("worse", "sum")}
+    columns |= {"over_control": ("over_control", "mean"), "over_control_se": ("over_control", "sem")}
+    columns |= {"cost": ("cost", "mean"), "runs": ("gain", "size")}
+    return table.sort_values("order").groupby(["world", "steps", "arm"], sort=False).agg(**columns).reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=list(SAMPLE), default="quickstart")
+    parser.add_argument("--home", type=Path, default=Path("outputs/world"), help="the world's base and library")
+    parser.add_argument("--targets", nargs="+", help="tasks that are held out")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each task")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of each run")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/choice"))
+    options = parser.parse_args()
+    world = load_world(options.world, options.home)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    path = options.output_dir / "runs.jsonl"
+    done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    for seed, task in product(range(1, options.seeds + 1), options.targets or TARGETS[options.world]):
+        key = {"world": world.name, "task": task, "seed": seed, "steps": options.steps}
+        found = {row["arm"] for row in done if key.items() <= row.items()}
+        missing = [arm for arm in options.arms if arm not in found]
+        case = Case(world, task, seed, options.steps) if missing else None
+        for arm in missing:
+            done.append(run(case, arm))
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+            print(done[-1], flush=True)
+    table = summary(pd.DataFrame(done))
+    table.round(4).to_csv(options.output_dir / "choice.csv", index=False)
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
