@@ -1,9 +1,12 @@
 """The callback: when a mashup is made, and what the Trainer hears of it."""
 
 import logging
+import math
 import os
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import failing_together, from_main_process
-from .errors import OutOfStepError, UsageError
+from .errors import NoCandidateError, OutOfStepError, UsageError, why
 from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
-from .sharing import push_mashup, share
+from .sharing import PLOT_NAME, push_mashup, share
 from .storage import StorageError, refuse_foreign
 from .trainee import find_trainee
 
@@ -90,6 +93,7 @@ class MashupCallback(TrainerCallback):
         self.specs = check_specs(candidates)
         self.report: MashupReport | None = None
         self._done: weakref.ref[nn.Module] | None = None
+        self._began = math.nan
         self._directory: Path | None = None
 
     def bind(self, trainer: "Trainer") -> "MashupCallback":
@@ -128,6 +132,7 @@ class MashupCallback(TrainerCallback):
         self._directory = mashup_directory(self.config, args)
         if not self._is_due(state, model):
             return
+        self._began = time.monotonic()
         config = self.config.resolved(args.seed)
         with failing_together():
             trainee = find_trainee(model, config, self._directory)
@@ -147,12 +152,20 @@ class MashupCallback(TrainerCallback):
                 raise
             # What was made so far may fill the disk.
             trainee.close()
-            run.give_up(from_main_process(f"{type(error).__name__}: {error}"))
+            run.give_up(*from_main_process((why(error), isinstance(error, NoCandidateError) and not run.scores)))
         finally:
             trainee.close()
         self.report = run.report
         self._done = weakref.ref(model)
         self._tell(state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.report is not None and not math.isnan(self._began):
+            self.report = replace(self.report, run_seconds=round(time.monotonic() - self._began, 4))
+            logger.info("%s", self.report.summary())
+            self._began = math.nan
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,6 +209,27 @@ class MashupCallback(TrainerCallback):
             state.log_history.append({**self.report.logs(), "step": state.global_step})
         else:
             self._trainer.log(self.report.logs())
+            if state.is_world_process_zero:
+                self._show_picture(self._trainer.callback_handler.callbacks, state.global_step)
+
+    def _show_picture(self, reporters: Sequence[Any], step: int) -> None:
+        """Gives the picture of the ranking to the Trainer's trackers that take one."""
+        picture = self._directory / PLOT_NAME
+        if not picture.is_file():
+            return
+        for reporter in reporters:
+            # As transformers names them: TensorBoard's writer, and the modules of W&B and Trackio.
+            writer, modules = (getattr(reporter, "tb_writer", None), ("_wandb", "_trackio"))
+            try:
+                if writer is not None:
+                    from matplotlib.image import imread
+
+                    writer.add_image("mashup/ranking", imread(picture), step, dataformats="HWC")
+                for module in filter(None, (getattr(reporter, name, None) for name in modules)):
+                    module.log({"mashup/ranking": module.Image(str(picture))})
+            except Exception as error:
+                # A tracker of another version must not stop a run for a picture.
+                logger.warning("%s did not take the picture of the ranking: %s", type(reporter).__name__, error)
 
     def _check_directory(self, directory: Path) -> None:
         for spec in self.specs:

@@ -206,10 +206,11 @@ def show(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, a mashup's directory or a run's.")],
 ) -> Result:
     """Show what a mashup found, did and why."""
+    from . import display
     from .report import MashupReport
 
     loaded = MashupReport.load(report)
-    return json.loads(loaded.to_json()), loaded.table()
+    return json.loads(loaded.to_json()), display.shown(loaded)
 
 
 @_command("mashup cache --clear")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +16,7 @@ from .report import CandidateRow
 _LONGEST_ERROR = 600
 
 
-def show_result(value: Any, shown: Table | str, as_json: bool) -> None:
+def show_result(value: Any, shown: RenderableType, as_json: bool) -> None:
     """Prints a result on stdout: `value` as JSON, or what is `shown` to people."""
     if as_json:
         typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))

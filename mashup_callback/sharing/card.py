@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData, constants
 
 from ..candidates import Spec, hub_name, parse_spec
+from ..names import printable
 from ..report import CandidateRow, MashupReport
 
 
@@ -54,27 +54,6 @@ def hub_source(row: CandidateRow) -> Spec | None:
     except ValueError:
         return None
     return spec if spec is not None and spec.kind == "repo" else None
-
-
-def short_names(rows: Sequence[CandidateRow]) -> list[str]:
-    """Returns the candidates' names, those that are local paths cut to the last directories that tell them apart."""
-    tails = [_tails(row.name) if row.is_local else [row.name] for row in rows]
-    counts = Counter(tail for own in tails for tail in own)
-    short = [next((tail for tail in own if counts[tail] == 1), own[-1]) for own in tails]
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(short):
-        seen[name] += 1
-        short[index] = f"{name} ({seen[name]})" if seen[name] > 1 else name
-    return short
-
-
-def _tails(path: str) -> list[str]:
-    """Returns the ends of a path below the user's home, the shortest first, in printable characters."""
-    home = os.path.join(os.path.expanduser("~"), "")
-    path = path.removeprefix(home) if path.startswith(home) else re.sub(r"^/(home|Users)/[^/]+/", "", path)
-    parts = [part for part in re.split(r"[/\\]+", _printable(path)) if part not in ("", ".", "..", "~")] or ["adapter"]
-    first = 2 if parts[-1].startswith("checkpoint-") and len(parts) > 1 else 1
-    return ["/".join(parts[-length:]) for length in range(first, len(parts) + 1)]
 
 
 def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
@@ -199,7 +178,7 @@ def _command(report: MashupReport, sources: Sequence[CandidateRow], adapter: Map
         "seed": report.config.get("seed", 42),
     }
     words = ["mashup", "merge", *names, *(f"--{key}={value}" for key, value in options.items()), "-o", "merged"]
-    return "```bash\n" + " ".join(shlex.quote(_printable(word)) for word in words) + "\n```"
+    return "```bash\n" + " ".join(shlex.quote(printable(word)) for word in words) + "\n```"
 
 
 def _license(row: CandidateRow) -> str:
@@ -214,13 +193,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _code(text: object) -> str:
     """Returns text as a Markdown code span, the one form in which neither Markdown nor HTML in it means anything."""
-    plain = _printable(str(text)) or " "
+    plain = printable(str(text)) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     return f"{fence} {plain} {fence}" if "`" in plain else f"{fence}{plain}{fence}"
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _number(value: float | None) -> str:

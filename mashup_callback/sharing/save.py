@@ -10,9 +10,10 @@ import yaml
 
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
+from ..names import short_names
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
-from .card import BASE_PLACEHOLDER, CARD_NAME, base_name, hub_source, mashup_card, merged_rows, short_names
+from .card import BASE_PLACEHOLDER, CARD_NAME, base_name, hub_source, mashup_card, merged_rows
 from .shareable import shareable
 
 
