@@ -1,12 +1,9 @@
 """The callback: when a mashup is made, and what the Trainer hears of it."""
 
 import logging
-import math
 import os
-import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +90,6 @@ class MashupCallback(TrainerCallback):
         self.specs = check_specs(candidates)
         self.report: MashupReport | None = None
         self._done: weakref.ref[nn.Module] | None = None
-        self._began = math.nan
         self._directory: Path | None = None
 
     def bind(self, trainer: "Trainer") -> "MashupCallback":
@@ -132,13 +128,12 @@ class MashupCallback(TrainerCallback):
         self._directory = mashup_directory(self.config, args)
         if not self._is_due(state, model):
             return
-        self._began = time.monotonic()
         config = self.config.resolved(args.seed)
         with failing_together():
             trainee = find_trainee(model, config, self._directory)
         with failing_together():
             self._check_directory(self._directory)
-        run = MashupRun(config, args, model, trainee, self._trainer)
+        run = MashupRun(config, args, model, trainee, state.max_steps, self._trainer)
         try:
             with failing_together():
                 run.run(self.specs, train_dataloader)
@@ -158,14 +153,6 @@ class MashupCallback(TrainerCallback):
         self.report = run.report
         self._done = weakref.ref(model)
         self._tell(state, model)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.report is not None and not math.isnan(self._began):
-            self.report = replace(self.report, run_seconds=round(time.monotonic() - self._began, 4))
-            logger.info("%s", self.report.summary())
-            self._began = math.nan
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -47,8 +47,8 @@ def summary(report: Any) -> str:
     if loss is None:
         return f"{text}: {report.reason}."
     costs = [duration(report.seconds)]
-    if report.run_seconds:
-        costs.append(f"{report.seconds / report.run_seconds:.0%} of the run")
+    if report.share is not None:
+        costs.append(f"about {max(report.share, 0.01):.0%} of the run")
     return f"{text}: held-out loss {_apart(loss, report.base_loss)}, {', '.join(costs)}."
 
 

@@ -169,9 +169,9 @@ def merged_report(**fields):
 
 
 def test_one_sentence_says_what_training_starts_from():
-    report = merged_report(run_seconds=467.0)
+    report = merged_report(share=0.031)
     start = "Training starts from a merge of 3 adapters (rising, ending, last): held-out loss 0.82 instead of 8.86"
-    assert report.summary() == f"{start}, 14 s, 3% of the run."
+    assert report.summary() == f"{start}, 14 s, about 3% of the run."
     assert repr(report) == f"<MashupReport: {report.summary()}>"
     single = replace(
         report,
@@ -181,7 +181,7 @@ def test_one_sentence_says_what_training_starts_from():
     assert single.summary().startswith("Training starts from the adapter rising: held-out loss 0.97 instead of 8.86")
     # What lost is named all the same, with digits that tell close losses apart.
     assert "merge of rising, ending, last" in " ".join(on_console(single, 120).split())
-    lost = replace(report, decision="scratch", base_loss=0.815, run_seconds=None)
+    lost = replace(report, decision="scratch", base_loss=0.815)
     assert "0.8150 is not clearly above 0.8200 of a merge of 3 adapters (rising, ending, last)" in lost.summary()
 
 
@@ -212,7 +212,14 @@ def test_what_is_lost_is_a_warning(changes, words):
 
 
 def test_labels_differ_and_never_look_relative():
-    names = ["/data/of/another/team/runs/one", "/data/of/another/team/old/one", "/short/one", "runs/one", "acme/x", "acme/x"]
+    names = [
+        "/data/of/another/team/runs/one",
+        "/data/of/another/team/old/one",
+        "/short/one",
+        "runs/one",
+        "acme/x",
+        "acme/x",
+    ]
     rows = [CandidateRow(name, "scored") for name in names[:4]]
     rows += [CandidateRow(name, "scored", digit * 40) for name, digit in zip(names[4:], "12", strict=True)]
     expected = ["…/team/runs/one", "…/old/one", "/short/one", "runs/one", "acme/x@1111111", "acme/x@2222222"]
