@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -21,6 +21,7 @@ from .errors import NoCandidateError
 from .guard import Decision, choose
 from .initialization import AUTO_RUNS, judged
 from .model import base_model_name
+from .progress import stage
 from .report import CandidateRow, MashupReport, environment
 from .scoring import (
     SampleRows,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, str | None]
+# What is told of the stages; scoring tells its rounds itself.
+STAGES = {"candidates": "finding candidates", "sample": "reading the sample", "merging": "merging, and judging merges"}
 
 
 class MashupRun:
@@ -233,12 +236,13 @@ class MashupRun:
         return f"none of the {len(self.scores)} candidates is usable ({reasons})"
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         try:
-            yield
+            with stage(STAGES[name]) if name in STAGES else nullcontext():
+                yield
         finally:
-            self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - started
+            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - started
 
 
 def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:

@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # A module imports from the rows above, from its own folder, and from single modules named before it in its row.
 ROWS = (
     ("errors", "names", "display", "typed_json", "report", "factors", "lowrank", "model/"),
-    ("distributed", "methods", "formats/"),
+    ("distributed", "progress", "methods", "formats/"),
     ("config", "storage", "swap", "candidates/"),
     ("lora/", "full/", "sharing/"),
     ("trainee",),

@@ -139,8 +139,8 @@ def test_stdout_of_a_process_is_the_result_alone(world):
 def test_entry_point_leads_to_the_command():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    name, _, target = config["options.entry_points"]["console_scripts"].strip().partition("=")
-    assert (name.strip(), target.strip()) == ("mashup", "mashup_callback.cli:app")
+    lines = config["options.entry_points"]["console_scripts"].strip().splitlines()
+    assert lines == [f"{name} = mashup_callback.cli:app" for name in ("mashup", "hf-mashup")]
 
 
 @pytest.mark.parametrize(("kind", "dataset"), [("text", "text.jsonl"), ("chat", "chat.parquet")])

@@ -222,5 +222,5 @@ def test_labels_differ_and_never_look_relative():
     ]
     rows = [CandidateRow(name, "scored") for name in names[:4]]
     rows += [CandidateRow(name, "scored", digit * 40) for name, digit in zip(names[4:], "12", strict=True)]
-    expected = ["…/team/runs/one", "…/old/one", "/short/one", "runs/one", "acme/x@1111111", "acme/x@2222222"]
+    expected = ["…/a/one", "…/b/one", "/short/one", "runs/one", "acme/x@1111111", "acme/x@2222222"]
     assert labels(rows) == expected

@@ -12,6 +12,7 @@ from torch import nn
 from ..distributed import gather, process_index_and_count
 from ..errors import OutOfStepError
 from ..model import is_sharded
+from ..progress import advance
 from ..trainee import Update
 from .losses import RowLosses, head_chunks, language_model_losses
 from .metrics import Metric, make_metric
@@ -59,6 +60,7 @@ def evaluate(
             losses = run(model, mine, indices, batch, metric)
             if losses is not None:
                 _add_batch(losses, indices, sums, seen)
+                advance(len(indices))
     if share:
         for values, found in gather((sums, seen)):
             sums[:, found] = values[:, found]
