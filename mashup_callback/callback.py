@@ -19,7 +19,7 @@ from .errors import NoCandidateError, OutOfStepError, UsageError, why
 from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
-from .sharing import PLOT_NAME, push_mashup, share
+from .sharing import PICTURE_NAME, push_mashup, share
 from .storage import StorageError, refuse_foreign
 from .trainee import find_trainee
 
@@ -165,7 +165,9 @@ class MashupCallback(TrainerCallback):
         except (OSError, ValueError) as error:
             logger.warning("The files in %s are pushed as they are: %s", directory, error)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, create_pr: bool = False) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, create_pr: bool = False, license: str | None = None
+    ) -> str:
         """
         Pushes the merged adapter to the Hub as a repository of its own, see [`push_mashup`].
 
@@ -176,17 +178,19 @@ class MashupCallback(TrainerCallback):
                 Whether a new repository is private; by default as its owner's settings say.
             create_pr (`bool`, *optional*, defaults to `False`):
                 Open a pull request instead of committing to the main branch.
+            license (`str`, *optional*):
+                License for the model card; by default the one that the sources share.
 
         Returns:
-            `str`: Address of the commit, or of the pull request. Only the main process pushes; on the others, the name
-            of the repository.
+            `str`: Address of the repository, or of the pull request. Only the main process pushes; on the others, the
+            name of the repository.
 
         Raises:
             ValueError: Training has not begun, or there is no merged adapter to push.
         """
         if self._directory is None:
             raise ValueError("There is no mashup to push yet: it is made when training begins.")
-        return push_mashup(self._directory, repo_id, private, create_pr)
+        return push_mashup(self._directory, repo_id, private, create_pr, license=license)
 
     def _tell(self, state: TrainerState, model: nn.Module) -> None:
         if self.report.decision != "scratch" and not self.report.dry_run and hasattr(model, "add_model_tags"):
@@ -201,7 +205,7 @@ class MashupCallback(TrainerCallback):
 
     def _show_picture(self, reporters: Sequence[Any], step: int) -> None:
         """Gives the picture of the ranking to the Trainer's trackers that take one."""
-        picture = self._directory / PLOT_NAME
+        picture = self._directory / PICTURE_NAME
         if not picture.is_file():
             return
         for reporter in reporters:

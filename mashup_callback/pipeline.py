@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from .candidates import Candidate, Hub, find_candidates, same_data
+from .candidates import Candidate, Hub, find_candidates, same_data, stated_datasets
 from .config import MashupConfig
 from .distributed import from_main_process, is_first_on_machine, is_main_process, on_main_process
 from .errors import NoCandidateError
@@ -273,6 +273,7 @@ def candidate_rows(
             warnings=score.warnings,
             repo_id=score.candidate.repo_id,
             in_merge=score.candidate.key in merged,
+            datasets=stated_datasets(score.candidate.path) if score.source and score.candidate.path else (),
         )
         for score in scores
     )

@@ -50,6 +50,8 @@ class CandidateRow:
     repo_id: str | None = None
     # Whether it is in the merge that was judged, which may have lost.
     in_merge: bool = False
+    # What its model card says that it was trained on.
+    datasets: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
