@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import failing_together, from_main_process
-from .errors import OutOfStepError, UsageError
+from .errors import NoCandidateError, OutOfStepError, UsageError, why
 from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
-from .sharing import push_mashup, share
+from .sharing import PICTURE_NAME, push_mashup, share
 from .storage import StorageError, prepare, unwound_by_sigterm
 from .trainee import find_trainee
 
@@ -148,7 +148,7 @@ class MashupCallback(TrainerCallback):
                 raise
             # What was made so far may fill the disk.
             trainee.close()
-            run.give_up(from_main_process(f"{type(error).__name__}: {error}"))
+            run.give_up(*from_main_process((why(error), isinstance(error, NoCandidateError) and not run.scores)))
         finally:
             trainee.close()
         self.report = run.report
@@ -166,7 +166,9 @@ class MashupCallback(TrainerCallback):
         except (OSError, ValueError) as error:
             logger.warning("The files in %s are pushed as they are: %s", directory, error)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, create_pr: bool = False) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, create_pr: bool = False, license: str | None = None
+    ) -> str:
         """
         Pushes the merged adapter to the Hub as a repository of its own, see [`push_mashup`].
 
@@ -177,17 +179,19 @@ class MashupCallback(TrainerCallback):
                 Whether a new repository is private; by default as its owner's settings say.
             create_pr (`bool`, *optional*, defaults to `False`):
                 Open a pull request instead of committing to the main branch.
+            license (`str`, *optional*):
+                License for the model card; by default the one that the sources share.
 
         Returns:
-            `str`: Address of the commit, or of the pull request. Only the main process pushes; on the others, the name
-            of the repository.
+            `str`: Address of the repository, or of the pull request. Only the main process pushes; on the others, the
+            name of the repository.
 
         Raises:
             ValueError: Training has not begun, or there is no merged adapter to push.
         """
         if self._directory is None:
             raise ValueError("There is no mashup to push yet: it is made when training begins.")
-        return push_mashup(self._directory, repo_id, private, create_pr)
+        return push_mashup(self._directory, repo_id, private, create_pr, license=license)
 
     def _tell(self, state: TrainerState, model: nn.Module) -> None:
         if self.report.decision != "scratch" and not self.report.dry_run and hasattr(model, "add_model_tags"):
@@ -197,6 +201,27 @@ class MashupCallback(TrainerCallback):
             state.log_history.append({**self.report.logs(), "step": state.global_step})
         else:
             self._trainer.log(self.report.logs())
+            if state.is_world_process_zero:
+                self._show_picture(self._trainer.callback_handler.callbacks, state.global_step)
+
+    def _show_picture(self, reporters: Sequence[Any], step: int) -> None:
+        """Gives the picture of the ranking to the Trainer's trackers that take one."""
+        picture = self._directory / PICTURE_NAME
+        if not picture.is_file():
+            return
+        for reporter in reporters:
+            # As transformers names them: TensorBoard's writer, and the modules of W&B and Trackio.
+            writer, modules = (getattr(reporter, "tb_writer", None), ("_wandb", "_trackio"))
+            try:
+                if writer is not None:
+                    from matplotlib.image import imread
+
+                    writer.add_image("mashup/ranking", imread(picture), step, dataformats="HWC")
+                for module in filter(None, (getattr(reporter, name, None) for name in modules)):
+                    module.log({"mashup/ranking": module.Image(str(picture))})
+            except Exception as error:
+                # A tracker of another version must not stop a run for a picture.
+                logger.warning("%s did not take the picture of the ranking: %s", type(reporter).__name__, error)
 
     def _check_directory(self, directory: Path) -> None:
         for spec in self.specs:

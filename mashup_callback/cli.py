@@ -6,14 +6,15 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .cli_output import find_table, one_line, rank_table, show_result
+from . import __version__
+from .cli_output import find_table, merge_lines, one_line, rank_table, show_result
 
 
 Result = tuple[Any, ...]
@@ -25,10 +26,26 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(
     help="Find, rank, merge and share LoRA adapters of one base model.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mashup-callback {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = (
+        False
+    ),
+) -> None:
+    pass
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Base model: Hub name or local directory.")]
 Specs = Annotated[
@@ -88,7 +105,7 @@ def find(
     allow_license: Licenses = None,
     allow_author: Authors = None,
 ) -> Result:
-    """List the adapters that fit a base model, without downloading their weights."""
+    """List the adapters that fit a base model."""
     from .candidates import Hub, check_specs, find_candidates
 
     check_specs(specs)
@@ -99,7 +116,8 @@ def find(
     limits: Any = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
     found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
     rows = [describe_candidate(candidate, shapes, base) for candidate in found]
-    return {"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows)
+    problem = None if any(row["reason"] is None for row in rows) else _none_fits(specs, rows)
+    return {"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows), problem
 
 
 @_command("mashup rank acme/base --dataset train.jsonl 'runs/*' acme/adapter@main")
@@ -112,7 +130,7 @@ def rank(
     sample_size: Annotated[int, typer.Option(min=1, help="Rows to score on.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
-    metric: Annotated[str, typer.Option(help="loss or token_accuracy.")] = "loss",
+    metric: Annotated[str, typer.Option(help="loss, token_accuracy or probe.")] = "loss",
     search: Annotated[str, typer.Option(help="racing or exhaustive.")] = "racing",
     keep: Annotated[int, typer.Option(min=1, help="Training runs that racing must leave.")] = 3,
     assistant_only_loss: Annotated[bool, typer.Option(help="Chats: score the assistant's turns only.")] = False,
@@ -124,7 +142,11 @@ def rank(
     allow_license: Licenses = None,
     allow_author: Authors = None,
 ) -> Result:
-    """Rank adapters by their loss on a sample of a data set, tokenized as TRL's SFTTrainer does."""
+    """
+    Rank adapters by their loss on your data.
+
+    The data are tokenized as TRL's SFTTrainer does.
+    """
     from .candidates import Hub, check_specs, find_candidates
 
     check_specs(specs)
@@ -133,24 +155,25 @@ def rank(
     from .cli_rows import load_rows, sft_rows
     from .config import MashupConfig
     from .formats import BaseModel
-    from .model import layer_shapes
     from .pipeline import candidate_rows
-    from .without_trainer import score
+    from .without_trainer import model_shapes, score
 
     MashupConfig.from_texts({"metric": metric, "search": search})
-    drawn = load_rows(dataset, split, subset, sample_size, seed)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
+    # What can be wrong comes before the model is loaded: the data, the model's name, the adapters.
+    drawn, shapes = load_rows(dataset, split, subset, sample_size, seed), model_shapes(model)
     base, hub = base_model or model, Hub()
     limits: Any = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
     limits["max_download_gb"] = max_download_gb
-    found = find_candidates(specs, base, check=BaseModel(layer_shapes(net), name=base).check, hub=hub, **limits)
+    found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
+    if all(candidate.reason for candidate in found):
+        raise ValueError(_none_fits(specs, [asdict(candidate) for candidate in found]))
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
     scores, base_loss = score(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
     ranked = candidate_rows(scores, {})
     value = {"model": model, "base_loss": base_loss, "candidates": [*map(asdict, ranked)], "hub": hub.traffic()}
-    reasons = "; ".join(f"{row.name}: {row.reason}" for row in ranked[:3]) or "none was found"
-    problem = f"None of the {len(ranked)} adapters could be scored ({reasons})."
-    return value, rank_table(ranked, base_loss), None if any(row.loss is not None for row in ranked) else problem
+    problem = None if any(row.loss is not None for row in ranked) else _none_fits(specs, [*map(asdict, ranked)])
+    return value, rank_table(ranked, base_loss), problem
 
 
 @_command("mashup merge runs/a runs/b --weights 0.7,0.3 -o merged")
@@ -164,15 +187,19 @@ def merge(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the merge; the largest of the adapters'.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw random numbers.")] = 42,
     base_model: Annotated[str | None, typer.Option(help="Hub name of the base model to record.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
 ) -> Result:
     """
-    Merge adapters and save the merge as a PEFT adapter with model card, report and mergekit configuration.
+    Merge adapters into one.
 
-    A run's checkpoints are left out where its final adapter is found with them.
+    A PEFT adapter is written, with model card, report and mergekit configuration. A run's checkpoints are left out
+    where its final adapter is found with them.
     """
     from .candidates import Hub, check_specs, download_candidate, find_candidates
 
     check_specs(specs)
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty. Choose another directory, or pass --overwrite for an earlier merge.")
     from .config import MashupConfig
     from .without_trainer import finished, save_merge, usable
 
@@ -182,7 +209,7 @@ def merge(
     settings = {"weights": weights, "merge_method": method, "merge_parameters": parameters, "merge_space": space}
     config = MashupConfig.from_texts(settings | {"top_k": len(adapters), "seed": seed, "base_model": base_model})
     report = save_merge(output, adapters, config, rank=rank)
-    return json.loads(report.to_json()) | {"path": str(output)}, f"Wrote {output}"
+    return json.loads(report.to_json()) | {"path": str(output)}, merge_lines(report, output)
 
 
 @_command("mashup push runs/new/mashup acme/start --private")
@@ -192,12 +219,13 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     base_model: Annotated[str | None, typer.Option(help="Hub name of the base model to record.")] = None,
+    license: Annotated[str | None, typer.Option(help="License for the model card, such as apache-2.0.")] = None,
 ) -> Result:
-    """Push a mashup's adapter to the Hub, with model card, report and mergekit configuration."""
+    """Push a mashup to the Hub, with its model card."""
     from .sharing import push_mashup
 
     logging.getLogger("mashup_callback.sharing.push").setLevel(logging.INFO)
-    url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model)
+    url = push_mashup(directory, repo_id, private, create_pr, base_model=base_model, license=license)
     return {"url": url}, url
 
 
@@ -206,15 +234,16 @@ def show(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, a mashup's directory or a run's.")],
 ) -> Result:
     """Show what a mashup found, did and why."""
+    from . import display
     from .report import MashupReport
 
     loaded = MashupReport.load(report)
-    return json.loads(loaded.to_json()), loaded.table()
+    return json.loads(loaded.to_json()), display.shown(loaded)
 
 
 @_command("mashup cache --clear")
 def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all scores.")] = False) -> Result:
-    """Show where scores are kept between runs and how many there are, or remove them."""
+    """Show or remove the scores that are kept between runs."""
     from .scoring import ScoreCache
 
     scores = ScoreCache()
@@ -223,6 +252,13 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all scores
     text = f"{info.scores} scores, {info.bytes:,} bytes in {info.directory}" if info.directory else "Nothing is kept."
     shown = f"Removed {removed} scores from {info.directory}" if clear and info.directory else text
     return asdict(info) | {"removed": removed}, shown
+
+
+def _none_fits(specs: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return f"No adapter was found in {', '.join(specs)}."
+    reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows[:3])
+    return f"None of the {len(rows)} adapters could be used ({reasons})."
 
 
 if __name__ == "__main__":

@@ -2,21 +2,25 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .report import CandidateRow
+from .display import number, percent, shares, status, warnings
+from .names import labels
+from .report import CandidateRow, MashupReport
 
 
 _LONGEST_ERROR = 600
 
 
-def show_result(value: Any, shown: Table | str, as_json: bool) -> None:
+def show_result(value: Any, shown: RenderableType, as_json: bool) -> None:
     """Prints a result on stdout: `value` as JSON, or what is `shown` to people."""
     if as_json:
         typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
@@ -41,25 +45,55 @@ def one_line(error: Exception) -> str:
     from .errors import HubError
 
     text = describe(error) if isinstance(error, HubError | HTTP_ERROR) else str(error)
+    # The settings that errors name have other names here.
+    text = re.sub(r"`(base_model|merge_method|merge_space|merge_parameters)`", lambda match: _option(match[1]), text)
+    text = re.sub(r"for top_k=(\d+)", r"for \1 adapters", text)
+    text = text.replace("Set top_k accordingly", "Give so many adapters")
     return " ".join(text.split())[:_LONGEST_ERROR] or type(error).__name__
+
+
+def _option(setting: str) -> str:
+    return "--" + setting.removeprefix("merge_").replace("_", "-")
 
 
 def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the candidates that were found as a table."""
-    table = Table("candidate", "revision", "rank", "bytes", "license", "status")
-    for row in rows:
-        cells = (row["revision"], row["rank"], row["bytes"], row["license"], row["reason"] or "usable")
-        table.add_row(_text(row["name"]), *map(_text, cells))
+    table = _folding("candidate", "revision", "rank", "size", "license", "status")
+    named = [CandidateRow(row["name"], "", row["revision"], repo_id=row["repo_id"]) for row in rows]
+    for name, row in zip(labels(named), rows, strict=True):
+        # As git shortens it: a revision that is repeated in full would leave no room for the rest.
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f} MB"
+        cells = ((row["revision"] or "")[:7], row["rank"], size, row["license"])
+        table.add_row(_text(name), *map(_text, cells), _text("; ".join([row["reason"] or "usable", *row["warnings"]])))
     return table
 
 
 def rank_table(rows: Sequence[CandidateRow], base_loss: float) -> Table:
     """Returns the ranking as a table."""
-    table = Table("candidate", "loss", "accuracy", "rows", "status", caption=f"the base model alone: {base_loss:.4f}")
-    for row in rows:
-        status = f"{row.status}: {row.reason}" if row.reason else row.status
-        numbers = ("" if value is None else f"{value:.4f}" for value in (row.loss, row.accuracy))
-        table.add_row(_text(row.name), *numbers, str(row.rows), _text(status))
+    probed = any(row.probe_loss is not None for row in rows)
+    table = _folding("candidate", "loss", *(["after steps"] if probed else []), "accuracy", "rows", "rank", "status")
+    table.caption = f"the base model alone: {base_loss:.4f}"
+    for name, row in zip(labels(rows), rows, strict=True):
+        losses = (row.loss, row.probe_loss, row.accuracy) if probed else (row.loss, row.accuracy)
+        table.add_row(_text(name), *map(number, losses), str(row.rows or ""), _text(row.rank), _text(status(row)))
+    return table
+
+
+def merge_lines(report: MashupReport, output: Path) -> str:
+    """Returns what was merged, with which weights, and how much of it the rank keeps."""
+    rows = report.candidates
+    sources = zip(labels(rows), shares(rows), rows, strict=True)
+    lines = [f"  {percent(share):>4}  {name} (rank {row.rank})" for name, share, row in sources]
+    kept = f"rank {report.merge.rank} keeps {report.merge.kept_energy:.1%} of the merge"
+    title = f"Merged {len(rows)} adapters by {report.merge.method}; {kept}:"
+    return "\n".join((title, *lines, *(f"Warning: {text}" for text in warnings(report)), f"Wrote {output}"))
+
+
+def _folding(*columns: str) -> Table:
+    table = Table()
+    for name in columns:
+        # Names and reasons share what the numbers leave.
+        table.add_column(name, overflow="fold", no_wrap=name not in ("candidate", "status"))
     return table
 
 

@@ -55,6 +55,8 @@ def sft_rows(
 
 def _load(dataset: str, split: str, subset: str | None) -> Dataset:
     path = Path(dataset).expanduser()
+    if not path.exists() and (path.suffix.lower() in _FORMATS or dataset.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"There is no data file {dataset!r}. Give a file, a directory or a data set's name.")
     if path.is_file():
         kind = _FORMATS.get(path.suffix.lower())
         if kind is None:

@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -14,12 +14,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from .candidates import Candidate, Hub, find_candidates, same_data
+from .candidates import Candidate, Hub, find_candidates, same_data, stated_datasets
 from .config import MashupConfig
 from .distributed import from_main_process, is_first_on_machine, is_main_process, on_main_process
+from .errors import NoCandidateError
 from .guard import Decision, choose
 from .initialization import AUTO_RUNS, judged
 from .model import base_model_name
+from .progress import stage
 from .report import CandidateRow, MashupReport, environment
 from .scoring import (
     FEWEST,
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+Key = tuple[str, str | None]
+# What is told of the stages; scoring tells its rounds itself.
+STAGES = {"candidates": "finding candidates", "sample": "reading the sample", "merging": "merging, and judging merges"}
 
 
 class MashupRun:
@@ -84,7 +90,7 @@ class MashupRun:
             self.scores = _warned(self._score(candidates, sample.selection), dataloader.dataset)
         selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
         if not selection.scores:
-            raise RuntimeError(self._why_none())
+            raise NoCandidateError(self._why_none(specs))
         with self._timed("merging"):
             decision = choose(self.model, self.trainee, selection, sample.held_out, self.metric, config)
         # Before the swap, so that a failure after it cannot call a merged run "scratch".
@@ -94,14 +100,15 @@ class MashupRun:
         report = self.report = from_main_process(replace(report, timings=self._seconds(), hub=self.hub.traffic()))
         self._save(report, lambda: save_mashup(self.directory, report, self._writer(decision)))
 
-    def give_up(self, reason: str) -> None:
-        """Reports a failure: as scratch, unless the merge is in the model by now."""
+    def give_up(self, reason: str, first: bool = False) -> None:
+        """Reports why there is no mashup: as scratch, unless the merge is in the model by now."""
         if self.swapped:
             logger.warning("Training starts from the mashup, but something failed after it was written: %s", reason)
             return
-        logger.warning("No mashup, training starts from the fresh initialization: %s", reason)
         rows = candidate_rows(self.scores, {})
         report = self.report = self._report(decision="scratch", reason=reason, candidates=rows)
+        if not first:
+            logger.warning("No mashup. %s", report.summary())
         self._save(report, lambda: save_failure(self.directory, report))
 
     def _find(self, specs: Sequence[str | PathLike[str]]) -> list[Candidate]:
@@ -186,7 +193,7 @@ class MashupRun:
             single_loss=_finite(decision.single.loss),
             gain=_finite(gain),
             gain_se=_finite(error),
-            candidates=candidate_rows(self.scores, shown.selection.weight_of()),
+            candidates=candidate_rows(self.scores, shown.selection.weight_of(), decision.merge.selection.weight_of()),
             rounds=race_rounds(self.scores),
             merge=shown.info,
             share=self._share(),
@@ -226,19 +233,20 @@ class MashupRun:
     def _seconds(self) -> dict[str, float]:
         return {name: round(seconds, 4) for name, seconds in self.timings.items()}
 
-    def _why_none(self) -> str:
+    def _why_none(self, specs: Sequence[str | PathLike[str]]) -> str:
         if not self.scores:
-            return "no candidate was found"
+            return f"no candidate was found in {', '.join(map(str, specs))}, as it is for a first run"
         reasons = "; ".join(f"{score.candidate.name}: {score.reason}" for score in self.scores[:3])
         return f"none of the {len(self.scores)} candidates is usable ({reasons})"
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         try:
-            yield
+            with stage(STAGES[name]) if name in STAGES else nullcontext():
+                yield
         finally:
-            self.timings[stage] = self.timings.get(stage, 0.0) + time.monotonic() - started
+            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - started
 
 
 def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
@@ -247,9 +255,9 @@ def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
 
 
 def candidate_rows(
-    scores: Sequence[Score], weights: Mapping[tuple[str, str | None], float]
+    scores: Sequence[Score], weights: Mapping[Key, float], merged: Container[Key] = ()
 ) -> tuple[CandidateRow, ...]:
-    """Returns the report's rows; `weights` has the weights in the merge by the key of the candidate."""
+    """Returns the report's rows; `weights` of the start by the key of the candidate, and what is `merged`, by key."""
     return tuple(
         CandidateRow(
             name=score.candidate.name,
@@ -267,6 +275,8 @@ def candidate_rows(
             seconds=round(score.seconds, 4),
             warnings=score.warnings,
             repo_id=score.candidate.repo_id,
+            in_merge=score.candidate.key in merged,
+            datasets=stated_datasets(score.candidate.path) if score.source and score.candidate.path else (),
         )
         for score in scores
     )

@@ -3,17 +3,16 @@
 import json
 import os
 import platform
-import types
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from . import display
+from .typed_json import made, parsed
 
 
 # In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
@@ -21,6 +20,7 @@ MARK = {"producer": "mashup_callback"}
 REPORT_NAME = "report.json"
 # The report of a run that failed where an earlier one had left a merge.
 FAILED_NAME = "failed.json"
+DECISIONS = ("scratch", "single", "merged")
 SCHEMA = 1
 """Version of the report's JSON; a field that is added does not change it."""
 _PACKAGES = ("mashup-callback", "torch", "transformers", "peft", "accelerate", "trl", "mergekit", "huggingface_hub")
@@ -47,6 +47,10 @@ class CandidateRow:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     repo_id: str | None = None
+    # Whether it is in the merge that was judged, which may have lost.
+    in_merge: bool = False
+    # What its model card says that it was trained on.
+    datasets: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
@@ -81,7 +85,7 @@ class RaceRound:
     kept: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MashupReport:
     """
     What a mashup found, did and why.
@@ -145,7 +149,7 @@ class MashupReport:
     @classmethod
     def from_json(cls, text: str) -> "MashupReport":
         """Reads a report; raises `ValueError` where the text is none, or one of another version."""
-        values = _parsed(text)
+        values = parsed(text)
         if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
             raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
         if values.get("schema") != SCHEMA:
@@ -153,7 +157,7 @@ class MashupReport:
                 f"This mashup report has `schema` {values.get('schema')!r}, expected {SCHEMA}: another version of "
                 "mashup_callback wrote it. Read it with that version, or make the mashup anew."
             )
-        report: MashupReport = _made(cls, values, "This mashup report")
+        report: MashupReport = made(cls, values, "This mashup report")
         return report
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -178,39 +182,31 @@ class MashupReport:
         return cls.from_json(found.read_text(encoding="utf-8"))
 
     def logs(self) -> dict[str, float]:
-        """Returns the scalars for the Trainer's trackers."""
-        values = {"base_loss": self.base_loss, "merged_loss": self.merged_loss, "seconds": self.seconds}
+        """Returns the scalars for trackers; the decision is 0 for scratch, 1 for single and 2 for merged."""
+        values = {
+            "base_loss": self.base_loss,
+            "single_loss": self.single_loss,
+            "merged_loss": self.merged_loss,
+            "decision": DECISIONS.index(self.decision),
+            "k": sum(row.weight is not None for row in self.candidates) if self.decision != "scratch" else 0,
+            "kept_energy": None if self.merge is None else self.merge.kept_energy,
+            "seconds": self.seconds,
+        }
         return {f"mashup/{name}": value for name, value in values.items() if value is not None}
 
-    def short_names(self) -> list[str]:
-        """Returns the candidates' names for people: without the directory that all absolute paths among them share."""
-        names = [row.name for row in self.candidates]
-        parents = [os.path.dirname(name) for name in names if os.path.isabs(name)]
-        shared = os.path.commonpath(parents) if parents else ""
-        return [os.path.relpath(name, shared) if os.path.isabs(name) else name for name in names]
+    def summary(self) -> str:
+        """Returns in one sentence what training starts from, what that gains and what it cost."""
+        return display.summary(self)
 
     def show(self, console: Console | None = None) -> None:
-        """Shows the report as one table."""
-        (console or Console()).print(self.table())
+        """Shows the sentence, what to watch out for, and a table of the candidates."""
+        (console or Console()).print(display.shown(self))
 
-    def table(self) -> Table:
-        """Returns the report as a table: a row for each candidate, the decision below."""
-        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason))
-        table.title_justify = table.caption_justify = "left"
-        for name in ("candidate", "loss", "rows", "weight", "status"):
-            table.add_column(name, justify="left" if name in ("candidate", "status") else "right", overflow="fold")
-        for short, row in zip(self.short_names(), self.candidates, strict=True):
-            status = f"{row.status}: {row.reason}" if row.reason else row.status
-            table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
-        table.add_section()
-        if len(self.rounds) > 1:
-            steps = (f"{one.entered} on {one.rows} rows" for one in self.rounds)
-            table.add_row("race", "", "", "", f"{', '.join(steps)}; {self.rounds[-1].kept} left")
-            table.add_section()
-        for name, loss in (("fresh initialization", self.base_loss), ("best single", self.single_loss)):
-            table.add_row(name, _number(loss), "", "", "held-out rows")
-        table.add_row("merge", _number(self.merged_loss), "", "", f"held-out rows, {self.seconds:.1f} s in all")
-        return table
+    def __repr__(self) -> str:
+        return f"<MashupReport: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
 
 
 def environment() -> dict[str, Any]:
@@ -229,43 +225,3 @@ def environment() -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {"python": platform.python_version(), "device": device, **versions}
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _parsed(text: str) -> Any:
-    """Returns what JSON holds, None where the text is not JSON or has numbers that JSON does not know."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(constant)
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _made(cls: Any, values: Mapping[str, Any], what: str) -> Any:
-    """Returns a dataclass made from JSON, each value checked against its field's type; unknown fields are left out."""
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"{what} has no `{item.name}`, expected {hints[item.name]}.")
-    known = {item.name for item in fields(cls)} & set(values)
-    return cls(**{name: _value(hints[name], values[name], f"{what}: `{name}`") for name in known})
-
-
-def _value(hint: Any, value: Any, what: str) -> Any:
-    for option in get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        kind, inner = get_origin(option) or option, get_args(option)
-        if is_dataclass(kind) and isinstance(value, dict):
-            return _made(kind, value, what)
-        if kind is tuple and isinstance(value, list):
-            return tuple(_value(inner[0], item, what) for item in value)
-        if kind is dict and isinstance(value, dict):
-            return {name: _value(inner[1], item, what) for name, item in value.items()}
-        if kind is Any or type(value) is kind or (kind is float and type(value) is int):
-            return value
-    raise ValueError(f"{what} is {str(value)[:80]!r}, expected {hint}.")

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 def model_shapes(model: str) -> dict[str, tuple[int, int]]:
     """Returns (in_features, out_features) of a causal language model's linear layers, without loading its weights."""
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise FileNotFoundError(f"There is no model directory {model!r}. Give a directory, or a name on the Hub.")
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(config)

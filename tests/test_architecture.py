@@ -17,8 +17,8 @@ PACKAGE = Path(mashup_callback.__file__).parent
 ROOT = PACKAGE.parent
 # A module imports from the rows above, from its own folder, and from single modules named before it in its row.
 ROWS = (
-    ("errors", "report", "factors", "lowrank", "model/"),
-    ("distributed", "methods", "formats/"),
+    ("errors", "names", "display", "typed_json", "report", "factors", "lowrank", "model/"),
+    ("distributed", "progress", "methods", "formats/"),
     ("config", "storage", "swap", "candidates/"),
     ("lora/", "full/", "sharing/"),
     ("trainee",),

@@ -296,11 +296,14 @@ def test_rejected_candidates_never_stop_a_run(tmp_path, library):
     assert set(rejected) == {"wide", "broken", "nan"} and all(rejected.values())
 
 
-def test_first_run_of_a_team_trains_from_scratch(tmp_path, caplog):
+def test_first_run_of_a_team_trains_from_scratch(tmp_path, caplog, capsys):
     callback = MashupCallback(str(tmp_path / "runs/*"))
     sft_trainer(tmp_path / "out", callbacks=[callback]).train()
     assert callback.report.decision == "scratch" and "no candidate was found" in callback.report.reason
-    assert "training starts from the fresh initialization" in caplog.text
+    shown = capsys.readouterr().out
+    assert "Training starts from the fresh initialization: no candidate was found in" in " ".join(shown.split())
+    # One friendly line: no table, no warning of a failure, no name of an exception.
+    assert not {"┃", "Error", "best single"} & {*shown, *shown.split()} and "No mashup" not in caplog.text
     with pytest.raises(RuntimeError, match="no candidate was found"):
         sft_trainer(tmp_path / "o2", callbacks=[MashupCallback(str(tmp_path / "runs/*"), on_error="raise")]).train()
 

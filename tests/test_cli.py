@@ -12,6 +12,7 @@ import pytest
 from datasets import DatasetDict
 from typer.testing import CliRunner
 
+from mashup_callback import __version__
 from mashup_callback.candidates import find_candidates
 from mashup_callback.cli import app
 from mashup_callback.config import MashupConfig
@@ -136,11 +137,36 @@ def test_stdout_of_a_process_is_the_result_alone(world):
     assert row == expected | {"seconds": row["seconds"]}
 
 
+def test_version_help_and_short_lines(tmp_path):
+    assert mashup("--version", cwd=tmp_path).stdout == f"mashup-callback {__version__}\n"
+    short = mashup("-h", cwd=tmp_path).stdout
+    assert short == mashup("--help", cwd=tmp_path).stdout and "--install-completion" in short
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["-h"]).stdout.partition("Commands:")[2].strip().splitlines()
+    assert len(lines) == len(COMMANDS) + 1 and all(line.endswith(".") and "..." not in line for line in lines)
+
+
+def test_names_of_long_paths_are_told_apart_at_80_columns(world, tmp_path):
+    for run in ("first", "second"):
+        shutil.copytree(world / "runs/a1", tmp_path / "a-directory-of-the-team/with-a-long-name" / run / "final")
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["find", str(world / "base"), str(tmp_path / "*/*/*")])
+    assert done.exit_code == 0 and {"…/first/final", "…/second/final"} <= {*done.stdout.split()}
+
+
+def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path):
+    arguments = ("merge", "runs/a1", "runs/a2", "--weights=3,1", "--rank=1", "-o", tmp_path / "merged")
+    text = mashup(*arguments, cwd=world).stdout
+    kept = json.loads((tmp_path / "merged/report.json").read_text())["merge"]["kept_energy"]
+    assert f"Merged 2 adapters by linear; rank 1 keeps {kept:.1%} of the merge:" in text
+    assert " 75%  runs/a1 (rank 4)\n" in text and " 25%  runs/a2 (rank 4)\n" in text
+    assert "--overwrite" in failure(*arguments, cwd=world)
+    assert mashup(*arguments, "--overwrite", cwd=world).exit_code == 0
+
+
 def test_entry_point_leads_to_the_command():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    name, _, target = config["options.entry_points"]["console_scripts"].strip().partition("=")
-    assert (name.strip(), target.strip()) == ("mashup", "mashup_callback.cli:app")
+    lines = config["options.entry_points"]["console_scripts"].strip().splitlines()
+    assert lines == [f"{name} = mashup_callback.cli:app" for name in ("mashup", "hf-mashup")]
 
 
 @pytest.mark.parametrize(("kind", "dataset"), [("text", "text.jsonl"), ("chat", "chat.parquet")])
@@ -161,8 +187,11 @@ def test_rank_for_people_and_with_nothing_to_rank(world):
     assert done.exit_code == 0, done.stderr
     assert "runs/a1" in done.stdout
     assert "the base model alone: 4." in done.stdout
-    line = failure("rank", "base", "--dataset=text.jsonl", "other", cwd=world)
-    assert "None of the 1 adapters could be scored (other: trained on another base model" in line
+    with pytest.MonkeyPatch.context() as patch:
+        # What does not fit is known before the model is loaded.
+        patch.setattr("transformers.LlamaForCausalLM.from_pretrained", None)
+        line = failure("rank", "base", "--dataset=text.jsonl", "other", cwd=world)
+    assert "None of the 1 adapters could be used (other: trained on another base model" in line
 
 
 def test_merge_then_show(world):
@@ -235,7 +264,7 @@ def test_full_models_are_found_and_ranked_but_not_merged(world, tmp_path):
         (("push", "runs", "acme/x"), "holds no report.json"),
         (("find", "base", "hub:colour=red"), "unknown key 'colour'"),
         (("rank", "base", "--dataset=text.jsonl", "./nothing"), "does not exist"),
-        (("merge", "runs/a1", "runs/a2", "-o", "x", "--weights=1"), "Found 1 weights for top_k=2"),
+        (("merge", "runs/a1", "runs/a2", "-o", "x", "--weights=1"), "Found 1 weights for 2 adapters"),
         (("merge", "runs/a1", "other", "-o", "x"), "other does not fit runs/a1: its model.layers.0."),
         (("merge", "runs/a1", "runs/a2", "-o", "x", "--method=ties", '--parameters={"density": 2}'), "is 2, expected"),
         (("rank", "nowhere", "--dataset=empty.jsonl", "runs/*"), "has no rows in its split 'train'"),
@@ -245,6 +274,13 @@ def test_full_models_are_found_and_ranked_but_not_merged(world, tmp_path):
             "has no split 'dev', expected one of",
         ),
         (("show", "runs"), "expected a report, the directory of a mashup"),
+        # All of these before the model is loaded, and with the words of the command.
+        (("rank", "nowhere", "--dataset=missing.jsonl", "runs/*"), "There is no data file 'missing.jsonl'"),
+        (("rank", "./nowhere", "--dataset=text.jsonl", "runs/*"), "There is no model directory './nowhere'"),
+        (("rank", "base", "--dataset=text.jsonl", "none/*"), "No adapter was found in none/*."),
+        (("find", "base", "none/*"), "No adapter was found in none/*."),
+        (("find", "base", "other"), "None of the 1 adapters could be used (other: trained on another base model"),
+        (("merge", "runs/a1", "-o", "runs"), "runs is not empty. Choose another directory, or pass --overwrite"),
     ],
 )
 def test_a_failure_is_one_line_and_a_status(world, arguments, words):
@@ -307,7 +343,7 @@ def test_find_merge_and_push_on_the_hub(world, hub, tmp_path):  # noqa: F811
 
     revisions = [(row["name"], row["revision"]) for row in merged["candidates"]]
     assert revisions == [(name, rows[name]["revision"]) for name in specs]
-    assert pushed["url"].startswith(f"{hub.url}/acme/start/commit/")
+    assert pushed["url"] == f"{hub.url}/acme/start"
     weights = (tmp_path / "merged/adapter_model.safetensors").read_bytes()
     assert hub.files("acme/start")["adapter_model.safetensors"] == weights
     assert {row["name"]: row["reason"] for row in again["candidates"]}["acme/start"] is None

@@ -5,7 +5,7 @@ from .download import arriving, download_candidate
 from .find import as_candidate, check_specs, find_candidates, read_source
 from .hub import HTTP_ERROR, Hub, describe, is_transient, retry_after
 from .local import WEIGHTS_NAME
-from .provenance import same_data
+from .provenance import same_data, stated_datasets
 from .spec import Spec, hub_name, parse_spec
 
 
@@ -27,4 +27,5 @@ __all__ = [
     "read_source",
     "retry_after",
     "same_data",
+    "stated_datasets",
 ]

@@ -38,9 +38,14 @@ def dataset_names(dataset: Any) -> set[str]:
 
 def card_datasets(directory: Path) -> set[str]:
     """Returns the data sets that the model card in a directory names, as [`dataset_names`] gives them."""
+    return {_short(name) for name in stated_datasets(directory)}
+
+
+def stated_datasets(directory: Path) -> tuple[str, ...]:
+    """Returns the data sets that the model card in a directory names, as it names them."""
     named = card_metadata(directory).get("datasets")
     names = [named] if isinstance(named, str) else named
-    return {_short(name) for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:

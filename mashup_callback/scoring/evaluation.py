@@ -13,6 +13,7 @@ from ..distributed import gather, process_index_and_count
 from ..errors import BypassedError, OutOfStepError
 from ..lora import note_bypassed, structure_kept
 from ..model import is_sharded
+from ..progress import advance
 from ..trainee import Update
 from .losses import RowLosses, head_chunks, language_model_losses
 from .metrics import Metric, make_metric
@@ -80,6 +81,7 @@ def _sums(
                 losses = run(model, rows, indices, batch, metric)
                 if losses is not None:
                     _add_batch(losses, indices, sums, seen)
+                    advance(len(indices))
     except BypassedError as error:
         if not error.layers:
             raise

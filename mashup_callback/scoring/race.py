@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..candidates import Candidate, Hub, arriving, as_candidate
 from ..distributed import (
@@ -21,13 +20,13 @@ from ..distributed import (
     from_main_process,
     gather,
     is_first_on_machine,
-    is_main_process,
     on_main_process,
     process_index_and_count,
 )
 from ..errors import AdapterError
 from ..lora import structure_kept
 from ..model import is_sharded, undisturbed
+from ..progress import stage
 from ..trainee import Source, Update, admit_to
 from .cache import ScoreCache, base_fingerprint, score_key
 from .evaluation import evaluate
@@ -220,11 +219,15 @@ class _Race:
         return scores
 
     def _scored_here(self, scores: Iterable[Score], rows: SampleRows) -> list[Score]:
-        done = []
-        with tqdm(desc=f"mashup: {len(rows)} rows", unit=" candidates", disable=not is_main_process()) as bar:
+        done, scored = [], 0
+        count = sum(score.status == "scored" for score in scores) if isinstance(scores, list) else None
+        name = f"scoring {'candidates as they arrive' if count is None else count} on {len(rows)} more rows"
+        with stage(name, None if count is None else count * len(rows)) as shown:
             for score, reading in self._read_ahead(scores, rows):
                 done.append(self._scored(score, rows, reading) if score.status == "scored" else score)
-                bar.update(score.status == "scored")
+                scored += score.status == "scored"
+                # Also where its losses were known, or it failed.
+                shown.reach(scored * len(rows))
                 # Let go of its tensors before the ones after the next are read.
                 del reading
         return done

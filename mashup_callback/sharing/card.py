@@ -4,17 +4,21 @@ import json
 import os
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData, constants
+from huggingface_hub import EvalResult, ModelCardData, constants
 
 from ..candidates import Spec, hub_name, parse_spec
+from ..display import shares
+from ..names import printable
 from ..report import CandidateRow, MashupReport
 
 
 CARD_NAME = "README.md"
+PICTURE_NAME = "ranking.png"
+TITLE = "# Mashup"
+"""Of the card, until the name of the repository is known."""
 TAGS = ("mashup", "merge", "lora")
 ADAPTER_PLACEHOLDER = "path/to/this/adapter"
 """Stands in the card for the name of the repository until that is known."""
@@ -24,6 +28,17 @@ _NO_BASE = (
     "name it. The setting `base_model` does."
 )
 _LOST = "on held-out rows this merge was not better than a fresh initialization."
+_PAPER = "https://arxiv.org/abs/2603.10156"
+_CITATION = f"""\
+```bibtex
+@misc{{mashup-learning,
+  title = {{Mashup Learning}},
+  eprint = {{2603.10156}},
+  archivePrefix = {{arXiv}},
+  url = {{{_PAPER}}}
+}}
+```"""
+_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -56,28 +71,7 @@ def hub_source(row: CandidateRow) -> Spec | None:
     return spec if spec is not None and spec.kind == "repo" else None
 
 
-def short_names(rows: Sequence[CandidateRow]) -> list[str]:
-    """Returns the candidates' names, those that are local paths cut to the last directories that tell them apart."""
-    tails = [_tails(row.name) if row.is_local else [row.name] for row in rows]
-    counts = Counter(tail for own in tails for tail in own)
-    short = [next((tail for tail in own if counts[tail] == 1), own[-1]) for own in tails]
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(short):
-        seen[name] += 1
-        short[index] = f"{name} ({seen[name]})" if seen[name] > 1 else name
-    return short
-
-
-def _tails(path: str) -> list[str]:
-    """Returns the ends of a path below the user's home, the shortest first, in printable characters."""
-    home = os.path.join(os.path.expanduser("~"), "")
-    path = path.removeprefix(home) if path.startswith(home) else re.sub(r"^/(home|Users)/[^/]+/", "", path)
-    parts = [part for part in re.split(r"[/\\]+", _printable(path)) if part not in ("", ".", "..", "~")] or ["adapter"]
-    first = 2 if parts[-1].startswith("checkpoint-") and len(parts) > 1 else 1
-    return ["/".join(parts[-length:]) for length in range(first, len(parts) + 1)]
-
-
-def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
+def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture: bool = False) -> str:
     """
     Returns the model card of a merge. Whatever comes from a stranger (names, licenses, reasons) is inert code in it.
 
@@ -86,19 +80,21 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
             The report.
         adapter (`Mapping[str, Any]`, *optional*):
             What `adapter_config.json` holds; None for a full model.
+        picture (`bool`, *optional*, defaults to `False`):
+            Whether the picture of the ranking lies beside the card.
     """
     base_model, sources = base_name(report), merged_rows(report)
     license, warning = shared_license(sources)
     warnings = (warning, None if base_model else _NO_BASE, _LOST if report.decision == "scratch" else None)
-    library, tags = ("transformers", TAGS[:2]) if adapter is None else ("peft", TAGS)
-    data = ModelCardData(base_model=base_model, library_name=library, license=license, tags=list(tags))
     form, kind = ("A full model", "models") if adapter is None else ("A LoRA adapter", "adapters")
+    made = f"merged from past {kind}" if len(sources) != 1 else f"the best of the past {kind} compared, chosen"
     parts = [
-        f"---\n{data.to_yaml()}\n---",
-        "# Mashup",
-        f"{form} of {_code(base_model) if base_model else 'a local base model'}, merged from past {kind} by "
-        "[Mashup Learning](https://arxiv.org/abs/2603.10156). It is meant as a start for further training.",
+        f"---\n{_metadata(report, sources, adapter, license).to_yaml()}\n---",
+        TITLE,
+        f"{form} of {_code(base_model) if base_model else 'a local base model'}, {made} by "
+        f"[Mashup Learning]({_PAPER}). It is meant as a start for further training.",
         *(f"> **Warning:** {text}" for text in warnings if text),
+        *([f"![Losses of the candidates, the fresh initialization and the merge]({PICTURE_NAME})"] if picture else []),
         "## Use",
         _usage(base_model, adapter),
         "## Mashup",
@@ -109,8 +105,17 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
     if report.merge is not None and sources:
-        parts += ["### Reproduce", _command(report, sources, adapter)]
+        parts += ["### Reproduce", _reproduce(report, sources, adapter)]
+    if any(report.environment.values()):
+        versions = ", ".join(f"{name} {value}" for name, value in report.environment.items() if value)
+        parts.append(f"Made with {_code(versions)}.")
+    parts += ["## Citation", _CITATION]
     return "\n\n".join(parts) + "\n"
+
+
+def is_license(name: str) -> bool:
+    """Returns whether a text has the form of the Hub's license identifiers."""
+    return _LICENSE.fullmatch(name) is not None
 
 
 def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | None]:
@@ -121,10 +126,40 @@ def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | N
     stated = [(row.license or "").strip().lower() for row in sources]
     if not any(stated):
         return None, None
-    if len(set(stated)) == 1 and _LICENSE.fullmatch(stated[0]) and stated[0] not in ("other", "unknown"):
+    if len(set(stated)) == 1 and is_license(stated[0]) and stated[0] not in ("other", "unknown"):
         return stated[0], None
     listed = ", ".join(dict.fromkeys(map(_license, sources)))
     return "other", f"the sources do not share one license: {listed}. All of them bind this merge."
+
+
+def _metadata(
+    report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None, license: str | None
+) -> ModelCardData:
+    base_model, merged = base_name(report), "merge" if len(sources) > 1 else "finetune"
+    task = "text-generation" if adapter is not None and adapter.get("task_type") == "CAUSAL_LM" else None
+    # Only of the Hub: what a local card names may be a path or a project.
+    names = [name for row in sources if hub_source(row) for name in row.datasets if _DATASET.fullmatch(name)]
+    values = {
+        "base_model": base_model,
+        "base_model_relation": (merged if adapter is None else "adapter") if base_model else None,
+        "library_name": "transformers" if adapter is None else "peft",
+        "license": license,
+        "pipeline_tag": task,
+        "datasets": list(dict.fromkeys(names)) or None,
+        "tags": list(TAGS[:2] if adapter is None else TAGS),
+    }
+    loss = report.single_loss if report.decision == "single" else report.merged_loss
+    if loss is not None and report.config.get("metric", "loss") == "loss":
+        result = EvalResult(
+            task_type=task or "other",
+            dataset_type="held-out",
+            dataset_name="held-out rows of the training data",
+            metric_type="loss",
+            metric_name="loss per label token, before training",
+            metric_value=round(float(loss), 4),
+        )
+        values |= {"model_name": ADAPTER_PLACEHOLDER, "eval_results": [result]}
+    return ModelCardData(**values)
 
 
 def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
@@ -150,7 +185,7 @@ def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     merge = report.merge
     start = "a merge of past adapters" if report.decision == "merged" else "the best past adapter"
     text = f"Start of training: {start}."
-    if merge is None:
+    if merge is None or report.decision == "single":
         return text
     parameters = f" with {_code(_json(merge.parameters))}" if merge.parameters else ""
     text += f" Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}"
@@ -162,12 +197,12 @@ def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
 
 def _source_table(sources: Sequence[CandidateRow]) -> str:
     rows = []
-    for row in sources:
+    for row, share in zip(sources, shares(sources), strict=True):
         spec, name = hub_source(row), _code(row.name)
         if spec is not None:
             folder = f"/{spec.subfolder}" if spec.subfolder else ""
             name = f"[{name}]({constants.ENDPOINT}/{spec.repo_id}/tree/{spec.revision}{folder})"
-        rows.append((name, _code(row.revision or "local"), _number(row.weight), _number(row.loss), _license(row)))
+        rows.append((name, _code(row.revision or "local"), _number(share), _number(row.loss), _license(row)))
     return _table(("source", "revision", "weight", "loss", "license"), rows)
 
 
@@ -180,6 +215,13 @@ def _result_table(report: MashupReport) -> str:
         ("merge", report.merged_loss),
     )
     return _table(("start", label), [(name, _number(loss)) for name, loss in losses if loss is not None])
+
+
+def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
+    local = [_code(row.name) for row in sources if not hub_source(row)]
+    if local:
+        return f"Not by others: {', '.join(local)} {'is' if len(local) == 1 else 'are'} not on the Hub."
+    return _command(report, sources, adapter)
 
 
 def _command(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
@@ -199,7 +241,7 @@ def _command(report: MashupReport, sources: Sequence[CandidateRow], adapter: Map
         "seed": report.config.get("seed", 42),
     }
     words = ["mashup", "merge", *names, *(f"--{key}={value}" for key, value in options.items()), "-o", "merged"]
-    return "```bash\n" + " ".join(shlex.quote(_printable(word)) for word in words) + "\n```"
+    return "```bash\n" + " ".join(shlex.quote(printable(word)) for word in words) + "\n```"
 
 
 def _license(row: CandidateRow) -> str:
@@ -214,13 +256,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _code(text: object) -> str:
     """Returns text as a Markdown code span, the one form in which neither Markdown nor HTML in it means anything."""
-    plain = _printable(str(text)) or " "
+    plain = printable(str(text)) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     return f"{fence} {plain} {fence}" if "`" in plain else f"{fence}{plain}{fence}"
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _number(value: float | None) -> str:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..candidates import WEIGHTS_NAME, describe, hub_name, is_transient, retry_after
 from ..errors import AdapterError
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
-from .card import ADAPTER_PLACEHOLDER, CARD_NAME, mashup_card
-from .save import MERGEKIT_NAME, PLOT_NAME, mergekit_recipe
+from .card import ADAPTER_PLACEHOLDER, CARD_NAME, PICTURE_NAME, TITLE, is_license, mashup_card
+from .save import MERGEKIT_NAME, mergekit_recipe
 from .shareable import refuse_paths, shareable, without_paths
 
 
@@ -39,6 +39,7 @@ def push_mashup(
     create_pr: bool = False,
     *,
     base_model: str | None = None,
+    license: str | None = None,
 ) -> str:
     """
     Pushes a mashup to the Hub: its adapter as a plain PEFT repository, with the model card, the report and mergekit's
@@ -59,10 +60,12 @@ def push_mashup(
             Open a pull request instead of committing to the main branch.
         base_model (`str`, *optional*):
             Hub name of the base model, where the run recorded a local path. The model card is then written anew.
+        license (`str`, *optional*):
+            License for the model card, such as `"apache-2.0"`; by default the one that the sources share.
 
     Returns:
-        `str`: Address of the commit, or of the pull request. Only the main process of several pushes; on the others,
-        the name of the repository.
+        `str`: Address of the repository, or of the pull request. Only the main process of several pushes; on the
+        others, the name of the repository.
 
     Raises:
         ValueError: The directory holds no report or no adapter, a file of it holds a local path all the same, or
@@ -71,6 +74,8 @@ def push_mashup(
     """
     folder = Path(directory)
     _check(folder, base_model)
+    if license is not None and not is_license(license):
+        raise ValueError(f"`license` is {license!r}, expected an identifier of the Hub such as 'apache-2.0'.")
     # Imported here because it imports torch, which a wrong directory should not wait for.
     from ..distributed import is_main_process
 
@@ -78,10 +83,11 @@ def push_mashup(
         return repo_id
     api = HfApi(library_name="mashup_callback")
     files = _files(folder, base_model)
-    repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    repository = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    repo_id = repository.repo_id
     card = files[CARD_NAME]
     if isinstance(card, bytes):
-        files[CARD_NAME] = card.replace(ADAPTER_PLACEHOLDER.encode(), repo_id.encode())
+        files[CARD_NAME] = _named_card(card.decode(), repo_id, license).encode()
     _announce(repo_id, _retried(lambda: api.model_info(repo_id)).private, files)
     commit = _retried(
         lambda: api.create_commit(
@@ -92,7 +98,7 @@ def push_mashup(
             create_pr=create_pr,
         )
     )
-    return commit.pr_url or commit.commit_url
+    return commit.pr_url or str(repository)
 
 
 def share(folder: Path) -> None:
@@ -114,7 +120,11 @@ def shared_texts(folder: Path, base_model: str | None = None) -> dict[str, bytes
     settings = {path.name: parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) for path in paths}
     adapter, card = settings.get(CONFIG_NAME), folder / CARD_NAME
     anew = base_model is not None or not card.is_file()
-    files = {CARD_NAME: mashup_card(shared, adapter) if anew else card.read_bytes().decode("utf-8")}
+    files = {
+        CARD_NAME: mashup_card(shared, adapter, (folder / PICTURE_NAME).is_file())
+        if anew
+        else card.read_bytes().decode("utf-8")
+    }
     if (folder / MERGEKIT_NAME).is_file():
         recipe = None if adapter is None else mergekit_recipe(shared, shared=True)
         files[MERGEKIT_NAME] = recipe or _clean_yaml(folder / MERGEKIT_NAME, report)
@@ -158,18 +168,30 @@ def _files(folder: Path, base_model: str | None) -> dict[str, bytes | Path]:
     """Returns what is pushed of a mashup's directory: its texts rewritten, the other files as they are."""
     names = {path.name for path in folder.iterdir() if path.is_file()} - {FAILED_NAME} | {CARD_NAME}
     if not (folder / MODEL_CONFIG_NAME).is_file():
-        names &= {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, MERGEKIT_NAME, PLOT_NAME}
+        names &= {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, MERGEKIT_NAME, PICTURE_NAME}
     texts = shared_texts(folder, base_model)
     files = {name: texts.get(name, folder / name) for name in sorted(names)}
     refuse_paths(files, MashupReport.load(folder), folder)
     return files
 
 
+def _named_card(text: str, repo_id: str, license: str | None) -> str:
+    """Returns a card with the repository's name in it, where its author has not written another title."""
+    text = text.replace(ADAPTER_PLACEHOLDER, repo_id).replace(f"\n{TITLE}\n", f"\n# {repo_id}\n", 1)
+    if license is None:
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.data.license = license
+    return str(card)
+
+
 def _announce(repo_id: str, private: bool, files: dict[str, bytes | Path]) -> None:
     sizes = {name: len(item) if isinstance(item, bytes) else item.stat().st_size for name, item in files.items()}
     listed = ", ".join(f"{name} ({size:,} bytes)" for name, size in sizes.items())
     seen = "private" if private else "public: anyone can read it"
-    logger.info("Pushing %d files to %s, which is %s: %s.", len(files), repo_id, seen, listed)
+    # Seen by everyone who has not asked for silence: it cannot be taken back.
+    level = logging.INFO if private else logging.WARNING
+    logger.log(level, "Pushing %d files to %s, which is %s: %s.", len(files), repo_id, seen, listed)
 
 
 def _named(path: Path, values: dict[str, Any], own: dict[str, Any]) -> str:

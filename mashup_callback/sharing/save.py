@@ -10,15 +10,15 @@ import yaml
 
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
+from ..names import short_names
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
-from .card import BASE_PLACEHOLDER, CARD_NAME, base_name, hub_source, mashup_card, merged_rows, short_names
+from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card, merged_rows
 from .shareable import shareable
 
 
 logger = logging.getLogger(__name__)
 
-PLOT_NAME = "ranking.png"
 MERGEKIT_NAME = "mergekit.yaml"
 _BARS = 30
 _HEADER = """\
@@ -43,9 +43,10 @@ def save_mashup(directory: Path, report: MashupReport, write: Callable[[Path], o
     with replacing(directory) as draft:
         if write is not None:
             write(draft)
-        if any(draft.iterdir()):
+        written = any(draft.iterdir())
+        plot_ranking(report, draft / PICTURE_NAME)
+        if written:
             describe(draft, report)
-        plot_ranking(report, draft / PLOT_NAME)
         report.save(draft / REPORT_NAME)
 
 
@@ -62,7 +63,8 @@ def describe(directory: Path, report: MashupReport) -> None:
     """Writes the card of the merge in a directory, as others may see it, and mergekit's configuration of it."""
     path = directory / CONFIG_NAME
     adapter = parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) if path.is_file() else None
-    (directory / CARD_NAME).write_text(mashup_card(shareable(report), adapter), encoding="utf-8")
+    card = mashup_card(shareable(report), adapter, (directory / PICTURE_NAME).is_file())
+    (directory / CARD_NAME).write_text(card, encoding="utf-8")
     recipe = None if adapter is None else mergekit_recipe(report)
     if recipe is not None:
         (directory / MERGEKIT_NAME).write_text(recipe, encoding="utf-8")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..names import short_names
 from ..report import MashupReport
-from .card import base_name, short_names
+from .card import base_name
 
 
 _ABSOLUTE = re.compile(r"(?<![\w./~\\])(?:file://)?(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\"`,;:()<>|]+){2,}[/\\]?")

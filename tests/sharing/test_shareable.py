@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mashup_callback.names import short_names
 from mashup_callback.report import CandidateRow, MashupReport
-from mashup_callback.sharing.card import short_names
 from mashup_callback.sharing.push import push_mashup, share
 from mashup_callback.sharing.shareable import refuse_paths, shareable
 from tests.hub.conftest import hub, run_client  # noqa: F401

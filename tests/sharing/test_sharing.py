@@ -1,7 +1,6 @@
 """Sharing: the model card, mergekit's configuration, and pushes of the real client to the loopback Hub."""
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
@@ -28,7 +27,9 @@ ADAPTER = {"task_type": "CAUSAL_LM"}
 SHA = "0123456789abcdef0123456789abcdef01234567"
 MERGE = MergeInfo("linear", "delta", {}, 4, 0.98765, {"q": 0.98765}, 0.0, (), "0.1.5")
 SOURCES = (
-    CandidateRow("acme/one", "scored", SHA, loss=1.25, weight=0.75, license="mit"),
+    CandidateRow(
+        "acme/one", "scored", SHA, loss=1.25, weight=0.75, license="mit", datasets=("acme/arc", "/data/x", "b")
+    ),
     CandidateRow("acme/two/sub/folder", "scored", SHA, loss=1.5, weight=0.25, license="mit"),
     CandidateRow("acme/three", "eliminated", SHA, loss=2.0, license="gpl"),
 )
@@ -61,10 +62,16 @@ def licensed(*licenses):
 
 def test_card_says_what_was_merged_and_how_good_it_is():
     card = mashup_card(REPORT, ADAPTER)
-    assert front_matter(card) == {
+    about = front_matter(card)
+    [index] = about.pop("model-index")
+    assert [(item["type"], item["value"]) for item in index["results"][0]["metrics"]] == [("loss", 1.4321)]
+    assert about == {
         "base_model": "acme/base",
+        "base_model_relation": "adapter",
         "library_name": "peft",
         "license": "mit",
+        "pipeline_tag": "text-generation",
+        "datasets": ["acme/arc"],
         "tags": ["mashup", "merge", "lora"],
     }
     cells = [token.content for token in rendered(card) if token.type == "inline"]
@@ -155,7 +162,8 @@ def test_nothing_a_stranger_wrote_is_markup(names, text, decision):
     """HTML, links, images and table cells are only our own, whatever names, licences and parameters hold."""
     rows = tuple(CandidateRow(name, "scored", text, weight=0.5, license=text or None) for name in names)
     merge = replace(MERGE, method=text, space=text, mergekit_version=text, parameters={text: 0.5})
-    report = replace(REPORT, candidates=rows, merge=merge, reason=text, decision=decision, base_model=text)
+    fields = {"reason": text, "base_model": text, "environment": {text: text}}
+    report = replace(REPORT, candidates=rows, merge=merge, decision=decision, **fields)
     card = mashup_card(report, {"task_type": text})
     tokens = rendered(card)
     assert not [token for token in tokens if token.type.startswith("html")]
@@ -164,14 +172,36 @@ def test_nothing_a_stranger_wrote_is_markup(names, text, decision):
     assert all(link == "https://arxiv.org/abs/2603.10156" or "/tree/" in link for link in links)
     assert sum(token.type == "td_open" for token in tokens) == 5 * len(rows) + 2 * 3
     assert next(token.content for token in tokens if token.type == "inline" and token.level == 1) == "Mashup"
-    assert sum(token.type == "heading_open" for token in tokens) == 5
-    assert set(front_matter(card)) <= {"base_model", "library_name", "license", "tags"}
+    assert sum(token.type == "heading_open" for token in tokens) == 6
+    ours = {"base_model", "base_model_relation", "library_name", "license", "model-index", "pipeline_tag", "tags"}
+    assert set(front_matter(card)) <= ours
+
+
+def test_card_of_a_single_adapter_and_of_local_ones():
+    """What others cannot do is not told them, and one adapter is no merge."""
+    single = replace(REPORT, decision="single", candidates=(replace(SOURCES[0], weight=3.0), *SOURCES[2:]))
+    card = mashup_card(single, ADAPTER)
+    assert "the best of the past adapters compared" in card and "merged from" not in card and "Method" not in card
+    assert front_matter(card)["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.5432
+    assert "| 1.0000 | 1.2500 |" in card and "--weights=3.0" in card
+    local = replace(REPORT, candidates=(SOURCES[0], CandidateRow("./b", "scored", weight=1.0)))
+    card = mashup_card(local, ADAPTER)
+    assert "Not by others: `./b` is not on the Hub." in card and "mashup merge" not in card
+
+
+def test_card_shows_the_picture_the_versions_and_what_to_cite(tmp_path):
+    save_mashup(tmp_path / "out", replace(REPORT, environment={"python": "3.11", "trl": None}), write_adapter)
+    card = (tmp_path / "out/README.md").read_text()
+    images = [token.attrs["src"] for token in rendered(card) if token.type == "image"]
+    assert images == ["ranking.png"] and (tmp_path / "out/ranking.png").is_file()
+    assert "Made with `python 3.11`." in card and "eprint = {2603.10156}" in card
 
 
 def test_card_of_a_full_model():
     report = replace(REPORT, merge=replace(MERGE, space="weights", rank=0))
     card = mashup_card(report, None)
     assert (front_matter(card)["library_name"], front_matter(card)["tags"]) == ("transformers", ["mashup", "merge"])
+    assert front_matter(card)["base_model_relation"] == "merge"
     assert "A full model of `acme/base`, merged from past models" in card
     assert "peft" not in card and "rank" not in card
     assert "mergekit-yaml mergekit.yaml merged --random-seed=7" in card
@@ -316,6 +346,8 @@ def test_what_cannot_be_pushed(tmp_path):
         push_mashup(tmp_path, "acme/x")
     with pytest.raises(ValueError, match="expected its name on the Hub"):
         push_mashup(tmp_path, "acme/x", base_model="/data/base")
+    with pytest.raises(ValueError, match="expected an identifier of the Hub such as 'apache-2.0'"):
+        push_mashup(write_mashup(tmp_path / "named"), "acme/x", license="my own")
 
 
 PUSH = """
@@ -329,7 +361,7 @@ from tests.tiny import llama
 
 named, local = sys.argv[1:]
 pushed = push_mashup(named, "acme/mashup", private=True)
-again = push_mashup(named, "acme/mashup")
+again = push_mashup(named, "acme/mashup", license="apache-2.0")
 opened = push_mashup(local, "other/theirs", create_pr=True)
 overridden = push_mashup(local, "acme/overridden", base_model="acme/base")
 failures = []
@@ -361,7 +393,7 @@ def test_push(hub, run_client, tmp_path):  # noqa: F811
     hub.faults.add("POST /api/models/acme/mashup/commit", status=429, headers={"Retry-After": "1"}, times=2)
     hub.faults.add("POST /api/models/acme/overridden/commit", status=500)
     environment = hub.environment(tmp_path / "hf", hub.user("alice", ["acme"]))
-    result = run_client(PUSH, named, local, env=environment)
+    result = run_client(PUSH, named, local, env=environment, timeout=180)
 
     files = hub.files("acme/mashup")
     assert set(files) == {
@@ -374,17 +406,18 @@ def test_push(hub, run_client, tmp_path):  # noqa: F811
     for name in ("adapter_model.safetensors", "mergekit.yaml", "report.json"):
         assert files[name] == (named / name).read_bytes()
     card = files["README.md"].decode()
-    assert 'PeftModel.from_pretrained(model, "acme/mashup"' in card
+    assert 'PeftModel.from_pretrained(model, "acme/mashup"' in card and "\n# acme/mashup\n" in card
+    assert front_matter(card)["license"] == "apache-2.0"
+    assert front_matter(card)["model-index"][0]["name"] == "acme/mashup"
     assert card.endswith("My own words.\n")
     assert MashupReport.from_json(files["report.json"].decode()) == REPORT
     assert result["private"] is True
     assert result["same"] is True
     assert (result["recorded"], result["found"]) == ("acme/base", ["acme/mashup", "acme/overridden"])
     pushed, again, opened, overridden = result["urls"]
-    assert re.fullmatch(rf"{hub.url}/acme/mashup/commit/[0-9a-f]{{40}}", pushed)
-    assert again == pushed
+    assert again == pushed == f"{hub.url}/acme/mashup"
     assert opened == f"{hub.url}/other/theirs/discussions/1"
-    assert overridden.startswith(f"{hub.url}/acme/overridden/commit/")
+    assert overridden == f"{hub.url}/acme/overridden"
     assert result["failures"] == ["HfHubHTTPError"]
 
     assert hub.files("other/theirs") == {"README.md": b"# theirs\n"}
@@ -396,7 +429,7 @@ def test_push(hub, run_client, tmp_path):  # noqa: F811
     assert "Warning" not in own["README.md"].decode()
     assert json.loads(own["adapter_config.json"])["base_model_name_or_path"] == "acme/base"
     commits = [request.status for request in hub.requests if "/acme/mashup/commit" in request.path]
-    assert commits == [429, 429, 200]
+    assert commits == [429, 429, 200, 200]
 
 
 TRAIN = """
@@ -464,7 +497,7 @@ def test_push_through_the_trainer(hub, run_client, tmp_path):  # noqa: F811
     assert start["adapter_model.safetensors"] == (saved / "adapter_model.safetensors").read_bytes()
     assert json.loads(start["adapter_config.json"])["base_model_name_or_path"] == "acme/base"
     assert front_matter(start["README.md"].decode())["base_model"] == "acme/base"
-    assert result["merge"].startswith(f"{hub.url}/acme/start/commit/")
+    assert result["merge"] == f"{hub.url}/acme/start"
 
 
 def test_only_the_main_process_pushes(tmp_path, monkeypatch):

@@ -1,0 +1,58 @@
+"""Short names of candidates that can be told apart."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+
+# A name up to this length stays as it is in tables.
+_SHORT = 24
+
+
+def short_names(rows: Sequence[Any]) -> list[str]:
+    """Returns the candidates' names, those that are local paths cut to the last directories that tell them apart."""
+    short = _shortest(rows)
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(short):
+        seen[name] += 1
+        short[index] = f"{name} ({seen[name]})" if seen[name] > 1 else name
+    return short
+
+
+def labels(rows: Sequence[Any]) -> list[str]:
+    """Returns names for people on this machine: a path that was cut starts with an ellipsis, and shows its end."""
+    hub = Counter(row.name for row in rows if not row.is_local)
+    return [
+        _local_label(row.name, short) if row.is_local else _hub_label(row, hub[row.name])
+        for row, short in zip(rows, _shortest(rows), strict=True)
+    ]
+
+
+def _local_label(name: str, short: str) -> str:
+    return name if len(name) <= max(_SHORT, len(short) + 2) else f"…/{short}"
+
+
+def _hub_label(row: Any, count: int) -> str:
+    return f"{row.name}@{row.revision[:7]}" if count > 1 and row.revision else row.name
+
+
+def _shortest(rows: Sequence[Any]) -> list[str]:
+    tails = [_tails(row.name) if row.is_local else [row.name] for row in rows]
+    counts = Counter(tail for own in tails for tail in own)
+    return [next((tail for tail in own if counts[tail] == 1), own[-1]) for own in tails]
+
+
+def _tails(path: str) -> list[str]:
+    """Returns the ends of a path below the user's home, the shortest first, in printable characters."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    path = path.removeprefix(home) if path.startswith(home) else re.sub(r"^/(home|Users)/[^/]+/", "", path)
+    parts = [part for part in re.split(r"[/\\]+", printable(path)) if part not in ("", ".", "..", "~")] or ["adapter"]
+    first = 2 if parts[-1].startswith("checkpoint-") and len(parts) > 1 else 1
+    return ["/".join(parts[-length:]) for length in range(first, len(parts) + 1)]
+
+
+def printable(text: str) -> str:
+    """Returns a text with a question mark for every character that does not print."""
+    return "".join(character if character.isprintable() else "?" for character in text)
