@@ -7,7 +7,7 @@ from .config import MashupConfig
 
 
 # Parsers know no unions, so that these are text: see `MashupConfig.from_texts`.
-_TEXTS = ("top_k", "metric", "merge_parameters", "weights")
+_TEXTS = ("top_k", "sample_size", "metric", "merge_parameters", "weights")
 _PYTHON_ONLY = ("guard_dataset",)
 
 _Settings = make_dataclass(

@@ -133,7 +133,7 @@ class MashupCallback(TrainerCallback):
             trainee = find_trainee(model, config, self._directory)
         with failing_together():
             self._check_directory(self._directory)
-        run = MashupRun(config, args, model, trainee, self._trainer)
+        run = MashupRun(config, args, model, trainee, state.max_steps, self._trainer)
         try:
             with failing_together():
                 run.run(self.specs, train_dataloader)

@@ -2,7 +2,7 @@
 What the processes of one training run share: who does what, and what they agree on.
 
 Every message goes through [`gather`], and every process that fails inside [`failing_together`] sends its failure with
-the same call. So the processes stay in step: whatever the others wait for, they get the failure instead and raise it too.
+the same call. So the processes stay in step: whatever the others wait for, they get the failure instead and raise it.
 """
 
 import logging

@@ -26,6 +26,14 @@ AUTO_METHODS: Mapping[str, Mapping[str, Any]] = {
     "karcher": {},
     "model_stock": {},
 }
+# Runs that a race leaves for top_k="auto" to try.
+AUTO_RUNS = 5
+
+
+def judged(config: MashupConfig) -> int:
+    """Returns how many initializations are judged at most: the fresh one, the best single one, and the merges."""
+    methods = len(AUTO_METHODS) if config.merge_method == "auto" else 1
+    return 2 + methods * (AUTO_RUNS if config.top_k == "auto" else 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,19 @@ from .candidates import Candidate, Hub, find_candidates, same_data
 from .config import MashupConfig
 from .distributed import from_main_process, is_first_on_machine, is_main_process, on_main_process
 from .guard import Decision, choose
+from .initialization import AUTO_RUNS, judged
 from .model import base_model_name
 from .report import CandidateRow, MashupReport, environment
-from .scoring import SampleRows, Score, draw_sample, make_metric, race_rounds, score_candidates
+from .scoring import (
+    SampleRows,
+    Score,
+    affordable_size,
+    draw_sample,
+    make_metric,
+    race_rounds,
+    score_candidates,
+    share_of_run,
+)
 from .selection import select
 from .sharing import save_failure, save_mashup
 from .trainee import Trainee
@@ -33,9 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Runs that a race leaves for top_k="auto" to try.
-AUTO_RUNS = 5
-
 
 class MashupRun:
     """One way through the stages, with the time that each took."""
@@ -46,9 +53,13 @@ class MashupRun:
         args: TrainingArguments,
         model: nn.Module,
         trainee: Trainee,
+        max_steps: int,
         trainer: "Trainer | None" = None,
     ) -> None:
         self.config, self.args, self.model, self.trainee = config, args, model, trainee
+        rows_of_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.trained_rows = max(1, max_steps) * rows_of_a_step
+        self.keep = AUTO_RUNS if config.top_k == "auto" else config.top_k
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
         self.metric = make_metric(config.metric, trainer, trainee)
@@ -66,7 +77,7 @@ class MashupRun:
         with self._timed("sample"):
             sample = draw_sample(
                 dataloader,
-                config.sample_size,
+                self._sample_size(len(candidates)),
                 batch_size=config.batch_size or self.args.train_batch_size,
                 seed=self.args.seed if config.seed is None else config.seed,
                 guard_rows=config.guard_dataset,
@@ -120,13 +131,24 @@ class MashupRun:
             rows,
             "probe" if config.metric == "probe" else self.metric,
             search=config.search,
-            keep=AUTO_RUNS if config.top_k == "auto" else config.top_k,
+            keep=self.keep,
             base_model=self.base_model,
             max_seconds=config.max_seconds,
             hub=self.hub,
             admit=self.trainee.admit,
             learning_rate=self.args.learning_rate,
         )
+
+    def _sample_size(self, candidates: int) -> int:
+        config = self.config
+        if config.sample_size != "auto":
+            return config.sample_size
+        return affordable_size(self.trained_rows, candidates, judged(config), config.search, self.keep)
+
+    def _share(self) -> float:
+        """Returns the share of the run's own forward and backward work that its scores and its guard stand for."""
+        passes = sum(score.rows for score in self.scores) + judged(self.config) * self.sample["held_out"]
+        return share_of_run(passes, self.trained_rows)
 
     def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
         """Writes what was chosen, takes it back where the model is clearly worse, returns the report's changes."""
@@ -163,6 +185,7 @@ class MashupRun:
             candidates=candidate_rows(self.scores, shown.selection.weight_of()),
             rounds=race_rounds(self.scores),
             merge=shown.info,
+            share=self._share(),
         )
 
     def _report(self, **values: Any) -> MashupReport:

@@ -107,6 +107,8 @@ class MashupReport:
         config (`dict`): The settings.
         environment (`dict`): Versions and hardware.
         sample (`dict[str, int]`): Rows that selected and were held out, duplicates among them, rows without a label.
+        share (`float`, *optional*): Forward passes that scoring and guarding stand for, as a share of the run's own
+            forward and backward work, a row that is trained counted as two passes.
         schema (`int`): Version of the JSON.
     """
 
@@ -129,6 +131,7 @@ class MashupReport:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     sample: dict[str, int] = field(default_factory=dict)
+    share: float | None = None
     schema: int = SCHEMA
 
     @property

@@ -15,7 +15,7 @@ from mashup_callback import MashupArguments, MashupCallback, MashupConfig
 
 def test_defaults_are_those_of_the_design():
     config = MashupConfig()
-    assert (config.top_k, config.sample_size, config.metric, config.merge_method) == (3, 256, "loss", "linear")
+    assert (config.top_k, config.sample_size, config.metric, config.merge_method) == (3, "auto", "loss", "linear")
     assert (config.merge_space, config.weights, config.search, config.guard) == ("delta", "equal", "racing", True)
     assert (config.max_candidates, config.max_download_gb, config.seed, config.on_error) == (64, 10.0, None, "scratch")
 

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -130,13 +131,16 @@ def _fetch(candidate: Candidate, name: str, digest: str, size: int, hub: Hub) ->
     if etag != digest:
         # Under another name it would replace, or be taken for, another file of the cache.
         raise HubError(f"the Hub states two hashes of {name}: {digest} and its ETag")
-    for _ in range(2):
-        path = Path(hub.call(hf_hub_download, candidate.repo_id, name, revision=candidate.revision, size=size))
+    download = partial(hf_hub_download, candidate.repo_id, name, revision=candidate.revision)
+    held = try_to_load_from_cache(candidate.repo_id, name, revision=candidate.revision)
+    for force in (isinstance(held, str) and not _is_genuine(Path(held)), True):
+        path = Path(hub.call(download, force_download=force, size=size))
         hub.received(path.stat().st_size)
         if _has_digest(path, digest):
             return path
-        logger.warning("%s of %s came with the wrong content and is removed.", name, candidate.name)
-        _discard(path)
+        logger.warning("%s of %s came with the wrong content.", name, candidate.name)
+    # This run has just written it, and no program should read it.
+    _discard(path)
     raise HubError(f"{name} came twice with other content than its hash says, and was removed")
 
 
@@ -168,16 +172,12 @@ def _shards(candidate: Candidate) -> list[str]:
 
 
 def _is_genuine(path: Path) -> bool:
-    """Whether a file in the cache has the content that its name, a hash, says; if not, it is removed."""
+    """Whether a file in the cache has the content that its name, a hash, says."""
     if not path.is_symlink():
         # The cache of a system without symbolic links does not keep the hash. It was verified when downloaded.
         return True
     digest = Path(os.readlink(path)).name
-    if len(digest) in (40, 64) and _has_digest(path, digest):
-        return True
-    logger.warning("%s in the cache does not have the content that its name says; it is removed.", path)
-    _discard(path)
-    return False
+    return len(digest) in (40, 64) and _has_digest(path, digest)
 
 
 def _discard(path: Path) -> None:

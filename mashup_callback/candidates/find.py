@@ -242,6 +242,7 @@ def _first_usable(named: Sequence[_Named], max_candidates: int | None) -> list[C
     """Checks candidates in their order, several at a time, until enough can be used and are not the same."""
     bound = sys.maxsize if max_candidates is None else max_candidates
     found: dict[object, Candidate] = {}
+    contents: dict[Path, tuple[str, str] | None] = {}
     waiting = list(named)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="mashup-find") as pool:
         while True:
@@ -251,7 +252,7 @@ def _first_usable(named: Sequence[_Named], max_candidates: int | None) -> list[C
                 for item in itertools.chain.from_iterable(pool.map(lambda entry: entry[1](), part)):
                     found.setdefault(_identity(item), item)
                 continue
-            distinct = dict(zip(kept, reject_duplicates([found[key] for key in kept]), strict=True))
+            distinct = dict(zip(kept, reject_duplicates([found[key] for key in kept], contents), strict=True))
             found |= distinct
             if all(item.reason is None for item in distinct.values()):
                 break

@@ -167,8 +167,12 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
-    """Rejects all but one of the adapters with the same content, and keeps a run's final one over its checkpoints."""
+def reject_duplicates(found: Sequence[Candidate], known: dict[Path, tuple[str, str] | None]) -> list[Candidate]:
+    """
+    Rejects all but one of the adapters with the same content, and keeps a run's final one over its checkpoints.
+
+    What was read of a directory as a whole is in `known`, and is not read again.
+    """
     found = list(found)
     here = [index for index, item in enumerate(found) if _is_adapter_here(item)]
     here.sort(key=lambda index: _is_checkpoint(found[index].path))
@@ -177,7 +181,9 @@ def reject_duplicates(found: Sequence[Candidate]) -> list[Candidate]:
     counts = Counter(ends.values())
     kept: dict[tuple[str, str], str] = {}
     for index in here:
-        content = _content(found[index].path) if counts[ends[index]] > 1 else None
+        path, content = found[index].path, None
+        if counts[ends[index]] > 1:
+            content = known[path] = known[path] if path in known else _content(path)
         if content in kept:
             found[index] = replace(found[index], reason=f"identical to {kept[content]}")
         elif content is not None:

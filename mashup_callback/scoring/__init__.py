@@ -1,5 +1,6 @@
 """The losses of candidates on a sample of the training data."""
 
+from .budget import affordable_size, share_of_run
 from .cache import CacheInfo, ScoreCache
 from .evaluation import evaluate
 from .halving import race_rounds, round_sizes, survivors
@@ -22,6 +23,7 @@ __all__ = [
     "ScoreCache",
     "ScoreMetric",
     "TrainerLoss",
+    "affordable_size",
     "as_rows",
     "draw_sample",
     "evaluate",
@@ -32,6 +34,7 @@ __all__ = [
     "race_rounds",
     "round_sizes",
     "score_candidates",
+    "share_of_run",
     "survivors",
     "token_budget",
 ]

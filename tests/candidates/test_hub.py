@@ -255,18 +255,19 @@ finish(**{name: find(sys.argv[1:], fetch=True, **given) for name, given in lists
             assert environment or usable(found["licenses"]) == ["acme/a"]
 
 
-def test_damaged_files_in_the_cache_are_removed_and_downloaded_again(hub, run_client, adapter, tmp_path):
+def test_damaged_files_in_the_cache_are_not_read_and_replaced_by_a_download(hub, run_client, adapter, tmp_path):
     sha = hub.seed("acme/one", adapter(1))
     program = PRELUDE + "found = find(sys.argv[1:], fetch=True); finish(found=found)"
     path = Path(run_client(program, f"acme/one@{sha}")["found"]["acme/one"]["path"]) / WEIGHTS
     data = path.read_bytes()
     blob = path.resolve()
     blob.chmod(0o644)
-    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    damaged = data[:-1] + bytes([data[-1] ^ 1])
+    blob.write_bytes(damaged)
 
     offline = hub.environment(tmp_path / "hf_home") | {"HF_HUB_OFFLINE": "1"}
     assert "not in the cache" in run_client(program, f"acme/one@{sha}", env=offline)["found"]["acme/one"]["reason"]
-    assert not path.exists() and not blob.exists()
+    assert path.read_bytes() == damaged
     assert usable(run_client(program, f"acme/one@{sha}")["found"]) == ["acme/one"]
     assert path.read_bytes() == data
 
