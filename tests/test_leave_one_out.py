@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from mashup_callback.lowrank import LoraFactors
 from recipes.leave_one_out import arms, cli, outputs, tables
 from recipes.leave_one_out import jobs as jobs_module
-from recipes.leave_one_out.controls import assert_initialised, randomised
+from recipes.leave_one_out.controls import assert_initialized, randomised
 from recipes.leave_one_out.jobs import read_results, result_path, run_job, run_jobs
 from recipes.leave_one_out.protocol import Job, Point, make_job, plan, plan_library
 from recipes.leave_one_out.worlds import WORLDS, load_world, sources
@@ -311,17 +311,17 @@ def test_every_run_pays_for_its_own_scoring(small, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_plain_initialisation_is_noticed(small):
+def test_a_plain_initialization_is_noticed(small):
     world, _, _, _ = small
     settings = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}
     named_only = get_peft_model(world.base_model(), world.lora_config(**settings))
     before = {name: value.clone() for name, value in named_only.named_parameters() if "lora_A" in name}
     with pytest.raises(RuntimeError, match="EVA left .*q_proj.lora_A.default.weight as it was"):
-        assert_initialised("EVA", before, named_only)
+        assert_initialized("EVA", before, named_only)
     with torch.no_grad():
         for name in before:
             named_only.get_parameter(name).add_(1)
-    assert_initialised("EVA", before, named_only)
+    assert_initialized("EVA", before, named_only)
 
 
 # --- all weights trained

@@ -34,7 +34,7 @@ def _fresh(world: World, *mashups: MashupCallback) -> Begin:
 
 
 def scratch(world: World, job: Job, directory: Path) -> Begin:
-    """A fresh LoRA initialisation."""
+    """A fresh LoRA initialization."""
     return _fresh(world)
 
 

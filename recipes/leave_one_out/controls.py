@@ -75,7 +75,7 @@ def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float
     before = _values(model, ".lora_A.default.weight")
     initialize_lora_eva_weights(model, list(islice(batches, INIT_BATCHES)), show_progress_bar=False)
     seconds = time.perf_counter() - started
-    assert_initialised("EVA", before, model)
+    assert_initialized("EVA", before, model)
     return model, seconds
 
 
@@ -96,18 +96,18 @@ def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, f
     model = get_peft_model(base, config)
     seconds = time.perf_counter() - started
     plain = get_peft_model(world.base_model(), world.lora_config())
-    assert_initialised("LoRA-GA", _values(plain, ".base_layer.weight"), model)
+    assert_initialized("LoRA-GA", _values(plain, ".base_layer.weight"), model)
     return model, seconds
 
 
-def assert_initialised(method: str, before: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def assert_initialized(method: str, before: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """
-    Checks that an initialisation changed every parameter that it is meant to: named in a `peft_config` only, both
+    Checks that an initialization changed every parameter that it is meant to: named in a `peft_config` only, both
     methods silently give a plain one.
     """
     for name, value in before.items():
         if torch.equal(value.cpu(), model.get_parameter(name).detach().cpu()):
-            raise RuntimeError(f"{method} left {name} as it was: training would start from a plain initialisation.")
+            raise RuntimeError(f"{method} left {name} as it was: training would start from a plain initialization.")
 
 
 def _values(model: nn.Module, suffix: str) -> dict[str, torch.Tensor]:

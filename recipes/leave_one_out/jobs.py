@@ -90,7 +90,7 @@ def read_results(output_dir: Path, jobs: Sequence[Job]) -> list[dict]:
 def claim_gpu() -> None:
     """Gives a joblib worker the GPU of its own number. Ray does this itself."""
     number = re.fullmatch(r"LokyProcess-(\d+)", multiprocessing.current_process().name)
-    # Counting devices through the driver does not initialise CUDA, which would fix the choice.
+    # Counting devices through the driver does not initialize CUDA, which would fix the choice.
     if number and "CUDA_VISIBLE_DEVICES" not in os.environ and (count := torch.cuda.device_count()):
         os.environ["CUDA_VISIBLE_DEVICES"] = str((int(number[1]) - 1) % count)
 

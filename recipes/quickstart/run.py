@@ -124,7 +124,7 @@ def main() -> None:
     path = options.output_dir / f"{options.target}.png"
     scratch, mashup = [], []
     for seed in options.seed:
-        callback = MashupCallback(library, top_k=3, seed=42)
+        callback = MashupCallback(library, sample_size=256, seed=42)
         started = time.perf_counter()
         scratch.append(train(options.target, seed, options.output_dir))
         mashup.append(train(options.target, seed, options.output_dir, callback))
