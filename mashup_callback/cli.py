@@ -130,7 +130,7 @@ def rank(
     sample_size: Annotated[int, typer.Option(min=1, help="Rows to score on.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
-    metric: Annotated[str, typer.Option(help="loss, token_accuracy or probe.")] = "loss",
+    metric: Annotated[str, typer.Option(help="loss or token_accuracy.")] = "loss",
     search: Annotated[str, typer.Option(help="racing or exhaustive.")] = "racing",
     keep: Annotated[int, typer.Option(min=1, help="Training runs that racing must leave.")] = 3,
     assistant_only_loss: Annotated[bool, typer.Option(help="Chats: score the assistant's turns only.")] = False,

@@ -70,12 +70,11 @@ def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def rank_table(rows: Sequence[CandidateRow], base_loss: float) -> Table:
     """Returns the ranking as a table."""
-    probed = any(row.probe_loss is not None for row in rows)
-    table = _folding("candidate", "loss", *(["after steps"] if probed else []), "accuracy", "rows", "rank", "status")
+    table = _folding("candidate", "loss", "accuracy", "rows", "rank", "status")
     table.caption = f"the base model alone: {base_loss:.4f}"
     for name, row in zip(labels(rows), rows, strict=True):
-        losses = (row.loss, row.probe_loss, row.accuracy) if probed else (row.loss, row.accuracy)
-        table.add_row(_text(name), *map(number, losses), str(row.rows or ""), _text(row.rank), _text(status(row)))
+        cells = (number(row.loss), number(row.accuracy), str(row.rows or ""), _text(row.rank))
+        table.add_row(_text(name), *cells, _text(status(row)))
     return table
 
 

@@ -82,21 +82,17 @@ def table(report: Any) -> Table:
     caption = None if report.reason in summary(report) else escape(report.reason)
     table = Table(title=f"mashup: {report.decision}", caption=caption)
     table.title_justify = table.caption_justify = "left"
-    # The loss after a few steps of training, where that ranks.
-    probed = any(row.probe_loss is not None for row in report.candidates)
-    numbers = ("loss", "after steps", "rows", "weight") if probed else ("loss", "rows", "weight")
     table.add_column("candidate", overflow="fold", ratio=1, min_width=14)
-    for name in numbers:
+    for name in ("loss", "rows", "weight"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("status", overflow="fold", ratio=1)
 
-    def add(name: str, loss: float | None, status: str, after: float | None = None, *others: str) -> None:
-        cells = [number(loss), *([number(after)] if probed else []), *(others or ("", ""))]
-        table.add_row(escape(name), *cells, escape(status))
+    def add(name: str, loss: float | None, status: str, rows: str = "", weight: str = "") -> None:
+        table.add_row(escape(name), number(loss), rows, weight, escape(status))
 
     rows = report.candidates
     for row, label, share in zip(rows, labels(rows), shares(rows), strict=True):
-        add(label, row.loss, status(row), row.probe_loss, str(row.rows or ""), percent(share))
+        add(label, row.loss, status(row), str(row.rows or ""), percent(share))
     table.add_section()
     if len(report.rounds) > 1:
         steps = (f"{one.entered} on {one.rows} rows" for one in report.rounds)

@@ -1,6 +1,7 @@
-"""Every recipe parses, and the script trains a tiny model from a mashup."""
+"""Every recipe parses; those for a laptop run, and so does the notebook."""
 
 import json
+import runpy
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from trl import TrlParser
 
 from mashup_callback import MashupReport
 from recipes import sft
-from tests.tiny import LINEAR, llama, rows, tokenizer
+from recipes.quickstart import world
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -46,32 +47,47 @@ def test_launch_configuration_is_accelerates(path):
     assert config.num_processes in (8, 16) and config.mixed_precision == "bf16"
 
 
-def test_script_trains_from_a_mashup(tmp_path, library):
-    llama().save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows(count=32))))
-    recipe = {
-        "model_name_or_path": str(tmp_path / "base"),
-        "dtype": "float32",
-        "dataset_name": str(tmp_path / "data"),
-        "output_dir": str(tmp_path / "out"),
-        "use_peft": True,
-        "lora_r": 4,
-        "lora_target_modules": LINEAR,
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "max_length": 32,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "mashup_candidates": [str(library / "trained-*")],
-        "mashup_top_k": 2,
-        "seed": 7,
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    sft.main(["--config", str(tmp_path / "recipe.yaml")])
-    report = MashupReport.load(tmp_path / "out/mashup")
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """The root of the clone, where the recipes' commands run; what they write goes elsewhere."""
+    monkeypatch.chdir(RECIPES.parent)
+    return tmp_path
+
+
+def test_laptop_recipe_trains_from_a_mashup_on_the_data_that_the_script_writes(clone):
+    runpy.run_path("recipes/sft/data.py")["main"](["smallest", "--output-dir", str(clone / "data")])
+    texts = [(clone / f"data/smallest/{split}.jsonl").read_text() for split in ("test", "train")]
+    test, train = ({json.loads(row)["prompt"] for row in text.splitlines()} for text in texts)
+    assert train and test and not test & train
+    changed = {"dataset_name": clone / "data/smallest", "output_dir": clone / "out", "max_steps": 1, "seed": 7}
+    changed |= {"mashup_top_k": 2, "mashup_sample_size": 32, "per_device_train_batch_size": 4}
+    words = [str(word) for name, value in changed.items() for word in (f"--{name}", value)]
+    sft.main(["--config", "recipes/sft/laptop.yaml", *words])
+    report = MashupReport.load(clone / "out/mashup")
     assert report.decision in ("merged", "single")
     assert (report.config["top_k"], report.config["seed"]) == (2, 7)
-    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    names = {Path(row.name).name for row in report.candidates}
+    assert names == set(world.TASKS) - {"smallest"} and not any(row.warnings for row in report.candidates)
+    assert (clone / "out/adapter_model.safetensors").exists()
+
+
+def test_every_file_that_a_recipe_names_is_made_by_the_script():
+    known = runpy.run_path(str(RECIPES / "sft/data.py"))
+    for path in SFT:
+        task = yaml.safe_load(path.read_text())["dataset_name"].removeprefix("data/")
+        assert task in (*known["BENCHMARKS"], *world.TASKS)
+        assert f"recipes/sft/data.py {task}" in path.read_text()
+
+
+def test_notebook_runs_and_is_small(tmp_path, monkeypatch):
+    path = RECIPES / "quickstart/quickstart.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    assert path.stat().st_size < 20_000
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"] == list(range(1, len(code) + 1))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in code:
+        exec(cell.replace('steps = "smallest", 40', 'steps = "smallest", 2'), names)
+    assert names["report"].decision == "merged" and names["steps"] == 2
+    assert 0 <= names["from_scratch"] <= 1 and 0 <= names["from_mashup"] <= 1

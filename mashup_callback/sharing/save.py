@@ -10,17 +10,16 @@ import yaml
 
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
-from ..names import short_names
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
 from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card, merged_rows
+from .ranking import plot_ranking
 from .shareable import shareable
 
 
 logger = logging.getLogger(__name__)
 
 MERGEKIT_NAME = "mergekit.yaml"
-_BARS = 30
 _HEADER = """\
 # The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone,
 # and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear
@@ -81,40 +80,6 @@ def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
     config = mergekit_config(rule, models, [row.weight for row in sources], {"model": base})
     # Through JSON, since YAML would write an object that it meets twice as an alias.
     return _HEADER + yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)
-
-
-def plot_ranking(report: MashupReport, path: Path) -> bool:
-    """Draws the losses of the best candidates, the fresh initialization and the merge; False where it cannot."""
-    pairs = zip(report.candidates, short_names(report.candidates), strict=True)
-    rows = [(row, name) for row, name in pairs if row.loss is not None][:_BARS]
-    if not rows:
-        return False
-    try:
-        # Figure, not pyplot: it needs no display and leaves the user's backend alone.
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.info('No picture of the ranking: matplotlib is missing (pip install "mashup-callback[plot]").')
-        return False
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    for row, name in rows:
-        axes.barh(
-            name if len(name) <= 40 else f"…{name[-39:]}", row.loss, color="tab:blue" if row.weight else "lightgray"
-        )
-    axes.invert_yaxis()
-    for loss, color, label in (
-        (report.base_loss, "black", "fresh initialization, held out"),
-        (report.single_loss, "tab:orange", "best single, held out"),
-        (report.merged_loss, "tab:green", "merge, held out"),
-    ):
-        if loss is not None:
-            axes.axvline(loss, color=color, linestyle="--", label=f"{label}: {loss:.3f}")
-    axes.set(xlabel="loss per label token [nats]; bars: on the rows each was scored on, blue: merged")
-    axes.set_title(f"mashup: {report.decision}", loc="left")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
-    return True
 
 
 def _model_path(row: CandidateRow, shared: bool) -> dict[str, str]:

@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from throughput import llama, throughput
 from torch import nn
+from trl import SFTTrainer
 
 from mashup_callback import score_candidates
 from mashup_callback.formats.adapter import load_factors, read_adapter
@@ -38,9 +38,11 @@ from mashup_callback.lora.merge import merge_factors
 from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.model.isolation import undisturbed
 from mashup_callback.scoring import RowLosses, SampleRows, draw_sample, evaluate, round_sizes, survivors
+from mashup_callback.sharing import style
+from recipes.benchmarks.throughput import llama, throughput
+from recipes.quickstart import world
 
 
-QUICKSTART = Path(__file__).parents[1] / "quickstart"
 CHECKPOINTS, NOISED, KEEP, SEEDS, POOL, SAMPLE = (0.2, 0.4, 0.6, 0.8), 14, 3, 20, 256, 128
 GROWTH = (8, 32, 128, 512)
 VOCABULARY, LONG_ROWS, LONG_LENGTH = 262_144, 16, 512
@@ -51,10 +53,6 @@ console = Console()
 
 def quickstart(target: str, size: int) -> tuple[nn.Module, SampleRows, SampleRows]:
     """The quickstart's base model, and a sample and held-out rows of one of its tasks as its Trainer sees them."""
-    sys.path.insert(0, str(QUICKSTART))
-    import world
-    from trl import SFTTrainer
-
     world.quiet()
     with tempfile.TemporaryDirectory() as directory:
         trainer = SFTTrainer(
@@ -81,7 +79,7 @@ def candidates(directory: Path, target: str, count: int) -> list[tuple[Path, str
     checkpoints, copies with noise, and random ones of a trained one's norms.
     """
     generator = torch.Generator().manual_seed(0)
-    trained = sorted(path for path in (QUICKSTART / "adapters").iterdir() if path.name != target)
+    trained = sorted(path for path in world.ADAPTERS.iterdir() if path.name != target)
     found = [(path, path.name) for path in trained]
     for share in CHECKPOINTS:
         for path in trained:
@@ -200,21 +198,19 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def draw(points: Sequence[tuple], exponent: float, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     counts, times, rows, _ = zip(*points, strict=True)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
-    left.loglog(counts, times, "o-", label=f"exponent {exponent:.2f}")
-    left.set(xlabel="candidates", ylabel="seconds")
-    right.loglog(counts, rows, "o-", label="racing")
-    right.loglog(counts, [SAMPLE * count for count in counts], ":", label="exhaustive")
-    right.set(xlabel="candidates", ylabel="row-forwards")
-    for axes in (left, right):
-        axes.legend()
-    figure.savefig(path, dpi=150)
+    title = f"{counts[-1] / counts[0]:.0f} times the candidates take {times[-1] / times[0]:.0f} times as long"
+    figure, (upper, lower) = style.new_figure(title, (7, 6), (1, 1))
+    upper.loglog(counts, times, "o-", color=style.BLUE)
+    upper.set(ylabel=f"seconds (exponent {exponent:.2f})")
+    lower.loglog(counts, rows, "o-", color=style.BLUE, label="racing")
+    lower.loglog(counts, [SAMPLE * n for n in counts], "s:", color=style.ORANGE, label="every row for each")
+    lower.legend(frameon=False)
+    lower.set(ylabel="forward passes of a row")
+    for axes in (upper, lower):
+        axes.set_xticks(counts, counts)
+        axes.set_xlabel("candidates")
+    style.save(figure, path)
 
 
 def memory() -> dict[str, float]:

@@ -25,17 +25,7 @@ ORACLE_POOL, ORACLE_SIZE = 4, 3
 
 
 def begin(world: World, job: Job, directory: Path) -> Begin:
-    """
-    Makes what an arm starts from.
-
-    Args:
-        world (`World`):
-            The world.
-        job (`Job`):
-            The run.
-        directory (`Path`):
-            An empty directory for what the arm writes.
-    """
+    """Makes what an arm starts from; it may write to the directory, which is empty."""
     return ARMS[job.arm](world, job, directory)
 
 
@@ -44,7 +34,7 @@ def _fresh(world: World, *mashups: MashupCallback) -> Begin:
 
 
 def scratch(world: World, job: Job, directory: Path) -> Begin:
-    """A fresh LoRA initialisation."""
+    """A fresh LoRA initialization."""
     return _fresh(world)
 
 

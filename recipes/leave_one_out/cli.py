@@ -80,7 +80,7 @@ def narrowed(world: World, options: argparse.Namespace) -> World:
     changes = {name: tuple(value) for name in ("arms", "tasks", "seeds") if (value := getattr(options, name))}
     meaningless = [arm for arm in changes.get("arms", ()) if arm not in world.all_arms]
     if meaningless:
-        print(f"Skipped, as these arms need a LoRA adapter to initialise: {', '.join(meaningless)}")
+        print(f"Skipped, as these arms need a LoRA adapter to initialize: {', '.join(meaningless)}")
         changes["arms"] = tuple(arm for arm in changes["arms"] if arm in world.all_arms)
     changes["tuned"] = tuple(arm for arm in world.budget.tuned if arm in changes.get("arms", world.budget.arms))
     if options.steps:

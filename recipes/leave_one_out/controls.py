@@ -29,14 +29,6 @@ class RandomLikeMerge(TrainerCallback):
 
     A first callback makes the merge and leaves the model alone; its directions are then replaced by random ones,
     written to disk as an adapter, and a second callback starts from that.
-
-    Args:
-        world (`World`):
-            The world.
-        job (`Job`):
-            The run.
-        directory (`Path`):
-            Where the merge and the random adapter are written.
     """
 
     def __init__(self, world: World, job: Job, directory: Path) -> None:
@@ -57,12 +49,6 @@ def randomised(factors: Factors, seed: int) -> dict[str, LoraFactors]:
     """
     Returns an adapter with random directions: each layer keeps its rank, the Frobenius norm of its update and the
     ratio of the norms of A and B.
-
-    Args:
-        factors (`Factors`):
-            The adapter to imitate.
-        seed (`int`):
-            Seed of a private generator.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: _random_like(update, generator) for name, update in factors.items()}
@@ -80,12 +66,6 @@ def _random_like(update: LoraFactors, generator: torch.Generator) -> LoraFactors
 def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float]:
     """
     Initialises the adapter with EVA (arXiv 2410.07170), without redistributing ranks.
-
-    Returns:
-        `tuple[PeftModel, float]`: The model and the seconds that the initialisation took.
-
-    Raises:
-        RuntimeError: A layer's A is what it was before.
     """
     base, batches = _base_and_batches(world, job, directory)
     config = _resolved(world, base, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
@@ -95,19 +75,13 @@ def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float
     before = _values(model, ".lora_A.default.weight")
     initialize_lora_eva_weights(model, list(islice(batches, INIT_BATCHES)), show_progress_bar=False)
     seconds = time.perf_counter() - started
-    assert_initialised("EVA", before, model)
+    assert_initialized("EVA", before, model)
     return model, seconds
 
 
 def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float]:
     """
     Initialises the adapter with LoRA-GA (arXiv 2407.05000), from the gradient on a few batches.
-
-    Returns:
-        `tuple[PeftModel, float]`: The model and the seconds that the initialisation took.
-
-    Raises:
-        RuntimeError: A layer of the base is what it was before.
     """
     base, batches = _base_and_batches(world, job, directory)
     config = _resolved(world, base, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
@@ -122,29 +96,18 @@ def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, f
     model = get_peft_model(base, config)
     seconds = time.perf_counter() - started
     plain = get_peft_model(world.base_model(), world.lora_config())
-    assert_initialised("LoRA-GA", _values(plain, ".base_layer.weight"), model)
+    assert_initialized("LoRA-GA", _values(plain, ".base_layer.weight"), model)
     return model, seconds
 
 
-def assert_initialised(method: str, before: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def assert_initialized(method: str, before: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """
-    Checks that an initialisation changed every parameter that it is meant to: named in a `peft_config` only, both
+    Checks that an initialization changed every parameter that it is meant to: named in a `peft_config` only, both
     methods silently give a plain one.
-
-    Args:
-        method (`str`):
-            Name for the error.
-        before (`Mapping[str, torch.Tensor]`):
-            Values before the initialisation, by name of the model's parameter.
-        model (`torch.nn.Module`):
-            The model after it.
-
-    Raises:
-        RuntimeError: A parameter is as it was.
     """
     for name, value in before.items():
         if torch.equal(value.cpu(), model.get_parameter(name).detach().cpu()):
-            raise RuntimeError(f"{method} left {name} as it was: training would start from a plain initialisation.")
+            raise RuntimeError(f"{method} left {name} as it was: training would start from a plain initialization.")
 
 
 def _values(model: nn.Module, suffix: str) -> dict[str, torch.Tensor]:

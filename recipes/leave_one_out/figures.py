@@ -1,127 +1,211 @@
-"""The figures, in kind those of the paper: curves, parity, selection rows, method and k, learning rates, regret."""
+"""The figures, in kind those of the paper, each with its finding as the title; drawn from the tables."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from .worlds.base import EVERY_ARM
-
-
-COLOURS = dict(
-    zip(
-        EVERY_ARM,
-        ("#555555", "#d62728", "#ff9896", "#1f77b4", "#7f7f7f", "#2ca02c", "#9467bd", "#c5b0d5", "#e3a008", "#8c564b"),
-        strict=True,
-    )
+from mashup_callback.sharing.style import (
+    BLUE,
+    GRAY,
+    GREEN,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    SKY,
+    label_ends,
+    new_figure,
+    save,
 )
 
 
-def draw(path: Path, plot: Callable[[Axes], None], size: tuple[float, float] = (6, 4)) -> Path:
-    """Draws one figure with one pair of axes and saves it as PNG."""
-    figure = Figure(figsize=size, layout="constrained")
-    plot(figure.subplots())
-    figure.savefig(path, dpi=120)
-    return path
+# The two that matter are solid; no two arms share color and line.
+LOOKS = {
+    "scratch": (GRAY, "-"),
+    "mashup": (BLUE, "-"),
+    "paper": (SKY, "--"),
+    "best_single": (ORANGE, "--"),
+    "random": (INK, ":"),
+    "all": (GREEN, "--"),
+    "eva": (PURPLE, "-."),
+    "lora_ga": (RED, "-."),
+    "oracle": (INK, "--"),
+    "format": (RED, ":"),
+}
+Plot = Callable[[Axes], None]
 
 
-def mean_curves(points: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
-    """Mean over tasks and seeds of every arm's curve."""
-
-    def plot(axes: Axes) -> None:
-        for arm, group in points.groupby("arm", sort=False):
-            mean = group.groupby("step")["value"].mean()
-            axes.plot(mean.index, mean, label=arm, color=COLOURS[arm], linewidth=2.5 if arm == "mashup" else 1.2)
-        axes.set(xlabel="training step", ylabel=f"test {metric},\nmean over tasks and seeds")
-        axes.legend(fontsize=8)
-
-    return plot
-
-
-def parity(summary: pd.DataFrame) -> Callable[[Axes], None]:
-    """Steps and wall-clock to parity of every arm."""
+def curves(points: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
+    """Mean over tasks and seeds of every arm's curve; the band is that of seeds, for scratch and mashup."""
+    seeds = points.groupby(["arm", "seed", "step"], sort=False)["value"].mean().reset_index()
+    arms = list(dict.fromkeys(points["arm"]))
+    last = seeds[seeds["step"] == seeds["step"].max()].groupby("arm")["value"].mean()
 
     def plot(axes: Axes) -> None:
-        for offset, name in ((-0.2, "steps_to_parity"), (0.2, "seconds_to_parity")):
-            axes.barh([i + offset for i in range(len(summary))], 100 * summary[name], 0.4, label=name.split("_")[0])
-        axes.axvline(100, color="grey", linestyle=":")
-        axes.set_yticks(range(len(summary)), summary["arm"])
-        axes.set(xlabel="% of scratch's until its final value is reached (never: 100%)")
-        # A search that costs several runs must not squeeze the others.
-        axes.set_xlim(0, min(300, 105 * max(1, summary[["steps_to_parity", "seconds_to_parity"]].max().max())))
+        for arm in arms:
+            color, line = LOOKS[arm]
+            grouped = seeds[seeds["arm"] == arm].groupby("step")["value"]
+            mean = grouped.mean()
+            axes.plot(mean.index, mean, color=color, linestyle=line, linewidth=2.5 if line == "-" else 1.3)
+            if line == "-":
+                axes.fill_between(mean.index, grouped.min(), grouped.max(), color=color, alpha=0.2, linewidth=0)
+        label_ends(axes, [(arm, last[arm], LOOKS[arm][0]) for arm in arms])
+        axes.set(xlabel="training step (bands: lowest and highest seed)", ylabel=f"test {metric}, mean over tasks")
+
+    ends = ", ".join(f"{arm} {last[arm]:.3g}" for arm in ("scratch", "mashup") if arm in last)
+    return f"Where training ends, test {metric}: {ends}", plot
+
+
+def gains(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
+    """Gain over scratch of every arm: a dot for each task, a bar for their mean."""
+    table = table[table["arm"] != "scratch"]
+    arms = list(dict.fromkeys(table["arm"]))
+
+    def plot(axes: Axes) -> None:
+        for place, arm in enumerate(arms):
+            values, color = table[table["arm"] == arm]["gain"], LOOKS[arm][0]
+            axes.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=5)
+            axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=color, linewidth=3)
+            axes.annotate(f"{values.mean():+.3g}", (1.01, place), xycoords=("axes fraction", "data"), va="center")
+        axes.axvline(0, color=GRAY, linewidth=1)
+        axes.set_yticks(range(len(arms)), arms)
         axes.invert_yaxis()
-        axes.legend()
+        axes.set_xlabel(f"gain over scratch in final test {metric} (right is better): tasks (dots), mean (bar)")
 
-    return plot
+    own = table[table["arm"] == "mashup"]["gain"]
+    text = f"{(own > 0).sum()} of {len(own)} tasks, by {own.mean():.3g} on average"
+    return f"mashup ends better than scratch on {text}", plot
 
 
-def selection_rows(table: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
-    """Final value against the number of rows that select."""
+def parity(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
+    """Steps and wall-clock to parity of every arm but scratch, which is 100% by definition."""
+    table = table[table["arm"] != "scratch"]
+    most = min(160.0, 100 * table[["steps_to_parity", "seconds_to_parity"]].max().max())
 
     def plot(axes: Axes) -> None:
-        mean = table.groupby("rows")["final"].mean()
-        axes.plot(mean.index, mean, marker="o", color=COLOURS["mashup"])
+        for offset, name, look in (
+            (-0.19, "steps_to_parity", {"color": BLUE}),
+            (0.19, "seconds_to_parity", {"facecolor": "white", "edgecolor": ORANGE, "hatch": "////"}),
+        ):
+            for place, (value, part) in enumerate(zip(100 * table[name], table["reached"], strict=True)):
+                axes.barh(place + offset, min(value, most), 0.34, **look)
+                axes.annotate(
+                    f"{value:.0f}%{'+' * (part < 1)} of the {name.split('_')[0]}",
+                    (min(value, most), place + offset),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                )
+        axes.axvline(100, color=GRAY, linestyle=":")
+        axes.set_yticks(range(len(table)), table["arm"])
+        axes.set_xlim(0, 1.3 * most)
+        axes.set_xlabel("% of scratch's until its final value is reached; +: not every run does (these count as 100%)")
+        axes.invert_yaxis()
+
+    own = 100 * table.set_index("arm")[["steps_to_parity", "seconds_to_parity"]].reindex(["mashup"]).iloc[0]
+    text = f"{own.iloc[0]:.0f}% of its steps, {own.iloc[1]:.0f}% of its seconds"
+    return f"mashup reaches scratch's final value after {text}", plot
+
+
+def selection_rows(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
+    """Final value against the number of rows that select; the band is that of tasks."""
+    grouped = table.groupby("rows")["final"]
+    mean = grouped.mean()
+
+    def plot(axes: Axes) -> None:
+        axes.plot(mean.index, mean, "o-", color=BLUE)
+        axes.fill_between(mean.index, grouped.min(), grouped.max(), color=BLUE, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="selection rows", ylabel=f"final test {metric},\nmean over tasks")
+        axes.set_xticks(mean.index, mean.index)
+        axes.set(xlabel="rows that select (band: lowest and highest task)", ylabel=f"final test {metric}")
 
-    return plot
+    return f"mashup with {', '.join(f'{rows} rows: {value:.3g}' for rows, value in mean.items())}", plot
 
 
-def method_ranks(table: pd.DataFrame) -> Callable[[Axes], None]:
+def method_ranks(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
     """Mean rank of every merge method and k."""
+    grid = table.pivot(index="method", columns="k", values="mean_rank")
 
     def plot(axes: Axes) -> None:
-        grid = table.pivot(index="method", columns="k", values="mean_rank")
-        axes.imshow(grid, cmap="viridis_r", aspect="auto")
+        axes.imshow(grid, cmap="Blues_r", aspect="auto", vmin=1, vmax=len(table))
         axes.set_xticks(range(len(grid.columns)), grid.columns)
         axes.set_yticks(range(len(grid)), grid.index)
         for row, column in ((r, c) for r in range(len(grid)) for c in range(len(grid.columns))):
             value = grid.iloc[row, column]
-            axes.text(column, row, "" if math.isnan(value) else f"{value:.1f}", ha="center", va="center")
-        axes.set(xlabel="k, number of merged candidates", title="mean rank over tasks (1 is best)")
+            color = "white" if value < 1 + 0.45 * (len(table) - 1) else INK
+            text = "" if math.isnan(value) else f"{value:.1f}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=12)
+        axes.set_xlabel(f"k, number of merged candidates; mean rank over tasks, from 1 (best) to {len(table)}")
 
-    return plot
+    best = table.loc[table["mean_rank"].idxmin()]
+    return f"Best mean rank: {best['method']}, k = {best['k']} ({best['mean_rank']:.1f} of {len(table)})", plot
 
 
-def learning_rates(table: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
-    """Final value of scratch and mashup at every learning rate."""
+def learning_rates(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
+    """Final value of the arms with a sweep, at every learning rate."""
+    means = {arm: group.groupby("learning_rate")["final"].mean() for arm, group in table.groupby("arm", sort=False)}
+    best = {arm: mean.idxmax() if up else mean.idxmin() for arm, mean in means.items()}
 
     def plot(axes: Axes) -> None:
-        for arm, group in table.groupby("arm", sort=False):
-            mean = group.groupby("learning_rate")["final"].mean()
-            axes.plot(mean.index, mean, marker="o", label=arm, color=COLOURS[arm])
+        for arm, mean in means.items():
+            axes.plot(mean.index, mean, marker="o", color=LOOKS[arm][0], linestyle=LOOKS[arm][1], linewidth=2)
+        label_ends(axes, [(arm, mean.iloc[-1], LOOKS[arm][0]) for arm, mean in means.items()])
         axes.set_xscale("log")
-        axes.set(xlabel="learning rate", ylabel=f"final test {metric},\nmean over tasks")
-        axes.legend()
+        rates = sorted({rate for mean in means.values() for rate in mean.index})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        axes.set(xlabel="learning rate", ylabel=f"final test {metric}, mean over tasks")
 
-    return plot
+    found = (f"{arm} {means[arm][rate]:.3g} at {rate:g}" for arm, rate in best.items())
+    return f"Each at its best rate: {', '.join(found)}", plot
 
 
-def regret(table: pd.DataFrame, metric: str) -> Callable[[Axes], None]:
-    """Selection regret of every task."""
+def regret(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
+    """How much better the best subset in hindsight ends, by task; below zero where the mashup's ends better."""
+    mean = table.groupby("task")["regret"].mean().sort_values()
 
     def plot(axes: Axes) -> None:
-        mean = table.groupby("task")["regret"].mean()
-        axes.barh(mean.index, mean, color=COLOURS["oracle"])
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(xlabel=f"final test {metric}: oracle better than mashup by")
+        axes.barh(mean.index, mean, color=[PALE if value < 0 else BLUE for value in mean])
+        for place, value in enumerate(mean):
+            shift = (4, 0) if value >= 0 else (-4, 0)
+            side = "left" if value >= 0 else "right"
+            axes.annotate(f"{value:+.3g}", (value, place), shift, textcoords="offset points", va="center", ha=side)
+        axes.margins(x=0.15)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlabel(
+            f"final test {metric}: the oracle better than mashup by\n"
+            "(below 0: it compares after a short training, so its choice can end worse)"
+        )
 
-    return plot
+    return f"The best subset in hindsight ends {mean.mean():.3g} better than mashup's on average", plot
 
 
-def draw_all(points: pd.DataFrame, made: dict[str, pd.DataFrame], metric: str, directory: Path) -> dict[str, Path]:
-    """Draws every figure that has data."""
-    main = points[points["settings"] == json.dumps({})]
-    plots = {
-        "curves": (main, mean_curves(main, metric)),
-        "parity": (made["summary"], parity(made["summary"])),
-        "selection_rows": (made["selection_rows"], selection_rows(made["selection_rows"], metric)),
-        "method_ranks": (made["method_ranks"], method_ranks(made["method_ranks"])),
-        "learning_rates": (made["learning_rates"], learning_rates(made["learning_rates"], metric)),
-        "regret": (made["regret"], regret(made["regret"], metric)),
-    }
-    return {name: draw(directory / f"{name}.png", plot) for name, (data, plot) in plots.items() if len(data)}
+FIGURES = {
+    "curves": curves,
+    "gains": gains,
+    "parity": parity,
+    "selection_rows": selection_rows,
+    "method_ranks": method_ranks,
+    "learning_rates": learning_rates,
+    "regret": regret,
+}
+
+
+def draw_all(made: dict[str, pd.DataFrame], metric: str, up: bool, directory: Path) -> dict[str, Path]:
+    """Draws every figure whose table has rows; that of `curves` has the points."""
+    reached = made["summary"]["arm"].map(made["by_task"].groupby("arm")["reached"].mean())
+    data = {**made, "gains": made["by_task"], "parity": made["summary"].assign(reached=reached)}
+    drawn = {}
+    for name, figure_of in FIGURES.items():
+        if len(data[name]):
+            title, plot = figure_of(data[name], metric, up)
+            height = 1.6 + 0.42 * data[name]["arm"].nunique() if name in ("gains", "parity") else 4
+            figure, (axes,) = new_figure(title, (7.5, height))
+            plot(axes)
+            drawn[name] = save(figure, directory / f"{name}.png")
+    return drawn

@@ -22,21 +22,7 @@ from .worlds import World, load_world
 
 
 def run_jobs(jobs: Sequence[Job], output_dir: Path, fast: bool = False, workers: int = 1, ray: bool = False) -> None:
-    """
-    Runs the jobs that have no result yet.
-
-    Args:
-        jobs (`Sequence[Job]`):
-            The jobs.
-        output_dir (`Path`):
-            Where the results are; with Ray, on a file system that every node sees.
-        fast (`bool`, *optional*, defaults to `False`):
-            Whether the worlds are of the small sizes.
-        workers (`int`, *optional*, defaults to `1`):
-            Processes on this machine, one for each GPU; not used with Ray.
-        ray (`bool`, *optional*, defaults to `False`):
-            Run on a Ray cluster, one GPU a job where it has any.
-    """
+    """Runs the jobs that have no result yet: in processes on this machine, one a GPU, or on a Ray cluster."""
     missing = [job for job in jobs if not result_path(output_dir, job).is_file()]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them done", flush=True)
     # Trained adapters are made in the parent's world: its workers only read it.
@@ -104,7 +90,7 @@ def read_results(output_dir: Path, jobs: Sequence[Job]) -> list[dict]:
 def claim_gpu() -> None:
     """Gives a joblib worker the GPU of its own number. Ray does this itself."""
     number = re.fullmatch(r"LokyProcess-(\d+)", multiprocessing.current_process().name)
-    # Counting devices through the driver does not initialise CUDA, which would fix the choice.
+    # Counting devices through the driver does not initialize CUDA, which would fix the choice.
     if number and "CUDA_VISIBLE_DEVICES" not in os.environ and (count := torch.cuda.device_count()):
         os.environ["CUDA_VISIBLE_DEVICES"] = str((int(number[1]) - 1) % count)
 
@@ -129,7 +115,8 @@ def _run_on_ray(function: Callable[[Job], None], jobs: Sequence[Job]) -> None:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--ray needs Ray: pip install mashup-callback[cluster].") from error
+        raise ImportError('--ray needs Ray, from a clone: pip install -e ".[cluster]".') from error
+    # The directory that holds the package `recipes`, for nodes where the clone is not installed.
     root = Path(__file__).resolve().parents[2]
     ray.init(ignore_reinit_error=True, runtime_env={"env_vars": {"PYTHONPATH": str(root)}})
     gpus = 1 if ray.cluster_resources().get("GPU") else 0

@@ -3,6 +3,7 @@
 import base64
 import html
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ TITLES = {
     "summary": "Results: mean over tasks, standard deviation over seeds",
     "shared_rate": "Results at one shared learning rate, on the seeds of the sweep",
     "above_chance": "Scratch's accuracy above chance: only tasks that count are in the tables above",
+    "gains": "Gain over scratch",
     "by_task": "Results for each task",
     "wall_clock": "At equal wall-clock: the value when scratch ends, overhead charged",
     "curves": "Learning curves",
@@ -30,7 +32,7 @@ NOTES = (
     "straight lines between evaluations every {every} steps; a run that never reaches it counts as 100%, so a mean "
     "with a + is a lower bound. Scratch's own row says how early its own curve first touches its final value. "
     "Seconds include finding, downloading, scoring all candidates, merging and swapping (for the oracle: its search; "
-    "for EVA and LoRA-GA: the initialisation) and leave out evaluations. {rates} The oracle "
+    "for EVA and LoRA-GA: the initialization) and leave out evaluations. {rates} The oracle "
     "searches every candidate alone and every triple of the best four, each trained for "
     "{oracle} steps and compared on the test rows. The metric is {metric} ({direction} is better)."
 )
@@ -40,43 +42,40 @@ RATES = {
     True: "In the main table each arm has the learning rate that is best for it on validation rows, by the mean over "
     "tasks and the seeds of the sweep, and is compared with scratch at scratch's own best.",
 }
+POINTS = "results.csv"
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    "th,td{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+)
 
 
 def write_outputs(results: list[dict], world: World, directory: Path) -> list[Path]:
     """
-    Writes `results.csv`, a CSV for each table, the figures, `report.md` and `report.html`.
-
-    Args:
-        results (`list[dict]`):
-            Results of jobs.
-        world (`World`):
-            The world they are from.
-        directory (`Path`):
-            Where to write.
-
-    Raises:
-        ValueError: There are no results.
+    Writes `results.csv` (every point of every curve), the tables, the figures, `report.md` and `report.html`; without
+    results, the figures and the report anew from the CSV files that an earlier run left.
     """
-    points = tables.curves(results)
-    if points.empty:
-        raise ValueError(f"No results in {directory}: run without --report-only first.")
     directory.mkdir(parents=True, exist_ok=True)
-    made = make_tables(points, world)
-    points.round(5).to_csv(directory / "results.csv", index=False)
-    for name, table in made.items():
-        table.round(6).to_csv(directory / f"{name}.csv", index=False)
-    rates = dict(zip(made["summary"]["arm"], made["summary"]["learning_rate"], strict=True))
-    drawn = figures.draw_all(tables.main_runs(points, rates), made, world.metric, directory)
+    made = make_tables(tables.curves(results), world) if results else read_tables(directory, world)
+    if not len(made["summary"]):
+        raise ValueError(f"No results in {directory}: run without --report-only first.")
+    if results:
+        tables.curves(results).round(5).to_csv(directory / POINTS, index=False)
+        for name in made.keys() - {"curves"}:
+            made[name].round(6).to_csv(directory / f"{name}.csv", index=False)
+    drawn = figures.draw_all(made, world.metric, world.higher_is_better, directory)
     (directory / "report.md").write_text(markdown(made, drawn, world), encoding="utf-8")
     (directory / "report.html").write_text(page(made, drawn, world), encoding="utf-8")
-    return [directory / name for name in ("results.csv", "summary.csv", "report.md", "report.html")]
+    return [directory / name for name in (POINTS, "summary.csv", "report.md", "report.html")]
 
 
 def make_tables(points: pd.DataFrame, world: World) -> dict[str, pd.DataFrame]:
     """Makes every table from the tidy one."""
     up, budget = world.higher_is_better, world.budget
     runs = tables.runs(points, up)
-    main = tables.runs(tables.main_runs(points, sweep.chosen(runs, budget, up)), up, same_rate=False)
+    chosen = tables.main_runs(points, sweep.chosen(runs, budget, up))
+    main = tables.runs(chosen, up, same_rate=False)
     main = main[main["seed"].isin(budget.seeds)]
     learned = tables.above_chance(main)
     by_task = tables.by_task(main, EVERY_ARM)
@@ -91,6 +90,7 @@ def make_tables(points: pd.DataFrame, world: World) -> dict[str, pd.DataFrame]:
         "above_chance": learned,
         "by_task": by_task.drop(columns="equal_seconds"),
         "wall_clock": by_task.pivot(index="task", columns="arm", values="equal_seconds").reset_index(),
+        "curves": chosen[chosen["seed"].isin(budget.seeds)],
         "learning_rates": tables.learning_rates(runs, budget.sweep_seeds),
         "selection_rows": tables.selection_rows(runs),
         "method_ranks": tables.method_ranks(runs, up),
@@ -98,20 +98,25 @@ def make_tables(points: pd.DataFrame, world: World) -> dict[str, pd.DataFrame]:
     }
 
 
+def read_tables(directory: Path, world: World) -> dict[str, pd.DataFrame]:
+    """Makes the tables of the points that an earlier run wrote; without points, reads those tables that are there."""
+    if (directory / POINTS).is_file():
+        points = pd.read_csv(directory / POINTS).fillna({"decision": "", "chosen": ""})
+        return make_tables(points, world)
+    paths = {name: directory / f"{name}.csv" for name in TITLES}
+    return {name: pd.read_csv(path) if path.is_file() else pd.DataFrame() for name, path in paths.items()}
+
+
 def shown(name: str, made: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """A table as a reader wants it: rounded, parity in percent with a plus where a run never reached it."""
     table = made[name].copy()
     if name in ("summary", "by_task"):
-        reached = made["by_task"].groupby("arm")["reached"].mean() if name == "summary" else None
+        reached = made["by_task"].groupby("arm")["reached"].mean()
         share = table["arm"].map(reached) if name == "summary" else table.pop("reached")
-        for column in ("steps_to_parity", "seconds_to_parity"):
-            table[column] = [percent(value, part) for value, part in zip(table[column], share, strict=True)]
+        for column in tables.PARITY:
+            pairs = zip(table[column], share, strict=True)
+            table[column] = [f"{value:.0%}" + "+" * (part < 1) for value, part in pairs]
     return table.map(lambda value: number(value) if isinstance(value, float) else value)
-
-
-def percent(parity: float, reached: float) -> str:
-    """Parity in percent, with a plus where not every run reached it."""
-    return f"{parity:.0%}" + "+" * (reached < 1)
 
 
 def number(value: float) -> str:
@@ -131,16 +136,23 @@ def notes(world: World) -> str:
     )
 
 
+def sections(
+    made: dict[str, pd.DataFrame], drawn: dict[str, Path]
+) -> Iterator[tuple[str, Path | None, pd.DataFrame | None]]:
+    """Yields title, picture and table of each section that has one of them; a curve's points are a picture only."""
+    for name, title in TITLES.items():
+        table = shown(name, made) if name != "curves" and len(made.get(name, ())) else None
+        if table is not None or name in drawn:
+            yield title, drawn.get(name), table
+
+
 def markdown(made: dict[str, pd.DataFrame], drawn: dict[str, Path], world: World) -> str:
     """The report as Markdown, beside its figures."""
     parts = [f"# Leave one out: {world.name}", notes(world)]
-    for name, title in TITLES.items():
-        if (name in made and len(made[name])) or name in drawn:
-            parts.append(f"## {title}")
-        if name in drawn:
-            parts.append(f"![{title}]({drawn[name].name})")
-        if name in made and len(made[name]):
-            parts.append(pipe_table(shown(name, made)))
+    for title, picture, table in sections(made, drawn):
+        parts.append(f"## {title}")
+        parts += [f"![{title}]({picture.name})"] if picture else []
+        parts += [] if table is None else [pipe_table(table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -153,20 +165,14 @@ def pipe_table(table: pd.DataFrame) -> str:
 
 def page(made: dict[str, pd.DataFrame], drawn: dict[str, Path], world: World) -> str:
     """The report as one HTML page with everything inside."""
-    parts = [f"<h1>Leave one out: {html.escape(world.name)}</h1>", f"<p>{html.escape(notes(world))}</p>"]
-    for name, title in TITLES.items():
-        if (name in made and len(made[name])) or name in drawn:
-            parts.append(f"<h2>{html.escape(title)}</h2>")
-        if name in drawn:
-            data = base64.b64encode(drawn[name].read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
-        if name in made and len(made[name]):
-            parts.append(shown(name, made).to_html(index=False, border=0))
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-        "th,td{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"
-        "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
-    )
-    head = f'<meta charset="utf-8"><title>Leave one out: {html.escape(world.name)}</title><style>{style}</style>'
+    heading = f"Leave one out: {html.escape(world.name)}"
+    parts = [f"<h1>{heading}</h1>", f"<p>{html.escape(notes(world))}</p>"]
+    for title, picture, table in sections(made, drawn):
+        title = html.escape(title)
+        parts.append(f"<h2>{title}</h2>")
+        if picture:
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
+        parts += [] if table is None else [table.to_html(index=False, border=0)]
+    head = f'<meta charset="utf-8"><title>{heading}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'

@@ -27,31 +27,23 @@ SWEPT = ("scratch", "mashup")
 
 @dataclass(frozen=True)
 class Job:
-    """
-    One run, and all that it depends on.
-
-    Args:
-        world (`str`): Name of the world.
-        task (`str`): The held-out task.
-        arm (`str`): One of the arms, or `"library"` for the run that trains the task's own adapter.
-        seed (`int`): Seed of initialisation and data order.
-        learning_rate (`float`): Peak learning rate.
-        steps (`int`): Optimizer steps.
-        eval_every (`int`): Steps between two points of the curve.
-        oracle_steps (`int`): Steps after which the oracle compares subsets; 0 for the other arms.
-        settings (`tuple`): Settings of the callback that differ from the arm's, as sorted pairs.
-        model (`str`, *optional*): Base model, for the worlds that have a choice.
-    """
+    """One run, and all that it depends on: another field, or another value, is another file."""
 
     world: str
+    # The held-out task.
     task: str
+    # `LIBRARY` is the run that trains the task's own adapter.
     arm: str
+    # Of initialization and data order.
     seed: int
     learning_rate: float
     steps: int
     eval_every: int
+    # Steps after which the oracle compares subsets; 0 for the other arms.
     oracle_steps: int = 0
+    # Settings of the callback that differ from the arm's, as sorted pairs.
     settings: tuple[tuple[str, Any], ...] = ()
+    # Base model, for the worlds that have a choice.
     model: str | None = None
 
     @property
@@ -63,39 +55,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Point:
-    """
-    One point of a curve.
-
-    Args:
-        step (`int`): Optimizer steps done.
-        seconds (`float`): Time spent on training so far, without evaluations and without the arm's overhead.
-        value (`float`): The world's metric.
-    """
+    """One point of a curve: the world's metric after so many steps."""
 
     step: int
+    # Of training so far, without evaluations and without the arm's overhead.
     seconds: float
     value: float
 
 
 @dataclass
 class Begin:
-    """
-    What an arm hands to the Trainer.
+    """What an arm hands to the Trainer."""
 
-    Args:
-        model (`torch.nn.Module`): The base model, or a `PeftModel` whose adapter the arm initialised.
-        peft_config (`LoraConfig`, *optional*): Set where the Trainer is to add the adapter.
-        mashups (`list[MashupCallback]`): The callbacks whose time is charged.
-        callbacks (`list[TrainerCallback]`): What the Trainer is given.
-        seconds (`float`): Time charged besides.
-        chosen (`tuple[str, ...]`): Candidates that the arm itself chose.
-    """
-
+    # The base model, or a `PeftModel` whose adapter the arm initialized; else the Trainer adds one by `peft_config`.
     model: nn.Module
     peft_config: LoraConfig | None = None
+    # The callbacks whose time is charged, and those that the Trainer is given.
     mashups: list[MashupCallback] = field(default_factory=list)
     callbacks: list[TrainerCallback] = field(default_factory=list)
+    # Charged besides.
     seconds: float = 0.0
+    # Candidates that the arm itself chose.
     chosen: tuple[str, ...] = ()
 
     @property
@@ -131,22 +111,7 @@ class Curve(TrainerCallback):
 
 
 def train(world: World, job: Job, begin: Begin, stop_after: int | None = None) -> tuple[list[Point], nn.Module]:
-    """
-    Trains one adapter with the world's Trainer.
-
-    Args:
-        world (`World`):
-            The world.
-        job (`Job`):
-            The run.
-        begin (`Begin`):
-            What the arm starts from.
-        stop_after (`int`, *optional*):
-            Stop here, on the learning-rate schedule of the whole run.
-
-    Returns:
-        `tuple[list[Point], torch.nn.Module]`: The curve and the trained model.
-    """
+    """Trains one adapter; `stop_after` ends it early, on the learning-rate schedule of the whole run."""
     curve = Curve(world, job.task, stop_after or job.eval_every, stop_after)
     with tempfile.TemporaryDirectory() as scratch:
         set_seed(job.seed)
@@ -171,12 +136,6 @@ def plan(world: World, model: str | None = None) -> Iterator[Job]:
     """
     Yields every job of a world's budget once: the main table first, the arms of one task and seed after one another,
     so that a machine that slows down over hours does so for all of them; then the sweep and the studies.
-
-    Args:
-        world (`World`):
-            The world.
-        model (`str`, *optional*):
-            Base model, for the worlds that have a choice.
     """
     budget, seen = world.budget, set()
     rate, few = budget.learning_rate, budget.sweep_seeds

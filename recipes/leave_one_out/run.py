@@ -8,13 +8,6 @@
 An interrupted run continues where it stopped: start it again with the same arguments.
 """
 
-import sys
-from pathlib import Path
-
-
-# The recipe is a namespace package of the repository, for this process and for the workers it starts.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.leave_one_out.cli import main
 
 

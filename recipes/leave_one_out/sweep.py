@@ -17,12 +17,6 @@ FACTOR, MOST_RATES = 2.0, 6
 def averages(runs: pd.DataFrame, budget: Budget) -> dict[str, dict[float, float]]:
     """
     Returns the mean validation value of every tuned arm and learning rate, where the whole sweep of that rate is done.
-
-    Args:
-        runs (`pd.DataFrame`):
-            From [`tables.runs`].
-        budget (`Budget`):
-            The world's.
     """
     part = runs[(runs["settings"] == "{}") & runs["seed"].isin(budget.sweep_seeds) & runs["task"].isin(budget.tasks)]
     part = part[part["arm"].isin(budget.tuned) & part["validation"].notna()]
@@ -57,14 +51,6 @@ def plan_tuned(world: World, results: Sequence[dict], model: str | None = None) 
     """
     Yields what the results so far ask for: a wider sweep where an arm's best learning rate is at the edge, else the
     arm at its own rate on every seed. Scratch and mashup get the same sweep.
-
-    Args:
-        world (`World`):
-            The world.
-        results (`Sequence[dict]`):
-            Results of jobs.
-        model (`str`, *optional*):
-            Base model, for the worlds that have a choice.
     """
     budget, up = world.budget, world.higher_is_better
     found = averages(tables.runs(tables.curves(results), up), budget)

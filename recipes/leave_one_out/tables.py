@@ -40,16 +40,6 @@ def curves(results: Iterable[dict]) -> pd.DataFrame:
 def first_reach(x: Sequence[float], values: Sequence[float], goal: float, higher_is_better: bool = True) -> float:
     """
     Returns where a curve first reaches a goal, on straight lines between its points; infinity if it never does.
-
-    Args:
-        x (`Sequence[float]`):
-            Steps or seconds, rising.
-        values (`Sequence[float]`):
-            The metric at them.
-        goal (`float`):
-            The value to reach.
-        higher_is_better (`bool`, *optional*, defaults to `True`):
-            Whether reaching means at least the goal, or at most.
     """
     sign = 1 if higher_is_better else -1
     for index, value in enumerate(values):
@@ -80,14 +70,6 @@ def runs(points: pd.DataFrame, higher_is_better: bool = True, same_rate: bool = 
     `steps_to_parity` and `seconds_to_parity` (where the curve first reaches scratch's final value, as a fraction of
     scratch's steps and seconds; the overhead counts; `inf` if never); `seconds` (of scratch: its own, else the run's);
     `equal_seconds` (value at the moment at which scratch ends, NaN where the overhead alone takes longer).
-
-    Args:
-        points (`pd.DataFrame`):
-            From [`curves`].
-        higher_is_better (`bool`, *optional*, defaults to `True`):
-            Direction of the metric.
-        same_rate (`bool`, *optional*, defaults to `True`):
-            Whether scratch must have the run's learning rate; else `points` has scratch at one rate, its own.
     """
     groups = {key: group.sort_values("step") for key, group in points.groupby(RUN, sort=False)}
     compared = [RUN.index(name) for name in ("task", "seed", *["learning_rate"] * same_rate)]
@@ -129,12 +111,6 @@ def summary(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     Returns one row for each arm: `mean` and `std` over seeds of the mean over tasks; means over tasks and seeds of
     `gain` and of both parities (never reached counts as 1); `gain_se`, the standard error of the mean of the paired
     differences; `worse`, the number of runs that end worse than scratch.
-
-    Args:
-        table (`pd.DataFrame`):
-            From [`runs`], those of the main table.
-        arms (`Sequence[str]`):
-            The order of the rows.
     """
     rows = []
     for arm in [arm for arm in arms if arm in set(table["arm"])]:
@@ -199,10 +175,6 @@ def above_chance(table: pd.DataFrame) -> pd.DataFrame:
     """
     Returns by how many standard errors of a guess scratch's accuracy ends above chance, mean over seeds, by task, and
     whether the task `counts`; no rows where a world has no chance.
-
-    Args:
-        table (`pd.DataFrame`):
-            From [`runs`], those of the main table.
     """
     part = table[(table["arm"] == "scratch") & table["chance"].notna()]
     means = part.groupby("task")[["accuracy", "chance", "rows"]].mean().reset_index()

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
-import world
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import SFTTrainer
+
+from recipes.quickstart import world
 
 
 TEST_SEED = 0

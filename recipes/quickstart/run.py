@@ -1,7 +1,7 @@
 """Holds one task out and trains it twice: from scratch, and from a mashup of the other seven adapters.
 
     python recipes/quickstart/run.py
-    python recipes/quickstart/run.py --target first --seed 2
+    python recipes/quickstart/run.py --target first --seed 1 2 3      # mean and range of three seeds
 
 Works offline on CPU. Writes the mashup's report and a plot of both accuracy curves to the output directory.
 """
@@ -10,16 +10,18 @@ import argparse
 import os
 import time
 from pathlib import Path
+from statistics import fmean
 
-import matplotlib.pyplot as plt
 import torch
-import world
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from mashup_callback import MashupCallback
+from mashup_callback.sharing import style
+from recipes.quickstart import world
 
 
+Points = list[tuple[int, float]]
 EVAL_EVERY = 10
 TEST_SEED = 0
 
@@ -30,7 +32,7 @@ class AccuracyCurve(TrainerCallback):
     def __init__(self, target: str) -> None:
         self.tokenizer = world.load_tokenizer()
         self.rows = world.rows(target, world.TEST_ROWS, TEST_SEED, "test")
-        self.points: list[tuple[int, float]] = []
+        self.points: Points = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._record(model, state.global_step)
@@ -43,7 +45,7 @@ class AccuracyCurve(TrainerCallback):
         self.points.append((step, world.accuracy(model, self.tokenizer, self.rows)))
 
 
-def train(target: str, seed: int, output_dir: Path, mashup: MashupCallback | None = None) -> list[tuple[int, float]]:
+def train(target: str, seed: int, output_dir: Path, mashup: MashupCallback | None = None) -> Points:
     """Trains the target's adapter from one seed and returns its accuracy curve, in pairs of step and accuracy."""
     curve = AccuracyCurve(target)
     set_seed(seed)
@@ -61,7 +63,7 @@ def train(target: str, seed: int, output_dir: Path, mashup: MashupCallback | Non
     return curve.points
 
 
-def step_to_reach(points: list[tuple[int, float]], accuracy: float) -> float | None:
+def step_to_reach(points: Points, accuracy: float) -> float | None:
     """The first step at which the curve reaches `accuracy`, on straight lines between its points; None if never."""
     before = None
     for step, value in points:
@@ -73,17 +75,31 @@ def step_to_reach(points: list[tuple[int, float]], accuracy: float) -> float | N
     return None
 
 
-def plot(curves: dict[str, list[tuple[int, float]]], target: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    axes.axhline(curves["scratch"][-1][1], color="grey", linestyle=":", label="final accuracy of scratch")
-    axes.set(xlabel="training step", ylabel="test accuracy", ylim=(0, 1), title=f"Held-out task: {target}")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+def mean(curves: list[Points]) -> Points:
+    return [(points[0][0], fmean(value for _, value in points)) for points in zip(*curves, strict=True)]
 
 
-def summary(scratch: list[tuple[int, float]], mashup: list[tuple[int, float]]) -> str:
+def plot(scratch: list[Points], mashup: list[Points], target: str, path: Path) -> None:
+    """Draws the mean of both curves over the seeds; the bands are the lowest and the highest seed."""
+    finals = [mean(curves)[-1][1] for curves in (mashup, scratch)]
+    title = f"Held-out task {target}: {finals[0]:.1%} from a mashup, {finals[1]:.1%} from scratch"
+    figure, (axes,) = style.new_figure(title, (7.5, 4))
+    for curves, color in ((scratch, style.GRAY), (mashup, style.BLUE)):
+        steps, values = zip(*mean(curves), strict=True)
+        axes.plot(steps, values, color=color, linewidth=2.5, linestyle="-" if curves is mashup else "--")
+        if len(curves) > 1:
+            bounds = [
+                [bound(value for _, value in points) for points in zip(*curves, strict=True)] for bound in (min, max)
+            ]
+            axes.fill_between(steps, *bounds, color=color, alpha=0.2, linewidth=0)
+    axes.axhline(finals[1], color=style.GRAY, linestyle=":", linewidth=1)
+    seeds = f", mean and range of {len(mashup)} seeds" if len(mashup) > 1 else ""
+    axes.set(xlabel="training step", ylabel=f"test accuracy{seeds}", ylim=(0, 1), xlim=(0, world.STEPS))
+    style.label_ends(axes, [("from a mashup", finals[0], style.BLUE), ("from scratch", finals[1], style.GRAY)])
+    style.save(figure, path)
+
+
+def summary(scratch: Points, mashup: Points) -> str:
     goal = scratch[-1][1]
     final = f"Final test accuracy: scratch {goal:.1%}, mashup {mashup[-1][1]:.1%} (chance 25%)."
     step = step_to_reach(mashup, goal)
@@ -98,24 +114,27 @@ def summary(scratch: list[tuple[int, float]], mashup: list[tuple[int, float]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smallest", choices=list(world.TASKS), help="the held-out task")
-    parser.add_argument("--seed", type=int, default=1, help="seed of both runs: initialisation and data order")
+    parser.add_argument("--seed", type=int, nargs="+", default=[1], help="of both runs: initialization and data order")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
     options = parser.parse_args()
     world.quiet()
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
     library = [os.path.relpath(world.ADAPTERS / task) for task in world.TASKS if task != options.target]
-    callback = MashupCallback(library, top_k=3, seed=42)
-    started = time.perf_counter()
-    scratch = train(options.target, options.seed, options.output_dir)
-    mashup = train(options.target, options.seed, options.output_dir, callback)
-
     path = options.output_dir / f"{options.target}.png"
-    plot({"scratch": scratch, "mashup": mashup}, options.target, path)
-    report = callback.report
-    print(f"Decision: {report.decision} ({report.reason}).")
-    print(summary(scratch, mashup))
-    print(f"Mashup overhead {sum(report.timings.values()):.1f} s, both runs {time.perf_counter() - started:.0f} s.")
+    scratch, mashup = [], []
+    for seed in options.seed:
+        callback = MashupCallback(library, sample_size=256, seed=42)
+        started = time.perf_counter()
+        scratch.append(train(options.target, seed, options.output_dir))
+        mashup.append(train(options.target, seed, options.output_dir, callback))
+        report = callback.report
+        print(f"Decision: {report.decision} ({report.reason}).")
+        print(summary(scratch[-1], mashup[-1]))
+        print(f"Mashup overhead {report.seconds:.1f} s, both runs {time.perf_counter() - started:.0f} s.")
+        plot(scratch, mashup, options.target, path)
+    if len(options.seed) > 1:
+        print(f"Mean of {len(options.seed)} seeds. {summary(mean(scratch), mean(mashup))}")
     print(f"Curves: {path}")
 
 

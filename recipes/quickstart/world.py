@@ -34,6 +34,8 @@ HIDDEN_SIZE, LAYERS, HEADS, CONTEXT = 128, 4, 4, 256
 PRETRAIN_STEPS, PRETRAIN_ROWS, PRETRAIN_LENGTH, PRETRAIN_LEARNING_RATE = 2500, 64, 96, 2e-3
 STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, RANK = 150, 32, 3e-3, 15, 8
 TRAIN_ROWS, TEST_ROWS = STEPS * BATCH_SIZE, 512
+# No progress bars, trackers or checkpoints.
+QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
 
 
 def word(rng: random.Random) -> str:
@@ -157,20 +159,8 @@ def statement(rng: random.Random) -> str:
 
 def rows(task: str, n: int, seed: int, split: str = "train") -> Dataset:
     """
-    Draws questions of one task.
-
-    Args:
-        task (`str`): Name of the task, a key of `TASKS`.
-        n (`int`): Number of rows.
-        seed (`int`): Seed of the draw.
-        split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`. A prompt's checksum fixes its split,
-            so no test prompt is ever trained on, whatever the seeds.
-
-    Returns:
-        `Dataset`: `n` rows with the columns `prompt` and `completion` (one letter).
-
-    Raises:
-        `ValueError`: If `task` or `split` is unknown.
+    Draws questions of one task, with the columns `prompt` and `completion` (one letter). A prompt's checksum fixes
+    its split, so no test prompt is ever trained on, whatever the seeds.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -229,15 +219,8 @@ def lora_config() -> LoraConfig:
 
 def training_arguments(output_dir: str | Path, seed: int, **settings) -> SFTConfig:
     """
-    The hyper-parameters that every adapter of this world is trained with.
-
-    Args:
-        output_dir (`str` or `Path`): Where the Trainer writes.
-        seed (`int`): Seed of the data order. The adapter's is drawn before: call `transformers.set_seed` first.
-        **settings: Further fields of [`~trl.SFTConfig`], which override those set here.
-
-    Returns:
-        [`~trl.SFTConfig`]: Arguments of a run on CPU without progress bars, trackers or checkpoints.
+    The hyper-parameters that every adapter of this world is trained with. The seed is that of the data order; the
+    adapter is drawn before, so call `transformers.set_seed` first.
     """
     defaults = {
         "max_steps": STEPS,
@@ -249,10 +232,7 @@ def training_arguments(output_dir: str | Path, seed: int, **settings) -> SFTConf
         "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "save_strategy": "no",
+        **QUIET,
     }
     return SFTConfig(output_dir=str(output_dir), seed=seed, **(defaults | settings))
 
@@ -262,16 +242,8 @@ def accuracy(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, batch_size: int = 128
 ) -> float:
     """
-    Share of rows whose answer letter is the model's most likely next token after the prompt.
-
-    Args:
-        model (`torch.nn.Module`): Causal language model. Its training mode is restored, and no random number is drawn.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]): The model's tokenizer.
-        dataset ([`~datasets.Dataset`]): Rows with `prompt` and `completion`.
-        batch_size (`int`, *optional*, defaults to `128`): Rows a forward pass.
-
-    Returns:
-        `float`: Accuracy from 0 to 1, where 0.25 is chance.
+    Share of rows whose answer letter is the model's most likely next token after the prompt; 0.25 is chance. The
+    training mode is restored, and no random number is drawn.
     """
     was_training = model.training
     model.eval()

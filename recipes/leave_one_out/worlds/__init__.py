@@ -6,37 +6,13 @@ from pathlib import Path
 from .base import World
 
 
-WORLDS = (
-    "quickstart",
-    "stdlib",
-    "minilm",
-    "smollm2_code",
-    "smollm2_bigbench",
-    "paper",
-    "lots_of_loras",
-    "quickstart_full",
-)
+WORLDS = ("quickstart", "quickstart_full", "minilm", "smollm2_code", "smollm2_bigbench", "paper", "lots_of_loras")
 
 __all__ = ["WORLDS", "World", "load_world"]
 
 
 def load_world(name: str, home: str | Path, fast: bool = False, model: str | None = None) -> World:
-    """
-    Makes a world; its module is imported only now, so that one world's dependencies do not burden the others.
-
-    Args:
-        name (`str`):
-            One of `WORLDS`.
-        home (`str` or `Path`):
-            Where the world keeps what it builds: a base model, the library of adapters.
-        fast (`bool`, *optional*, defaults to `False`):
-            Take the small sizes.
-        model (`str`, *optional*):
-            Base model, for the worlds that have a choice.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
+    """Makes a world, which builds in `home`; its module is imported only now, with what it needs."""
     name = name.replace("-", "_")
     if name not in WORLDS:
         raise ValueError(f"world is {name!r}, expected one of {', '.join(WORLDS)}.")

@@ -1,16 +1,22 @@
 """What the protocol asks of a world."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from mashup_callback import MashupCallback
+
+from ...quickstart.world import QUIET
 
 
 ARMS = ("scratch", "mashup", "paper", "best_single", "random", "all", "eva", "lora_ga", "oracle")
@@ -20,59 +26,41 @@ EVERY_ARM = (*ARMS, "format")
 
 @dataclass(frozen=True)
 class Budget:
-    """
-    How much of the protocol a world runs.
+    """How much of the protocol a world runs."""
 
-    Args:
-        tasks (`tuple[str, ...]`): Tasks that are held out in turn.
-        steps (`int`): Optimizer steps of a run, or the most of them where a world runs whole epochs.
-        eval_every (`int`): Steps between two points of a curve.
-        learning_rate (`float`): Learning rate of every arm in the main table.
-        seeds (`tuple[int, ...]`): Seeds of initialisation and data order.
-        arms (`tuple[str, ...]`): Arms of the main table.
-        learning_rates (`tuple[float, ...]`): The sweep, for scratch and mashup.
-        sweep_seeds (`tuple[int, ...]`): Seeds of the sweep and of the two studies below.
-        study_tasks (`tuple[str, ...]`): Those of `tasks` in the two studies below; empty: all.
-        sample_sizes (`tuple[int, ...]`): Values of `sample_size` for accuracy against the number of selection rows.
-        methods (`tuple[str, ...]`): Merge methods of the study of method and k.
-        top_ks (`tuple[int, ...]`): Values of k of that study.
-        oracle_steps (`int`): Steps after which the oracle compares subsets.
-        tuned (`tuple[str, ...]`): Arms whose learning rate is chosen on validation rows, from `learning_rates`; with
-            them the main table has each arm at its own rate. The world needs [`World.final`].
-    """
-
+    # Tasks that are held out in turn.
     tasks: tuple[str, ...]
+    # Optimizer steps of a run, or the most of them where a world runs whole epochs.
     steps: int
     eval_every: int
+    # Of every arm in the main table.
     learning_rate: float
+    # Of initialization and data order.
     seeds: tuple[int, ...] = (1, 2, 3)
     arms: tuple[str, ...] = ARMS
+    # The sweep, and the seeds of it and of the two studies below.
     learning_rates: tuple[float, ...] = ()
     sweep_seeds: tuple[int, ...] = (1,)
+    # Those of `tasks` in the studies of `sample_size` and of merge method and k; empty: all.
     study_tasks: tuple[str, ...] = ()
     sample_sizes: tuple[int, ...] = ()
     methods: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = ()
+    # Steps after which the oracle compares subsets.
     oracle_steps: int = 30
+    # Arms that have the learning rate which is best on validation rows in the main table; they need `World.final`.
     tuned: tuple[str, ...] = ()
 
 
 class World(ABC):
-    """
-    A base model and tasks, each with an adapter of its own in the library.
-
-    Args:
-        home (`Path`):
-            Where the world keeps what it builds.
-        budget (`Budget`):
-            How much of the protocol is run.
-    """
+    """A base model and tasks, each with an adapter of its own in the library below `home`, trained by TRL."""
 
     name: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     rank: ClassVar[int] = 8
     all_arms: ClassVar[tuple[str, ...]] = ARMS
+    tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, home: Path, budget: Budget) -> None:
         self.home, self.budget = home, budget
@@ -108,7 +96,8 @@ class World(ABC):
     def mashup(self, target: str, candidates: Sequence[str] | None = None, **settings: Any) -> MashupCallback:
         """The callback for a target. A stage that fails must stop the experiment, not look like scratch."""
         found = self.candidates(target) if candidates is None else list(candidates)
-        return MashupCallback(found, **{"on_error": "raise", "seed": 42, **settings})
+        # The same rows for every arm, whatever the length of its run.
+        return MashupCallback(found, **{"on_error": "raise", "seed": 42, "sample_size": 256, **settings})
 
     def lora_config(self, **settings: Any) -> LoraConfig | None:
         """The trainee's LoRA configuration; None where all weights are trained."""
@@ -119,7 +108,15 @@ class World(ABC):
     def base_model(self) -> nn.Module:
         """Loads the base model."""
 
-    @abstractmethod
+    def train_rows(self, target: str, seed: int, steps: int) -> Dataset:
+        """The rows of a run."""
+        raise NotImplementedError
+
+    def arguments(self, output_dir: Path, seed: int, steps: int, learning_rate: float, **settings: Any) -> SFTConfig:
+        """The hyper-parameters that every adapter of the world shares."""
+        shared = {"lr_scheduler_type": "cosine", **QUIET, **settings}
+        return SFTConfig(output_dir=str(output_dir), seed=seed, max_steps=steps, learning_rate=learning_rate, **shared)
+
     def trainer(
         self,
         model: nn.Module,
@@ -133,6 +130,16 @@ class World(ABC):
         peft_config: LoraConfig | None = None,
     ) -> Trainer:
         """Makes the Trainer that a user would make for the target."""
+        trainer = SFTTrainer(
+            model,
+            args=self.arguments(output_dir, seed, steps, learning_rate),
+            train_dataset=self.train_rows(target, seed, steps),
+            processing_class=self.tokenizer,
+            peft_config=peft_config,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     @abstractmethod
     def evaluate(self, model: nn.Module, target: str) -> float:
@@ -146,7 +153,11 @@ class World(ABC):
         return {}
 
 
-def silenced(trainer: Trainer) -> Trainer:
-    """Removes the callback that prints every log."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, for a while."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)

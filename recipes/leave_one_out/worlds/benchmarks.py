@@ -1,10 +1,13 @@
-"""The paper's eight benchmarks: where they are, and how a row of each becomes a question answered with a letter."""
+"""Questions that are answered with a letter, and the paper's eight benchmarks with how their rows are read."""
 
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 
 Row = Mapping[str, Any]
@@ -12,17 +15,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """
-    A multiple-choice question.
-
-    Args:
-        text (`str`): What is asked, with its context.
-        options (`tuple[str, ...]`): The answers to choose from, in the order of their letters.
-        answer (`int`): Index of the right one.
-
-    Raises:
-        ValueError: The answer is no option.
-    """
+    """A multiple-choice question; `answer` is the index of the right option."""
 
     text: str
     options: tuple[str, ...]
@@ -37,80 +30,94 @@ class Question:
         """The letters of the options."""
         return string.ascii_uppercase[: len(self.options)]
 
+    @property
+    def lines(self) -> list[str]:
+        """The options, each behind its letter."""
+        return [f"{letter}. {option}" for letter, option in zip(self.letters, self.options, strict=True)]
+
     def chat(self) -> dict[str, Any]:
         """Returns the row that TRL trains on: a conversation's prompt and its completion, one letter."""
-        lines = [f"{letter}. {option}" for letter, option in zip(self.letters, self.options, strict=True)]
-        content = "\n".join([self.text, "", *lines, "", "Answer with the letter of the right option."])
+        content = "\n".join([self.text, "", *self.lines, "", "Answer with the letter of the right option."])
         completion = [{"role": "assistant", "content": self.letters[self.answer]}]
         return {"prompt": [{"role": "user", "content": content}], "completion": completion}
 
 
+def letter_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    prompts: Sequence[str],
+    before: str = "",
+    **settings: bool,
+) -> list[tuple[float, bool]]:
+    """Returns the NLL of each question's right letter among those of its options, and whether it is the likeliest."""
+    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", **settings)
+    mask = batch["attention_mask"].to(next(model.parameters()).device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids = batch["input_ids"].to(mask.device)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
+    found = []
+    for values, question in zip(logits.float(), asked, strict=True):
+        tokens = [tokenizer.encode(before + letter, add_special_tokens=False)[-1] for letter in question.letters]
+        scores = values[tokens].log_softmax(-1)
+        found.append((-scores[question.answer].item(), scores.argmax().item() == question.answer))
+    return found
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    A data set on the Hub.
-
-    Args:
-        path (`str`): Repository.
-        read (`Callable`): Makes a question of a row.
-        rows (`int`): Rows of the training split.
-        subset (`str`, *optional*): Configuration.
-        revision (`str`, *optional*): Branch; data sets that were scripts have their rows in the Hub's conversion.
-    """
+    """A data set on the Hub, the rows of its training split, and how a row becomes a question."""
 
     path: str
     read: Callable[[Row], Question]
     rows: int
     subset: str | None = None
+    # Data sets that were scripts have their rows in the Hub's conversion, a branch.
     revision: str | None = None
 
 
-def labelled(text: Callable[[Row], str]) -> Callable[[Row], Question]:
+def labelled(text: str) -> Callable[[Row], Question]:
     """Reads the schema `choices: {text, label}` with `answerKey`, whose labels are letters or numbers."""
 
     def read(row: Row) -> Question:
         choices = row["choices"]
-        return Question(text(row), tuple(choices["text"]), choices["label"].index(row["answerKey"]))
+        return Question(row[text], tuple(choices["text"]), choices["label"].index(row["answerKey"]))
 
     return read
 
 
 def hellaswag(row: Row) -> Question:
-    """Reads `ctx`, `endings` and `label`, a number in a string."""
     return Question(f"Which ending fits best?\n{row['ctx']}", tuple(row["endings"]), int(row["label"]))
 
 
 def math_qa(row: Row) -> Question:
-    """Reads `Problem`, `correct` (a letter) and `options`, one string such as `a ) 38 , b ) 27.675 , c ) 30`."""
+    """`options` is one string such as `a ) 38 , b ) 27.675 , c ) 30`."""
     parts = re.split(r"(?:^|,)\s*([a-e])\s*\)\s*", row["options"].strip(" []'\""))
     letters, options = parts[1::2], [option.strip(" ,'\"") for option in parts[2::2]]
     return Question(row["Problem"], tuple(options), letters.index(row["correct"]))
 
 
 def piqa(row: Row) -> Question:
-    """Reads `goal`, `sol1`, `sol2` and `label`, 0 or 1."""
     return Question(row["goal"], (row["sol1"], row["sol2"]), int(row["label"]))
 
 
 def social_iqa(row: Row) -> Question:
-    """Reads `context`, `question`, `answerA` to `answerC` and `label`, from 1 and in a string."""
     options = tuple(row[f"answer{letter}"] for letter in "ABC")
     return Question(f"{row['context']} {row['question']}", options, int(row["label"]) - 1)
 
 
 def winogrande(row: Row) -> Question:
-    """Reads `sentence` with a blank, `option1`, `option2` and `answer`, `1` or `2`."""
     text = f"What fills the blank?\n{row['sentence']}"
     return Question(text, (row["option1"], row["option2"]), int(row["answer"]) - 1)
 
 
 _PARQUET = "refs/convert/parquet"
 BENCHMARKS = {
-    "arc_easy": Benchmark("allenai/ai2_arc", labelled(lambda row: row["question"]), 2251, "ARC-Easy"),
-    "commonsense_qa": Benchmark("tau/commonsense_qa", labelled(lambda row: row["question"]), 9741),
+    "arc_easy": Benchmark("allenai/ai2_arc", labelled("question"), 2251, "ARC-Easy"),
+    "commonsense_qa": Benchmark("tau/commonsense_qa", labelled("question"), 9741),
     "hellaswag": Benchmark("Rowan/hellaswag", hellaswag, 39905),
     "math_qa": Benchmark("allenai/math_qa", math_qa, 29837, revision=_PARQUET),
-    "openbookqa": Benchmark("allenai/openbookqa", labelled(lambda row: row["question_stem"]), 4957, "main"),
+    "openbookqa": Benchmark("allenai/openbookqa", labelled("question_stem"), 4957, "main"),
     "piqa": Benchmark("ybisk/piqa", piqa, 16113, revision=_PARQUET),
     "social_iqa": Benchmark("allenai/social_i_qa", social_iqa, 33410, revision=_PARQUET),
     "winogrande": Benchmark("allenai/winogrande", winogrande, 40398, "winogrande_xl"),

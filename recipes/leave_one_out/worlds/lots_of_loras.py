@@ -20,9 +20,7 @@ class LotsOfLoras(paper.Paper):
     name = "lots_of_loras"
     rank = 16
 
-    def __init__(self, *args, limit: int, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.limit = limit
+    limit = LIMIT
 
     def adapter(self, task: str) -> None:
         """The library is on the Hub: no task has an adapter that is trained here."""
@@ -36,7 +34,7 @@ class LotsOfLoras(paper.Paper):
 
 
 def make(home: Path, fast: bool, model: str | None) -> LotsOfLoras:
-    budget = replace(paper.FAST if fast else paper.FULL, arms=ARMS)
-    budget = budget if fast else replace(budget, tasks=TASKS)
-    rows = paper.TEST_ROWS_FAST if fast else paper.TEST_ROWS
-    return LotsOfLoras(home, budget, model or MODEL, rows, limit=LIMIT_FAST if fast else LIMIT)
+    sizes = (paper.FAST, paper.TEST_ROWS_FAST) if fast else (replace(paper.FULL, tasks=TASKS), paper.TEST_ROWS)
+    world = LotsOfLoras(home, replace(sizes[0], arms=ARMS), model or MODEL, sizes[1])
+    world.limit = LIMIT_FAST if fast else LIMIT
+    return world

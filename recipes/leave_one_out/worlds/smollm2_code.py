@@ -2,19 +2,18 @@
 
 import importlib.util
 import random
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTTrainer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ...quickstart.world import quiet
 from . import smollm2
-from .base import Budget, World, silenced
-from .sources import LEFT_OUT, largest_first
-from .stdlib import arguments, summed_nll, token_blocks
+from .base import Budget, evaluating
+from .sources import LEFT_OUT, largest_first, read
 
 
 # The first four are held out. Each is the standard library's or comes with this package's own dependencies.
@@ -43,54 +42,22 @@ FULL = Budget(
     tuned=ARMS,
 )
 FAST = Budget(
-    tasks=("asyncio",),
-    steps=12,
-    eval_every=4,
-    learning_rate=2e-3,
-    seeds=(1,),
-    arms=("scratch", "mashup", "random"),
+    tasks=("asyncio",), steps=12, eval_every=4, learning_rate=2e-3, seeds=(1,), arms=("scratch", "mashup", "random")
 )
 FAST_PACKAGES = ("asyncio", "email", "mpmath", "networkx")
 BLOCKS, BLOCKS_FAST = 16, 8
 
 
-class SmolLM2Code(World):
+class SmolLM2Code(smollm2.SmolLM2):
     """Language modeling of a package's sources; the metric is the NLL per byte of unseen files."""
 
     name = "smollm2_code"
     metric = "NLL per byte (nats)"
-    higher_is_better = False
+    batch_size, length = BATCH_SIZE, LENGTH
 
-    def __init__(self, home: Path, budget: Budget, packages: tuple[str, ...], blocks: int, model: str) -> None:
-        self.packages, self.blocks, self.model_name = packages, blocks, model
-        super().__init__(home / model, budget)
-        self._unseen: dict[tuple[str, str], tuple[torch.Tensor, int]] = {}
-
-    def all_tasks(self, budget: Budget) -> tuple[str, ...]:
-        return self.packages
-
-    def prepare(self) -> None:
-        smollm2.base(self.model_name)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(smollm2.base(self.model_name))
-
-    def base_model(self):
-        return AutoModelForCausalLM.from_pretrained(smollm2.base(self.model_name), dtype=torch.float32)
-
-    def trainer(self, model, target, seed, output_dir, *, steps, learning_rate, callbacks=(), peft_config=None):
-        blocks = self.blocks_of(target, "train")
-        drawn = random.Random(seed).choices(blocks, k=steps * BATCH_SIZE)
-        trainer = SFTTrainer(
-            model,
-            args=arguments(output_dir, seed, steps, learning_rate, BATCH_SIZE, LENGTH),
-            train_dataset=Dataset.from_dict({"input_ids": drawn}),
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-            callbacks=list(callbacks),
-        )
-        return silenced(trainer)
+    def train_rows(self, target, seed, steps):
+        drawn = random.Random(seed).choices(self.blocks_of(target, "train"), k=steps * BATCH_SIZE)
+        return Dataset.from_dict({"input_ids": drawn})
 
     def evaluate(self, model, target):
         return self.nll(model, target, "test")
@@ -98,27 +65,22 @@ class SmolLM2Code(World):
     def final(self, model, target):
         return {"validation": self.nll(model, target, "validation")}
 
-    @torch.no_grad()
-    def nll(self, model: torch.nn.Module, package: str, split: str) -> float:
+    def nll(self, model: nn.Module, package: str, split: str) -> float:
         """NLL per byte on blocks of a split's files."""
-        if (package, split) not in self._unseen:
-            self._unseen[package, split] = self.unseen_blocks(package, split)
-        tokens, size = self._unseen[package, split]
-        was_training = model.training
-        model.eval()
+        tokens, size = self.unseen_blocks(package, split)
         device = next(model.parameters()).device
-        loss = sum(summed_nll(model, part.to(device)) for part in tokens.split(BATCH_SIZE))
-        model.train(was_training)
-        return loss / size
+        with evaluating(model):
+            return sum(summed_nll(model, part.to(device)) for part in tokens.split(BATCH_SIZE)) / size
 
     def blocks_of(self, package: str, split: str) -> list[list[int]]:
         """All blocks of a split's files."""
-        return token_blocks(self.tokenizer, split_files(package, split), LENGTH, smollm2.MODELS[self.model_name].end)
+        return token_blocks(self.tokenizer, split_files(package, split), smollm2.MODELS[self.model_name].end)
 
+    @cache  # noqa: B019 (a process has one world)
     def unseen_blocks(self, package: str, split: str) -> tuple[torch.Tensor, int]:
         """Blocks of a split's files, the same for every run, and the bytes that are predicted in them."""
         blocks = self.blocks_of(package, split)
-        drawn = random.Random(0).sample(blocks, min(self.blocks, len(blocks)))
+        drawn = random.Random(0).sample(blocks, min(self.test_rows, len(blocks)))
         return torch.tensor(drawn), sum(text_bytes(self.tokenizer, block[1:]) for block in drawn)
 
 
@@ -141,6 +103,18 @@ def split_files(package: str, split: str) -> list[Path]:
     return sorted(random.Random(0).sample(found, min(MOST_FILES, len(found))))
 
 
+def token_blocks(tokenizer: PreTrainedTokenizerBase, files: list[Path], end: str) -> list[list[int]]:
+    """Cuts the files' tokens, an end-of-text after each file, into blocks of `LENGTH`; the rest is dropped."""
+    stream = [token for path in files for token in tokenizer.encode(read(path) + end)]
+    return [stream[start : start + LENGTH] for start in range(0, len(stream) - LENGTH + 1, LENGTH)]
+
+
+def summed_nll(model: nn.Module, tokens: torch.Tensor) -> float:
+    """Sum of the NLL of every token but the first of each block."""
+    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+
+
 def text_bytes(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int:
     """Bytes of text that tokens stand for; a character that a block cuts in two counts as a few."""
     return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
@@ -148,7 +122,5 @@ def text_bytes(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int:
 
 def make(home: Path, fast: bool, model: str | None) -> SmolLM2Code:
     quiet()
-    model = smollm2.known(model)
-    if fast:
-        return SmolLM2Code(home, FAST, FAST_PACKAGES, BLOCKS_FAST, model)
-    return SmolLM2Code(home, FULL, tuple(PACKAGES), BLOCKS, model)
+    sizes = (FAST, FAST_PACKAGES, BLOCKS_FAST) if fast else (FULL, tuple(PACKAGES), BLOCKS)
+    return SmolLM2Code(home, *sizes, model)

@@ -14,20 +14,10 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_d
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
-def source_files(package: str | None = None) -> list[Path]:
-    """Returns the source files of one of `PACKAGES`, or of the rest of the library; no tests and no tables of data."""
-    root = STDLIB / package if package else STDLIB
-    files = sorted(path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(STDLIB).parts))
-    if package is None:
-        files = [path for path in files if path.relative_to(STDLIB).parts[0] not in PACKAGES]
-    return files
-
-
-def split_files(package: str, split: str) -> list[Path]:
-    """Returns the files to train on, or every fourth one (by size, the second largest first) to test on."""
-    files = largest_first(source_files(package))
-    unseen = files[1::4]
-    return unseen if split == "test" else [path for path in files if path not in unseen]
+def source_files(package: str) -> list[Path]:
+    """Returns the source files of one of `PACKAGES`; no tests and no tables of data."""
+    files = (STDLIB / package).rglob("*.py")
+    return sorted(path for path in files if not LEFT_OUT & set(path.relative_to(STDLIB).parts))
 
 
 def largest_first(files: Iterable[Path]) -> list[Path]:
@@ -41,13 +31,7 @@ def read(path: Path) -> str:
 
 
 def documented_functions(source: str) -> list[tuple[str, str]]:
-    """
-    Returns the documented functions of a source file: the docstring's first paragraph, and the body without it.
-
-    Args:
-        source (`str`):
-            Python source.
-    """
+    """Returns the documented functions of a source file: the docstring's first paragraph, and the body without it."""
     functions = [
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]

@@ -1,0 +1,1 @@
+"""Recipes: scripts that run as they are, and the worlds that experiments and benchmarks share."""

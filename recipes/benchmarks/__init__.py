@@ -1,0 +1,1 @@
+"""What scoring, merging and selecting cost, measured."""

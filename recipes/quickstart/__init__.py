@@ -1,0 +1,1 @@
+"""A small world for a first run: offline, on a CPU, in about a minute."""
