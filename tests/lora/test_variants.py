@@ -13,6 +13,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     T5Config,
@@ -215,6 +219,35 @@ def test_what_a_configuration_can_say(tmp_path, variant):
             admitted(tmp_path, llama()).load()
     else:
         assert is_dense(check(tmp_path, llama)) == (how == "dense")
+
+
+EXPERTS = {
+    "qwen3_moe": MODELS["qwen3_moe"][0],
+    "mixtral": partial(
+        made, MixtralForCausalLM, MixtralConfig(vocab_size=96, num_key_value_heads=2, num_local_experts=3, **SIZES)
+    ),
+    # Its parameters are the other way round.
+    "gpt_oss": partial(
+        made,
+        GptOssForCausalLM,
+        GptOssConfig(vocab_size=96, num_key_value_heads=2, head_dim=8, num_local_experts=4, **SIZES),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("parameters", [["down_proj", "gate_up_proj"], ["down_proj"]], ids="-".join)
+def test_experts_that_are_parts_of_one_parameter(tmp_path, family, parameters):
+    named = [f"mlp.experts.{name}" for name in parameters]
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"experts.down_proj": 6}}
+    config = LORA(target_modules=["q_proj"] * (len(named) - 1), target_parameters=named, **patterns)
+    save_random(tmp_path, EXPERTS[family](), config)
+    updates = check(tmp_path, EXPERTS[family])
+    assert {update.rank for name, update in updates.items() if "down_proj" in name} == {2}
+    with pytest.raises(AdapterError, match="several experts at once, and there is no base model"):
+        merge_adapters([tmp_path])
+    with pytest.raises(AdapterError, match="no weights of experts|no linear layers"):
+        admitted(tmp_path, MODELS["gemma3"][0]())
 
 
 @pytest.mark.parametrize("tied", [False, True])
