@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..lowrank import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .adapter_modules import ModuleShape, adapter_modules, contradictions, find_renaming, renamed
 from .base import BaseModel
+from .experts import expert_modules, of_expert
 from .files import open_regular, quote, read_limited
 from .header import FileStamp, TensorInfo, parse_header, read_header
 
@@ -57,8 +58,12 @@ class Adapter:
         Raises:
             AdapterError: A layer or its shape is not the model's.
         """
-        change = find_renaming(list(self.modules), base.layers)
-        modules = {renamed(name, change): shape for name, shape in self.modules.items()}
+        change = find_renaming(*self._names(base))
+        modules: dict[str, ModuleShape] = {}
+        for name, shape in self.modules.items():
+            name = renamed(name.replace(".base_layer", "") if shape.stack else name, change)
+            stacked = shape.stack and expert_modules(name, shape, self.config, base.layers)
+            modules |= stacked or {name: shape}
         copies = {renamed(name, change): key for name, key in self.copies.items()}
         if unknown := [key for name, key in copies.items() if name not in base.layers]:
             raise AdapterError(
@@ -75,6 +80,14 @@ class Adapter:
         if recorded and base.name and _short_name(recorded) != _short_name(base.name):
             warnings += (f"recorded base model {quote(recorded)} differs from {base.name}; the shapes fit",)
         return dataclasses.replace(self, modules=modules, copies=copies, warnings=warnings)
+
+    def _names(self, base: BaseModel) -> tuple[list[str], Collection[str]]:
+        """Returns names of the adapter's modules, and those that the model has of such."""
+        names = [name for name, shape in self.modules.items() if shape.stack is None]
+        if names:
+            return names, base.layers
+        holders = dict.fromkeys(".".join(name.split(".")[:-2]) for name in base.layers if name[-1].isdigit())
+        return [name.replace(".base_layer", "") for name in self.modules], holders
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -170,7 +183,10 @@ def _load_parts(
 ) -> dict[str, torch.Tensor]:
     if not set(shape.keys.values()) <= tensors.keys():
         raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} is gone")
-    parts = {part: tensors[key].to(device=device, dtype=dtype, copy=True) for part, key in shape.keys.items()}
+    if shape.stack and not shape.stack.expert[1]:
+        raise AdapterError("`target_parameters` adapts several experts at once, and there is no base model here")
+    own = {part: of_expert(part, tensors[key], shape.stack) for part, key in shape.keys.items()}
+    parts = {part: tensor.to(device=device, dtype=dtype, copy=True) for part, tensor in own.items()}
     for part in parts.values():
         # NaN fails the comparison too.
         if not (largest := part.abs().max().item()) <= MAX_ABSOLUTE:

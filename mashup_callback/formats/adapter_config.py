@@ -29,9 +29,9 @@ _COMMON = {
 _LORA = _COMMON | {
     *("corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_dropout", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
-    *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+    *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias", "target_parameters"),
 }
-_ADALORA = (_LORA - {"use_dora"}) | {
+_ADALORA = (_LORA - {"use_dora", "target_parameters"}) | {
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
 }
 _LYCORIS = _COMMON | {
@@ -46,7 +46,6 @@ _FEATURES = {
     "modules_to_save": "whole modules were trained besides the adapter",
     "trainable_token_indices": "embeddings were trained besides the adapter",
     "layer_replication": "the base model's layers are repeated",
-    "target_parameters": "parameters instead of linear layers are adapted",
     "megatron_config": "Megatron's parallel layers are adapted",
     "alora_invocation_tokens": "the update applies to a part of each sequence only",
     "use_qalora": "inputs are pooled in groups before A",
@@ -75,6 +74,7 @@ class AdapterConfig:
     revision: str | None = None
     task_type: str | None = None
     target_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """Returns the rank that the configuration gives the module of this name."""
@@ -92,7 +92,8 @@ class AdapterConfig:
         """Returns the fields that change what the adapter computes."""
         patterns = {"rank_pattern": list(self.rank_pattern.items()), "alpha_pattern": list(self.alpha_pattern.items())}
         method = {"peft_type": self.peft_type, "use_dora": self.use_dora, "use_rslora": self.use_rslora}
-        return {"r": self.r, "lora_alpha": self.lora_alpha, **method, **patterns}
+        parameters = {"target_parameters": list(self.target_parameters)} if self.target_parameters else {}
+        return {"r": self.r, "lora_alpha": self.lora_alpha, **method, **patterns, **parameters}
 
 
 def parse_config(data: bytes) -> AdapterConfig:
@@ -126,6 +127,7 @@ def parse_config(data: bytes) -> AdapterConfig:
         revision=_text(fields, "revision"),
         task_type=_text(fields, "task_type"),
         target_modules=_targets(fields.get("target_modules")),
+        target_parameters=_parameters(fields.get("target_parameters")),
     )
 
 
@@ -176,6 +178,12 @@ def _targets(value: Any) -> str | tuple[str, ...] | None:
     if not isinstance(value, str | None):
         raise AdapterError(f"`target_modules` is {quote(value)}, expected a string, a list of strings or null")
     return value
+
+
+def _parameters(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | None) or not all(isinstance(item, str) for item in value or ()):
+        raise AdapterError(f"`target_parameters` is {quote(value)}, expected a list of strings or null")
+    return tuple(value or ())
 
 
 def _pattern(value: Any, name: str, check: Callable[[Any, str], float]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The modules of a LoRA adapter: pairs of tensors in its file, and the layers of the model that they fit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,8 +29,24 @@ _FEATURE_KEYS = {
 
 
 @dataclass(frozen=True)
+class Stack:
+    """
+    What is known of factors that several experts share: the `parameters` that `target_parameters` names of their
+    module and how many of these are wrapped around, and, with the model known, which `expert` of how many it is.
+    """
+
+    parameters: tuple[str, ...] = ()
+    depth: int = 0
+    expert: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class ModuleShape:
-    """One adapted layer: its sizes, the factor on the update, and the keys of its parts in the weights file."""
+    """
+    One adapted layer: its sizes, the factor on the update, and the keys of its parts in the weights file.
+
+    It has a `stack` where it is an expert, or several experts until it is compared with the model.
+    """
 
     rank: int
     in_features: int
@@ -38,6 +54,7 @@ class ModuleShape:
     scaling: float
     keys: Mapping[str, str]
     form: Form = field(repr=False)
+    stack: Stack | None = None
 
 
 def adapter_modules(
@@ -64,15 +81,18 @@ def adapter_modules(
     modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
     if not modules:
         raise AdapterError("all its ranks are zero: it changes nothing")
+    if config.target_parameters and not any(shape.stack for shape in modules.values()):
+        found = quote(", ".join(config.target_parameters))
+        raise AdapterError(f"`target_parameters` names {found}, expected parameters of experts that have tensors")
     return modules, copies
 
 
-def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, ...]:
+def contradictions(config: AdapterConfig, modules: Mapping[str, ModuleShape]) -> tuple[str, ...]:
     """Returns warnings where `target_modules` names other modules than those that have tensors."""
     targets = config.target_modules
     if not isinstance(targets, tuple) or not targets:
         return ()
-    parts = {name: name.split(".") for name in modules}
+    parts = {name: name.split(".") for name, shape in modules.items() if shape.stack is None}
     ends = {name: {".".join(own[i:]) for i in range(len(own))} for name, own in parts.items()}
     extra = [name for name in ends if not ends[name] & set(targets)]
     missing = sorted(set(targets).difference(*ends.values()))
@@ -81,7 +101,7 @@ def contradictions(config: AdapterConfig, modules: Iterable[str]) -> tuple[str, 
     return (f"`target_modules` contradicts the weights: {' and '.join(found)}",) if found else ()
 
 
-def find_renaming(names: Sequence[str], layers: Mapping[str, object]) -> tuple[str, str]:
+def find_renaming(names: Sequence[str], layers: Collection[str]) -> tuple[str, str]:
     """
     Returns the one change of a prefix, what is removed and what is added, that makes these the model's names.
 
@@ -150,16 +170,25 @@ def _is_used(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool
 def _module_shape(
     name: str, keys: Mapping[str, str], config: AdapterConfig, tensors: Mapping[str, TensorInfo]
 ) -> ModuleShape:
-    form = find_form(config.peft_type, config.use_dora, keys)
     try:
+        form = find_form(config.peft_type, config.use_dora, keys)
         parts = {part: torch.empty(tensors[key].shape, device="meta") for part, key in keys.items()}
         factors = form.factors(parts)
     except (AdapterError, RuntimeError, IndexError) as error:
         raise AdapterError(f"the tensors of {quote(name)} make no update: {quote(error)}") from error
+    stack = _stack(name, config)
     rank = config.rank_of(name)
-    _check_rank(name, rank, parts, config)
+    if stack is None:
+        _check_rank(name, rank, parts, config)
     scaling = config.scaling_of(name, rank)
-    return ModuleShape(factors.rank, factors.in_features, factors.out_features, scaling, keys, form)
+    return ModuleShape(factors.rank, factors.in_features, factors.out_features, scaling, keys, form, stack)
+
+
+def _stack(name: str, config: AdapterConfig) -> Stack | None:
+    module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
+    targets = [target.rpartition(".") for target in config.target_parameters]
+    found = tuple(leaf for holder, _, leaf in targets if f".{module}".endswith(f".{holder}" if holder else ""))
+    return Stack(found, depth) if found and module.endswith("experts") else None
 
 
 def _check_rank(name: str, rank: int, parts: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:

@@ -1,13 +1,12 @@
 """The update of one layer as each method of peft stores it: LoRA, DoRA, AdaLoRA, LoHa and LoKr."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import AdapterError
 from ..lowrank import DenseUpdate, LoraFactors
-from .files import quote
 
 
 Parts = Mapping[str, torch.Tensor]
@@ -56,21 +55,18 @@ class Form:
         return LoraFactors(factors.A, factors.B, scaling)
 
 
-def find_form(peft_type: str, use_dora: bool, keys: Mapping[str, str]) -> Form:
+def find_form(peft_type: str, use_dora: bool, parts: Iterable[str]) -> Form:
     """Returns the form that consists of these parts; raises `AdapterError` where there is none."""
-    forms = _FORMS["DORA" if use_dora else peft_type]
+    found, forms = frozenset(parts), _FORMS["DORA" if use_dora else peft_type]
     for form in forms:
-        if form.parts == keys.keys():
+        if form.parts == found:
             return form
-    first = next(iter(keys.values()))
-    missing = next((sorted(form.parts - keys.keys()) for form in forms if form.parts > keys.keys()), [])
-    if not missing:
-        method = "DoRA without `use_dora`" if "magnitude" in keys else "no method"
-        raise AdapterError(
-            f"{quote(first)} and its partners are the parts {', '.join(sorted(keys))}: those of {method}"
-        )
+    missing = next((sorted(form.parts - found) for form in forms if form.parts > found), [])
     ends = [next(end for end, part in ENDS[peft_type].items() if part == name) for name in missing]
-    raise AdapterError(f"{' and '.join(ends)} is missing, its partner {quote(first)} is there")
+    if not ends:
+        what = "DoRA, and `use_dora` is not set" if "magnitude" in found else "more than one update"
+        raise AdapterError(f"{', '.join(sorted(found))} are parts of {what}")
+    raise AdapterError(f"{' and '.join(ends)} is missing")
 
 
 def _pair(A: torch.Tensor, B: torch.Tensor) -> LoraFactors:

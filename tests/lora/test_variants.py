@@ -78,48 +78,70 @@ MODELS = {
     "bert": (partial(made, BertModel, BertConfig(vocab_size=96, **SIZES)), ["query", "value", "output.dense"]),
 }
 LORA = partial(LoraConfig, r=4, lora_alpha=8)
-# Every variant of a candidate that all models can have, how it is trained, and how it is taken in.
+# How every variant of a candidate is taken in: as factors, as a dense update of one layer at a time, or not at all.
 CANDIDATES = {
-    "LoRA": (LORA, "exact"),
-    "rsLoRA": (partial(LORA, use_rslora=True), "exact"),
-    "DoRA": (partial(LORA, use_dora=True), "dense"),
-    "AdaLoRA": (partial(AdaLoraConfig, init_r=5, target_r=2, lora_alpha=8, total_step=10), "exact"),
-    "LoHa": (partial(LoHaConfig, r=2, alpha=4), "exact"),
-    "LoHa of high rank": (partial(LoHaConfig, r=6, alpha=4), "dense"),
-    "LoKr": (partial(LoKrConfig, r=1, alpha=4, decompose_both=True), "exact"),
-    "LoKr of high rank": (partial(LoKrConfig, r=6, alpha=4), "dense"),
+    "LoRA": "exact",
+    "rsLoRA": "exact",
+    "DoRA": "dense",
+    "AdaLoRA": "exact",
+    "LoHa": "exact",
+    "LoHa of high rank": "dense",
+    "LoKr": "exact",
+    "LoKr of high rank": "dense",
+    "rank_pattern and alpha_pattern": "exact",
+    "layers_to_transform": "exact",
+    "exclude_modules": "exact",
+    "target_modules as a regular expression": "exact",
+    "target_modules=all-linear": "exact",
+    "init_lora_weights=orthogonal": "exact",
+    "LoRA of lm_head": "exact",
+    "LoRA of embeddings": "exact",
+    "DoRA of embeddings": "dense",
+    "LoHa with patterns": "exact",
+    "LoKr with patterns": "dense",
+    "target_parameters of experts": "exact",
+    "lora_bias": "rejected: the update has a bias",
+    "bias": "rejected: trained biases cannot be merged",
+    "modules_to_save": "rejected: whole modules were trained",
+    "trainable_token_indices": "rejected: embeddings were trained",
+    "layer_replication": "rejected: the base model's layers are repeated",
+    "aLoRA": "rejected: the update applies to a part of each sequence",
+    "init_lora_weights=pissa": "rejected: may have changed the base model",
+    "other methods, such as IA3": "rejected: what other methods train is no update of linear layers",
 }
-REJECTED = "rejected: "
-# What else peft's configurations can say; the targets are those of Llama unless they are given.
+# What was trained: the first on layers of every model, the others on Llama.
+EVERYWHERE = {
+    "LoRA": LORA,
+    "rsLoRA": partial(LORA, use_rslora=True),
+    "DoRA": partial(LORA, use_dora=True),
+    "AdaLoRA": partial(AdaLoraConfig, init_r=5, target_r=2, lora_alpha=8, total_step=10),
+    "LoHa": partial(LoHaConfig, r=2, alpha=4),
+    "LoHa of high rank": partial(LoHaConfig, r=6, alpha=4),
+    "LoKr": partial(LoKrConfig, r=1, alpha=4, decompose_both=True),
+    "LoKr of high rank": partial(LoKrConfig, r=6, alpha=4),
+}
 CONFIGURED = {
-    "rank_pattern and alpha_pattern": (
-        partial(LORA, rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6}, alpha_pattern={"v_proj": 32}),
-        "exact",
+    "rank_pattern and alpha_pattern": partial(
+        LORA, rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6}, alpha_pattern={"v_proj": 32}
     ),
-    "layers_to_transform": (partial(LORA, layers_to_transform=[1]), "exact"),
-    "exclude_modules": (partial(LORA, exclude_modules=["layers.0.self_attn.q_proj"]), "exact"),
-    "target_modules as a regular expression": (partial(LORA, target_modules=r".*\.1\.self_attn\.[kv]_proj"), "exact"),
-    "all-linear": (partial(LORA, target_modules="all-linear"), "exact"),
-    "init_lora_weights gaussian or orthogonal": (partial(LORA, init_lora_weights="orthogonal"), "exact"),
-    "lm_head": (partial(LORA, target_modules=["lm_head", "q_proj"]), "exact"),
-    "embeddings": (partial(LORA, target_modules=["embed_tokens", "q_proj"]), "exact"),
-    "embeddings, DoRA": (partial(LORA, use_dora=True, target_modules=["embed_tokens", "q_proj"]), "dense"),
-    "LoHa with patterns": (partial(LoHaConfig, r=2, alpha=4, rank_pattern={"v_proj": 1}), "exact"),
-    "LoKr with patterns": (partial(LoKrConfig, r=6, alpha=4, alpha_pattern={"q_proj": 2}), "dense"),
-    "lora_bias": (partial(LORA, lora_bias=True), "rejected: the update has a bias"),
-    "bias": (partial(LORA, bias="lora_only"), "rejected: trained biases cannot be merged"),
-    "modules_to_save": (partial(LORA, modules_to_save=["norm"]), "rejected: whole modules were trained"),
-    "trainable_token_indices": (partial(LORA, trainable_token_indices=[3]), "rejected: embeddings were trained"),
-    "layer_replication": (partial(LORA, layer_replication=[[0, 2], [0, 2]]), "rejected: layers are repeated"),
-    "aLoRA": (
-        partial(LORA, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
-        "rejected: the update applies to a part of each sequence",
-    ),
-    "init_lora_weights pissa, olora, loftq or corda": (
-        partial(LORA, init_lora_weights="pissa"),
-        "rejected: may have changed the base model",
-    ),
-    "other methods": (partial(IA3Config, feedforward_modules=["down_proj"]), "rejected: what other methods train"),
+    "layers_to_transform": partial(LORA, layers_to_transform=[1]),
+    "exclude_modules": partial(LORA, exclude_modules=["layers.0.self_attn.q_proj"]),
+    "target_modules as a regular expression": partial(LORA, target_modules=r".*\.1\.self_attn\.[kv]_proj"),
+    "target_modules=all-linear": partial(LORA, target_modules="all-linear"),
+    "init_lora_weights=orthogonal": partial(LORA, init_lora_weights="orthogonal"),
+    "LoRA of lm_head": partial(LORA, target_modules=["lm_head", "q_proj"]),
+    "LoRA of embeddings": partial(LORA, target_modules=["embed_tokens", "q_proj"]),
+    "DoRA of embeddings": partial(LORA, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
+    "LoHa with patterns": partial(LoHaConfig, r=2, alpha=4, rank_pattern={"v_proj": 1}),
+    "LoKr with patterns": partial(LoKrConfig, r=6, alpha=4, alpha_pattern={"q_proj": 2}),
+    "lora_bias": partial(LORA, lora_bias=True),
+    "bias": partial(LORA, bias="lora_only"),
+    "modules_to_save": partial(LORA, modules_to_save=["norm"]),
+    "trainable_token_indices": partial(LORA, trainable_token_indices=[3]),
+    "layer_replication": partial(LORA, layer_replication=[[0, 2], [0, 2]]),
+    "aLoRA": partial(LORA, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
+    "init_lora_weights=pissa": partial(LORA, init_lora_weights="pissa"),
+    "other methods, such as IA3": partial(IA3Config, feedforward_modules=["down_proj"]),
 }
 
 
@@ -174,22 +196,22 @@ def is_dense(updates):
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("variant", CANDIDATES)
+@pytest.mark.parametrize("variant", EVERYWHERE)
 def test_a_candidate_of_weight_one_is_what_peft_computes(tmp_path, variant, family):
-    (config, how), (make, targets) = CANDIDATES[variant], MODELS[family]
+    make, targets = MODELS[family]
     if family == "gpt2" and variant.startswith(("LoHa", "LoKr")):
         pytest.skip("peft has no LoHa or LoKr of Conv1D")
-    save_random(tmp_path, make(), config(target_modules=targets))
-    assert is_dense(check(tmp_path, make)) == (how == "dense")
+    save_random(tmp_path, make(), EVERYWHERE[variant](target_modules=targets))
+    assert is_dense(check(tmp_path, make)) == (CANDIDATES[variant] == "dense")
 
 
 @pytest.mark.parametrize("variant", CONFIGURED)
 def test_what_a_configuration_can_say(tmp_path, variant):
-    config, how = CONFIGURED[variant]
+    config, how = CONFIGURED[variant], CANDIDATES[variant]
     targets = {} if "target_modules" in config.keywords else {"target_modules": ATTENTION}
     save_random(tmp_path, llama(), config(**targets))
-    if how.startswith(REJECTED):
-        with pytest.raises(AdapterError, match=how.removeprefix(REJECTED)):
+    if how not in ("exact", "dense"):
+        with pytest.raises(AdapterError, match=how.removeprefix("rejected: ")):
             admitted(tmp_path, llama()).load()
     else:
         assert is_dense(check(tmp_path, llama)) == (how == "dense")
@@ -244,7 +266,7 @@ def test_other_spellings_of_the_names(tmp_path, spelling):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["LoRA", "DoRA", "LoHa"])
 def test_half_precision_is_read_exactly(tmp_path, variant, dtype):
-    save_random(tmp_path, llama(), CANDIDATES[variant][0](target_modules=ATTENTION))
+    save_random(tmp_path, llama(), EVERYWHERE[variant](target_modules=ATTENTION))
     edit(tmp_path, lambda tensors: {key: value.to(dtype) for key, value in tensors.items()})
     check(tmp_path, llama)
 
