@@ -3,7 +3,7 @@
 from .adapter import WEIGHTS_NAME, Adapter, adapter_hash, load_factors, parse_adapter, read_adapter, read_weights
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from .adapter_modules import ModuleShape
-from .adapter_writer import write_adapter
+from .adapter_writer import write_adapter, write_tensors
 from .base import BaseModel, Description
 from .checkpoint import (
     INDEX_NAME,
@@ -58,4 +58,5 @@ __all__ = [
     "read_weights",
     "shard_names",
     "write_adapter",
+    "write_tensors",
 ]

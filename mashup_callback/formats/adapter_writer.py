@@ -27,10 +27,14 @@ def write_adapter(
     if not factors:
         raise ValueError("there are no factors to save, expected at least one module")
     claims = {"base_model_name_or_path": base_model, "revision": revision, "task_type": task_type}
+    return write_tensors(directory, adapter_config(factors) | claims, _state_dict(factors, dtype))
+
+
+def write_tensors(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    """Writes an adapter of any kind, its tensors named as peft names them, into a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = _state_dict(factors, dtype)
     (directory / WEIGHTS_NAME).write_bytes(_serialized(tensors, {"format": "pt", **MARK}))
-    text = json.dumps(adapter_config(factors) | claims, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
     return directory
 

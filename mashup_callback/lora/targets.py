@@ -43,6 +43,22 @@ class TrainedAdapter:
         values = [place.values(factors, self.before) for place in self.places]
         return {name: value for part in values for name, value in part.items()}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its updates are of linear layers only."""
+        return all(type(place) is LinearPlace for place in self.places)
+
+    def saved(self, factors: Factors, base_model: str | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Returns the configuration and the tensors that peft saves when the adapter computes updates."""
+        # Other modules that are trained start as the base model's, and what a file holds is not initialized.
+        ours = {"base_model_name_or_path": base_model, "modules_to_save": None, "init_lora_weights": True}
+        fields = self.config.to_dict() | ours | {"inference_mode": True}
+        fields.pop("runtime_config", None)
+        config = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+        values = {name.replace(f".{self.name}", ""): value for name, value in self.values(factors).items()}
+        tensors = {f"base_model.model.{name}": value.cpu().contiguous() for name, value in values.items()}
+        return config, {name.replace("_vector.weight", "_vector"): value for name, value in tensors.items()}
+
 
 def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | None:
     """Returns the adapter that is trained, None without one; raises `ValueError` if a merge cannot be its start."""

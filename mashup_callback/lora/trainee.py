@@ -12,7 +12,7 @@ from torch import nn
 from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import failing_together, on_main_process
-from ..formats import BaseModel, Description, write_adapter
+from ..formats import BaseModel, Description, write_adapter, write_tensors
 from ..model import compute_device, linear_layers, weight_norms, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
@@ -82,6 +82,9 @@ class LoraTrainee:
 
     def save(self, update: LoraUpdate, directory: Path, base_model: str | None) -> None:
         """Writes an update as a PEFT adapter, in the ranks and the precision of the trained one."""
+        if not self.adapter.is_plain:
+            write_tensors(directory, *self.adapter.saved(update.factors, base_model))
+            return
         task_type = getattr(self.adapter.config.task_type, "value", self.adapter.config.task_type)
         write_adapter(directory, update.factors, base_model=base_model, task_type=task_type)
 

@@ -1,0 +1,164 @@
+"""Every variant of the trainee: one candidate of weight 1 is computed as by peft itself, or it is turned away."""
+
+from functools import partial
+
+import pytest
+import torch
+from peft import AdaLoraConfig, EvaConfig, LoHaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+
+from mashup_callback.lora import LoraUpdate, find_adapter
+from mashup_callback.lowrank import LoraFactors
+from mashup_callback.trainee import find_trainee
+from tests.lora.test_variants import (
+    ATTENTION,
+    IDS,
+    LORA,
+    MODELS,
+    REJECTED,
+    admitted,
+    by_peft,
+    close,
+    output,
+    save_random,
+)
+from tests.tiny import llama
+
+
+def second(model, active=False):
+    """Adds an adapter with an update of its own."""
+    torch.manual_seed(3)
+    model.add_adapter("second", LORA(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"] if active else "default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name)
+    return model
+
+
+def eva(model):
+    initialize_lora_eva_weights(model, [{"input_ids": IDS + shift} for shift in range(4)], show_progress_bar=False)
+    return model
+
+
+def merged(model):
+    second(model).base_model.merge_adapter(["second"])
+    return model
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+# Of every model: how it is trained.
+TRAINEES = {
+    "LoRA": (LORA, "exact"),
+    "rsLoRA": (partial(LORA, use_rslora=True), "exact"),
+    "DoRA": (partial(LORA, use_dora=True), "exact"),
+    "init_lora_weights gaussian": (partial(LORA, init_lora_weights="gaussian"), "exact"),
+    "init_lora_weights orthogonal": (partial(LORA, init_lora_weights="orthogonal"), "exact"),
+    "lora_bias": (partial(LORA, lora_bias=True), "exact"),
+}
+# Of Llama: the targets where they are no usual ones, and what is done to the model then.
+CONFIGURED = {
+    "init_lora_weights eva": (
+        partial(LORA, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)),
+        eva,
+        "exact",
+    ),
+    "rank_pattern and alpha_pattern": (
+        partial(LORA, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3}),
+        None,
+        "exact",
+    ),
+    "modules_to_save": (partial(LORA, modules_to_save=["embed_tokens", "lm_head", "norm"]), None, "exact"),
+    "a second adapter, not active": (LORA, second, "exact"),
+    "embeddings": (partial(LORA, target_modules=[*ATTENTION, "embed_tokens"]), None, "exact"),
+    "embeddings, DoRA": (partial(LORA, use_dora=True, target_modules=[*ATTENTION, "embed_tokens"]), None, "exact"),
+    "lm_head": (partial(LORA, target_modules=[*ATTENTION, "lm_head"]), None, "exact"),
+    "a second adapter, active": (LORA, partial(second, active=True), "rejected: 'second' is active besides 'default'"),
+    "a second adapter, merged": (LORA, merged, "rejected: 'second' is merged besides 'default'"),
+    "a frozen adapter": (LORA, frozen, "rejected: is_trainable=True.*prepare_model_for_kbit_training"),
+    "AdaLoRA": (partial(AdaLoraConfig, total_step=10), None, "rejected: of the type ADALORA, expected LORA"),
+    "other methods": (LoHaConfig, None, "rejected: trains no LoRA layers"),
+    "init_lora_weights pissa, olora, loftq or corda": (
+        partial(LORA, init_lora_weights="pissa"),
+        None,
+        "rejected: alters the base weights",
+    ),
+    "init_lora_weights mica": (partial(LORA, init_lora_weights="mica"), None, "rejected: freezes a factor"),
+    "aLoRA": (
+        partial(LORA, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
+        None,
+        "rejected: more than scaling·B·A",
+    ),
+}
+
+
+def check(model, update, expected):
+    """Written for a while, and for good, a trainee computes what is expected; taken back, every bit is as it was."""
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainee, plain = find_trainee(model), output(model)
+    with trainee.written(update), torch.no_grad():
+        assert close(output(model), expected)
+    merge, info = trainee.merge([Given(update)], [1.0], "linear", {})
+    assert info.kept_energy == pytest.approx(1.0) and info.lost_energy == 0.0
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    trainee.write(merge)
+    assert close(output(model), expected) and not torch.allclose(expected, plain, atol=1e-3)
+    trainee.undo()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    return trainee, merge
+
+
+class Given:
+    def __init__(self, update):
+        self.load = lambda device="cpu": update
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("variant", TRAINEES)
+def test_a_trainee_starts_from_what_peft_computes(tmp_path, variant, family):
+    (config, how), (make, targets) = TRAINEES[variant], MODELS[family]
+    assert how == "exact"
+    save_random(tmp_path, make(), LORA(r=3, target_modules=targets))
+    torch.manual_seed(2)
+    model = get_peft_model(make(), config(target_modules=targets)).eval()
+    check(model, admitted(tmp_path, model).load(), by_peft(tmp_path, make))
+
+
+@pytest.mark.parametrize("variant", CONFIGURED)
+def test_what_a_trainee_can_be(tmp_path, variant):
+    config, prepare, how = CONFIGURED[variant]
+    targets = config.keywords.get("target_modules", ATTENTION) if isinstance(config, partial) else ATTENTION
+    model = get_peft_model(llama(), config(target_modules=targets)).eval()
+    model = prepare(model) if prepare else model
+    if how.startswith(REJECTED):
+        with pytest.raises(ValueError, match=how.removeprefix(REJECTED)):
+            find_trainee(model)
+        return
+    path = save_random(tmp_path / "one", llama(), LORA(r=3, target_modules=targets))
+    expected = by_peft(path, llama)
+    trainee, merge = check(model, admitted(path, model).load(), expected)
+    trainee.save(merge, tmp_path / "saved", None)
+    assert close(by_peft(tmp_path / "saved", llama), expected)
+
+
+@pytest.mark.parametrize("parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"]])
+def test_experts(tmp_path, parameters):
+    """Parameters of one module are wrapped one in the other."""
+    make = MODELS["qwen3_moe"][0]
+    config = partial(LoraConfigOfExperts, target_parameters=parameters)
+    path = save_random(tmp_path / "one", make(), config())
+    expected = by_peft(path, make)
+    held = find_adapter(PeftModel.from_pretrained(make(), path, is_trainable=True), overwrite=True).targets
+    assert len(held) == 4 + 2 * 4 * len(parameters)
+    update = LoraUpdate({name: LoraFactors(one.A, one.B, one.scaling) for name, one in held.items()})
+    plain = make()
+    with torch.no_grad(), update.applied(plain):
+        assert close(output(plain), expected)
+    assert torch.equal(output(plain), output(make()))
+    trainee, merge = check(get_peft_model(make(), config(r=6)).eval(), update, expected)
+    trainee.save(merge, tmp_path / "saved", None)
+    assert close(by_peft(tmp_path / "saved", make), expected)
+
+
+LoraConfigOfExperts = partial(LORA, target_modules=["q_proj", "v_proj"])
