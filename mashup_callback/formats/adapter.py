@@ -51,6 +51,15 @@ class Adapter:
         """Largest rank over the modules."""
         return max(shape.rank for shape in self.modules.values())
 
+    def refuse_special(self) -> None:
+        """Raises an `AdapterError` where not all its modules are linear layers, to be written as such."""
+        for name, shape in self.modules.items():
+            if shape.stack or any("embedding" in key for key in shape.keys.values()):
+                raise AdapterError(
+                    f"it adapts {quote(name)}, an embedding or experts in one parameter, which is supported where a "
+                    "LoRA adapter is trained, expected linear layers only"
+                )
+
     def fit(self, base: BaseModel) -> "Adapter":
         """
         Returns it with the layers named as the model names them, and a warning where it records another base model.

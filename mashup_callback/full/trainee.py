@@ -64,7 +64,7 @@ class FullTrainee:
             raise ValueError(self.base.refusal)
         self.tensors = self.base.tensors
         self._sources: dict[str, Callable[[Any], Source]] = {
-            "adapter": lambda found: AdapterOnBase(found, adapter_source(found)),
+            "adapter": lambda found: _on_base(found, adapter_source),
             "model": CheckpointSource,
         }
         self._adapters: dict[Path, Path] = {}
@@ -206,6 +206,12 @@ class FullTrainee:
             value = value.cpu()
             total += (read_tensor(checkpoint, name).double() - value.double()).square().sum().item()
         return total
+
+
+def _on_base(adapter: Adapter, adapter_source: Callable[[Adapter], Any]) -> AdapterOnBase:
+    # Merged into a full model, an embedding would change the head that is tied to it too.
+    adapter.refuse_special()
+    return AdapterOnBase(adapter, adapter_source(adapter))
 
 
 def _copy_model(checkpoint: Checkpoint, directory: Path) -> None:

@@ -170,6 +170,8 @@ def merge_adapters(
     check_merge(method, parameters, weights, space, len(adapters))
     read = _read_fitting(adapters)
     if output_dir is not None:
+        for name, adapter in read:
+            _naming(name, Adapter.refuse_special, adapter)
         refuse_overlap(output_dir, [adapter.path for _, adapter in read])
         refuse_foreign(output_dir)
     numbers = [1 / len(read)] * len(read) if isinstance(weights, str) else weights

@@ -11,7 +11,7 @@ from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, trunca
 from ..methods import MergeRule
 
 
-# Directions of a randomized SVD beyond the wanted rank where only updates of full rank are merged.
+# Directions of a randomized SVD for each update of full rank, besides the wanted rank.
 _DENSE_WIDTH = 64
 # One update per adapter, None where it lacks the module.
 _Inputs = Sequence[LoraFactors | None]
@@ -67,7 +67,7 @@ class ModuleMerge:
     def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
         updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
-        width = sum(f.rank for f in present if not f.dense) or _DENSE_WIDTH
+        width = sum(_DENSE_WIDTH if f.dense else f.rank for f in present)
         return truncate_dense(self.rule.merge(updates, self.weights), rank, width, self.seed)
 
     def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:

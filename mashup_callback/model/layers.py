@@ -119,9 +119,11 @@ def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
     """
     for name, factors in update.items():
         limit = MAX_UPDATE * norms.get(name, math.inf)
-        if not factors.norm_bound() <= limit and (norm := factors.norm()) > limit:
+        # Not finite is too large as well.
+        if not factors.norm_bound() <= limit and not (norm := factors.norm()) <= limit:
+            times = norm / norms.get(name, 1.0)
             raise AdapterError(
-                f"its update of {name} is {norm / norms[name]:.1f} times as large as the weight (Frobenius norms), "
+                f"its update of {name} is {times:.1f} times as large as the weight (Frobenius norms), "
                 f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
             )
 

@@ -1,9 +1,9 @@
 """
 Time merges of three rank-16 adapters, and their memory, against peft's `add_weighted_adapter`, which merges the same.
 
-Linear merges against `svd`, ties against `ties_svd` and dare_ties against `dare_ties_svd`; every row is one layer. The
-kept energy is the share of peft's own merge before it is cut, ties and linear; what dare drops is drawn at random, so
-its two merges differ. Run on the CPU:
+Linear merges against `svd`, ties against `ties_svd` and dare_ties against `dare_ties_svd`; every row is one layer.
+What dare drops is drawn at random, so its two merges differ. Seconds are those of the processor, which other processes
+do not change. Run on the CPU:
 
     python recipes/benchmarks/merge.py --json merge.json
 """
@@ -30,6 +30,8 @@ SHAPES = ("1024x1024", "2048x2048", "4096x2048")
 METHODS = {"linear": "svd", "ties": "ties_svd", "dare_ties": "dare_ties_svd"}
 ADAPTERS, RANK, ALPHA, DENSITY = 3, 16, 32, 0.5
 WEIGHTS = [1 / ADAPTERS] * ADAPTERS
+# mergekit divides by the sum of the weights, peft by their number: with weights of 1 these are the same.
+PEFT_WEIGHTS = {"linear": WEIGHTS, "ties": [1.0] * ADAPTERS, "dare_ties": [1.0] * ADAPTERS}
 NAMES = [str(index) for index in range(ADAPTERS)]
 
 
@@ -50,22 +52,22 @@ def read_factors(layer, name: str) -> LoraFactors:
 
 
 def measured(function: Callable[[], object], repeats: int = 1) -> tuple[float, float, object]:
-    """Median seconds of some calls, the most megabytes that they added to the process, and the last result."""
+    """Median processor seconds of some calls, the megabytes that they added at the most, and the last result."""
     process, times, stop = psutil.Process(), [], threading.Event()
     before = most = process.memory_info().rss
 
     def watch() -> None:
         nonlocal most
-        while not stop.wait(0.001):
+        while not stop.wait(0.005):
             most = max(most, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = time.process_time()
             result = function()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
     finally:
         stop.set()
         watcher.join()
@@ -79,11 +81,14 @@ def measure(shape: str, method: str, repeats: int) -> dict[str, float | str]:
     layer = model.base_model.model[0]
     inputs = [{"0": read_factors(layer, name)} for name in NAMES]
     parameters = {} if method == "linear" else {"density": DENSITY}
-    options = {"method": method, "weights": WEIGHTS, "parameters": parameters, "ranks": RANK}
+    normalized = {} if method == "linear" else {"normalize": True}
+    options = {"method": method, "weights": WEIGHTS, "parameters": parameters | normalized, "ranks": RANK}
     merge_factors(inputs, **options)  # the first call imports and probes mergekit
     ours, our_memory, merged = measured(lambda: merge_factors(inputs, **options), repeats)
     given = {"combination_type": METHODS[method], "svd_rank": RANK, **parameters}
-    theirs, their_memory, _ = measured(lambda: model.add_weighted_adapter(NAMES, WEIGHTS, "merged", **given))
+    theirs, their_memory, _ = measured(
+        lambda: model.add_weighted_adapter(NAMES, PEFT_WEIGHTS[method], "merged", **given)
+    )
     found, expected = merged.factors["0"].delta(), read_factors(layer, "merged").delta()
     return {
         "shape": shape,

@@ -11,6 +11,7 @@ from mergekit.merge_methods import merge_state_dicts
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 
 from mashup_callback.formats import load_factors, read_adapter
+from mashup_callback.formats.variants import find_form
 from mashup_callback.lora import merge_factors
 from mashup_callback.methods import MergeRule, merge_methods
 
@@ -116,3 +117,16 @@ def test_a_mixture_of_variants_merges_as_mergekit_merges_models(library, method,
     if method not in ORDERED:
         turned = merge([updates[name] for name in names[::-1]], weights=weights[::-1], ranks=IN)
         assert (turned.factors[NAME].delta() - exact).norm() < 1e-4 * exact.norm()
+
+
+def test_a_large_update_of_full_rank_keeps_the_energy_of_a_full_svd():
+    """DoRA's update ends in a long tail of small singular values, of which a randomized SVD sees a part."""
+    generator = torch.Generator().manual_seed(0)
+    weight, A, B = (torch.randn(size, generator=generator) for size in ((700, 640), (8, 640), (700, 8)))
+    magnitude = weight.norm(dim=1) * (1 + 0.02 * torch.randn(700, generator=generator))
+    parts = {"A": A * 0.1, "B": B * 0.1, "magnitude": magnitude}
+    update = find_form("LORA", True, parts).update(parts, 2.0, lambda: weight)
+    energy = torch.linalg.svdvals(update.delta().double()).square()
+    for inputs, weights in (([update], [1.0]), ([update, update], [0.3, 0.7])):
+        result = merge_factors([{NAME: one} for one in inputs], weights=weights, ranks=8)
+        assert result.kept_energy[NAME] == pytest.approx((energy[:8].sum() / energy.sum()).item(), rel=1e-3)

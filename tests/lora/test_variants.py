@@ -13,6 +13,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     T5Config,
@@ -22,7 +26,7 @@ from transformers import (
 from mashup_callback.candidates import as_candidate
 from mashup_callback.errors import AdapterError
 from mashup_callback.lora import LoraUpdate, merge_adapters, merge_factors
-from mashup_callback.trainee import admit_to
+from mashup_callback.trainee import admit_to, find_trainee
 from tests.tiny import llama
 
 
@@ -217,6 +221,35 @@ def test_what_a_configuration_can_say(tmp_path, variant):
         assert is_dense(check(tmp_path, llama)) == (how == "dense")
 
 
+EXPERTS = {
+    "qwen3_moe": MODELS["qwen3_moe"][0],
+    "mixtral": partial(
+        made, MixtralForCausalLM, MixtralConfig(vocab_size=96, num_key_value_heads=2, num_local_experts=3, **SIZES)
+    ),
+    # Its parameters are the other way round.
+    "gpt_oss": partial(
+        made,
+        GptOssForCausalLM,
+        GptOssConfig(vocab_size=96, num_key_value_heads=2, head_dim=8, num_local_experts=4, **SIZES),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("parameters", [["down_proj", "gate_up_proj"], ["down_proj"]], ids="-".join)
+def test_experts_that_are_parts_of_one_parameter(tmp_path, family, parameters):
+    named = [f"mlp.experts.{name}" for name in parameters]
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"experts.down_proj": 6}}
+    config = LORA(target_modules=["q_proj"] * (len(named) - 1), target_parameters=named, **patterns)
+    save_random(tmp_path, EXPERTS[family](), config)
+    updates = check(tmp_path, EXPERTS[family])
+    assert {update.rank for name, update in updates.items() if "down_proj" in name} == {2}
+    with pytest.raises(AdapterError, match="several experts at once, and there is no base model"):
+        merge_adapters([tmp_path])
+    with pytest.raises(AdapterError, match="no weights of experts|no linear layers"):
+        admitted(tmp_path, MODELS["gemma3"][0]())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_embeddings_that_the_head_shares_or_not(tmp_path, family, tied):
@@ -226,6 +259,10 @@ def test_embeddings_that_the_head_shares_or_not(tmp_path, family, tied):
         make = partial(llama, tie_word_embeddings=tied)
     save_random(tmp_path, make(), LORA(target_modules=["embed_tokens", "v_proj"]))
     check(tmp_path, make)
+    with pytest.raises(AdapterError, match="embed_tokens, an embedding or experts"):
+        find_trainee(make()).admit(as_candidate(tmp_path))
+    with pytest.raises(AdapterError, match="embed_tokens, an embedding or experts"):
+        merge_adapters([tmp_path], output_dir=tmp_path / "merged")
     edit(tmp_path, lambda tensors: {k: v + 1e-3 if "base_layer" in k else v for k, v in tensors.items()})
     with pytest.raises(AdapterError, match=r"embed_tokens.*would overwrite a weight of the base model"):
         admitted(tmp_path, make()).load()
@@ -284,6 +321,16 @@ def test_adalora_after_its_allocation(tmp_path):
     tuned.save_pretrained(tmp_path)
     updates = check(tmp_path, llama)
     assert len(updates) < len(names) and {update.rank for update in updates.values()} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("variant", ["DoRA", "LoHa", "LoKr of high rank"])
+def test_a_full_model_is_merged_with_the_update_of_a_variant(tmp_path, variant):
+    save_random(tmp_path / "adapter", llama(), EVERYWHERE[variant](target_modules=ATTENTION))
+    expected = by_peft(tmp_path / "adapter", llama)
+    trainee = find_trainee(llama(), directory=tmp_path / "mashup")
+    source = trainee.admit(as_candidate(tmp_path / "adapter"))
+    assert close(by_peft(source.merge_input(trainee).lora, llama), expected)
+    trainee.close()
 
 
 def test_dora_needs_the_base_model(tmp_path):
