@@ -16,6 +16,7 @@ from .candidates import check_specs
 from .config import MashupConfig
 from .distributed import failing_together, from_main_process
 from .errors import NoCandidateError, OutOfStepError, UsageError, why
+from .model import is_sharded
 from .pipeline import MashupRun, mashup_directory
 from .report import REPORT_NAME, MashupReport
 from .scoring import ScoreMetric
@@ -132,6 +133,7 @@ class MashupCallback(TrainerCallback):
         config = self.config.resolved(args.seed)
         with failing_together():
             trainee = find_trainee(model, config, self._directory)
+            _refuse_idle(model, kwargs.get("optimizer"))
         with failing_together():
             self._check_directory(self._directory)
         run = MashupRun(config, args, model, trainee, state.max_steps, self._trainer)
@@ -240,3 +242,13 @@ class MashupCallback(TrainerCallback):
             logger.info("This model already had its mashup; it is skipped.")
             return False
         return True
+
+
+def _refuse_idle(model: nn.Module, optimizer: Any) -> None:
+    # ZeRO-3 gives its optimizer parameters for the time of a step only.
+    groups = [] if is_sharded(model) else getattr(optimizer, "param_groups", [])
+    if groups and not any(parameter.requires_grad for group in groups for parameter in group["params"]):
+        raise ValueError(
+            "The optimizer holds none of the parameters that are trained, so nothing would be: expected those that "
+            "require a gradient. Make it after the adapter is added, or let the Trainer make it."
+        )

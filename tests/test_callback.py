@@ -329,12 +329,21 @@ def test_user_mistakes_raise_before_any_work(tmp_path, library):
         (lora(init_lora_weights="pissa"), "alters the base weights"),
         (lora(init_lora_weights="olora"), "alters the base weights"),
         (lora(init_lora_weights=False), "not fresh"),
-        (lora(use_dora=True), "plain LoRA layers"),
+        (lora(alora_invocation_tokens=[3]), "more than scaling"),
     ],
 )
 def test_unfit_trainees_are_refused(tmp_path, library, config, message):
     trainer = sft_trainer(tmp_path / "out", callbacks=[MashupCallback(str(library / "*"))], peft_config=config)
     with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_an_optimizer_without_what_is_trained_is_refused(tmp_path, library):
+    model = llama()
+    optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3)
+    trainer = sft_trainer(tmp_path / "out", model=model, callbacks=[MashupCallback(str(library / "*"))])
+    trainer.optimizer = optimizer
+    with pytest.raises(ValueError, match="holds none of the parameters that are trained"):
         trainer.train()
 
 

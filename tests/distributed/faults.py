@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import mashup_callback.candidates.find
 import mashup_callback.guard
@@ -19,6 +19,7 @@ import mashup_callback.scoring.evaluation
 import mashup_callback.scoring.race
 import mashup_callback.swap
 from mashup_callback.errors import AdapterError
+from tests.kernels import FusedAttention, FusedMLP
 
 
 _REPLACED: list[tuple[Any, str, Any]] = []
@@ -154,6 +155,12 @@ def no_master(rank: int) -> None:
     _replace(mashup_callback.model.parameters, "_has_master", lambda parameter: False)
 
 
+def fused(rank: int) -> None:
+    """Fused kernels compute attention and MLP, and no layer in these is called."""
+    _replace(LlamaMLP, "forward", FusedMLP.forward)
+    _replace(LlamaAttention, "forward", FusedAttention.forward)
+
+
 def _replace(module: Any, name: str, value: Any) -> Any:
     original = getattr(module, name)
     _REPLACED.append((module, name, original))
@@ -175,5 +182,6 @@ FAULTS = {
         writes_on_main_only,
         other_values,
         no_master,
+        fused,
     )
 }

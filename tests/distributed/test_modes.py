@@ -76,6 +76,14 @@ def test_fsdp_of_accelerate(run, alone):
     check_same(run, alone)
 
 
+@plain("ddp", "native", fault="fused")
+def test_fused_kernels(run, alone):
+    check_same(run, alone)
+    rows, expected = (each.ranks[0]["report"]["candidates"] for each in (run, alone))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
+    assert not any(row["warnings"] for row in rows)
+
+
 @plain("ddp", fault="writes_on_main_only")
 def test_write_on_the_main_process_only_is_seen_by_these_tests(run, alone):
     with pytest.raises(AssertionError):

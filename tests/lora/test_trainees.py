@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoHaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 
+from mashup_callback import MashupCallback
+from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import LoraUpdate, find_adapter
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.trainee import find_trainee
@@ -14,14 +16,17 @@ from tests.lora.test_variants import (
     IDS,
     LORA,
     MODELS,
-    REJECTED,
     admitted,
     by_peft,
     close,
     output,
     save_random,
 )
-from tests.tiny import llama
+from tests.tiny import llama, losses, sft_trainer
+from tests.tiny import lora as tiny_lora
+
+
+REJECTED = "rejected: "
 
 
 def second(model, active=False):
@@ -146,7 +151,7 @@ def test_what_a_trainee_can_be(tmp_path, variant):
 def test_experts(tmp_path, parameters):
     """Parameters of one module are wrapped one in the other."""
     make = MODELS["qwen3_moe"][0]
-    config = partial(LoraConfigOfExperts, target_parameters=parameters)
+    config = partial(LORA, target_modules=["q_proj", "v_proj"], target_parameters=parameters)
     path = save_random(tmp_path / "one", make(), config())
     expected = by_peft(path, make)
     held = find_adapter(PeftModel.from_pretrained(make(), path, is_trainable=True), overwrite=True).targets
@@ -161,4 +166,25 @@ def test_experts(tmp_path, parameters):
     assert close(by_peft(tmp_path / "saved", make), expected)
 
 
-LoraConfigOfExperts = partial(LORA, target_modules=["q_proj", "v_proj"])
+@pytest.mark.parametrize("rank", [8, 4, 2])
+def test_training_continues_from_an_adapter_at_any_rank(tmp_path, rank):
+    path = save_random(tmp_path / "mine", llama(), LORA(target_modules=ATTENTION, task_type="CAUSAL_LM"))
+    energies, kept = [], []
+    model = llama().eval()
+    for name, update in load_factors(read_adapter(path)).items():
+        U, S, Vh = torch.linalg.svd(update.delta())
+        energies.append(S.square().sum().item()), kept.append(S[:rank].square().sum().item())
+        model.get_submodule(name).weight.data += (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    callback = MashupCallback(str(path), top_k=1, guard=False, on_error="raise")
+    started = sft_trainer(
+        tmp_path / "out", callbacks=[callback], peft_config=tiny_lora(r=rank, target_modules=ATTENTION), max_steps=1
+    )
+    started.train()
+    assert callback.report.decision == "single" and callback.report.candidates[0].weight == 1.0
+    assert callback.report.merge.kept_energy == pytest.approx(sum(kept) / sum(energies), abs=1e-6)
+    expected = output(model)
+    assert rank < 4 or close(expected, by_peft(path, llama))
+    alone = sft_trainer(tmp_path / "alone", model=model, max_steps=1)
+    alone.train()
+    assert losses(started)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
+    assert close(by_peft(tmp_path / "out/mashup", llama), expected)
