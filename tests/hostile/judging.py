@@ -44,14 +44,17 @@ class Outcome:
     warning: str | None = None
 
 
+def good_adapter(directory: Path) -> None:
+    save_random_adapter(directory, 0, target_modules=["q_proj", "v_proj"])
+    (directory / CARD).write_text("---\ndatasets: org/other\n---\n")
+
+
 class Judge:
     """Good files to damage, and trainees that they are candidates of."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self._count = directory, 0
-        targets = ["q_proj", "v_proj"]
-        save_random_adapter(directory / "good/adapter", 0, target_modules=targets)
-        (directory / "good/adapter" / CARD).write_text("---\ndatasets: org/other\n---\n")
+        good_adapter(directory / "good/adapter")
         llama(1).save_pretrained(directory / "good/model", max_shard_size="30KB")
         llama(1, tie_word_embeddings=True).save_pretrained(directory / "good/tied")
         models = {

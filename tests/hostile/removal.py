@@ -60,13 +60,16 @@ def removals(module: types.ModuleType) -> Iterator[Removal]:
 
 def _functions(module: types.ModuleType, tree: ast.Module) -> Iterator[tuple[types.FunctionType, ast.FunctionDef]]:
     for node in tree.body:
-        inner = [(f"{node.name}.{item.name}", item) for item in getattr(node, "body", ()) if _is_function(item)]
-        for name, item in (
-            [(node.name, node)] if _is_function(node) else inner if isinstance(node, ast.ClassDef) else ()
-        ):
+        prefix, items = ("", [node]) if _is_function(node) else (f"{getattr(node, 'name', '')}.", _body(node))
+        for item in filter(_is_function, items):
+            name = prefix + item.name
             found = functools.reduce(inspect.getattr_static, name.split("."), module)
             found = getattr(found, "fget", None) or getattr(found, "__func__", found)
             yield inspect.unwrap(found), item
+
+
+def _body(node: ast.AST) -> list[ast.AST]:
+    return node.body if isinstance(node, ast.ClassDef) else []
 
 
 def _is_function(node: ast.AST) -> bool:
@@ -76,7 +79,7 @@ def _is_function(node: ast.AST) -> bool:
 def _edits(function: ast.FunctionDef) -> Iterator[tuple[ast.Raise, str, Callable[[], Callable[[], None]]]]:
     """Yields a statement that raises, what is taken away, and what does it and returns what undoes it."""
     for parent in ast.walk(function):
-        for field, block in ast.iter_fields(parent):
+        for _, block in ast.iter_fields(parent):
             for index, item in enumerate(block if isinstance(block, list) else ()):
                 if isinstance(item, ast.Raise):
                     yield item, ast.unparse(item)[:70], functools.partial(_put, block, index, ast.Pass())
