@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 import types
 from collections.abc import Mapping
 from contextlib import suppress
@@ -152,6 +153,10 @@ class MashupReport:
                 "mashup_callback wrote it. Read it with that version, or make the mashup anew."
             )
         report: MashupReport = _made(cls, values, "This mashup report")
+        try:
+            report.to_json()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"This mashup report holds what no report holds: {error}.") from None
         return report
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -193,7 +198,7 @@ class MashupReport:
 
     def table(self) -> Table:
         """Returns the report as a table: a row for each candidate, the decision below."""
-        table = Table(title=f"mashup: {self.decision}", caption=escape(self.reason))
+        table = Table(title=_plain(f"mashup: {self.decision}"), caption=_plain(self.reason))
         table.title_justify = table.caption_justify = "left"
         for name in ("candidate", "loss", "rows", "weight", "status"):
             table.add_column(name, justify="left" if name in ("candidate", "status") else "right", overflow="fold")
@@ -201,7 +206,7 @@ class MashupReport:
             status = f"{row.status}: {row.reason}" if row.reason else row.status
             if row.probe_loss is not None:
                 status += f", loss {row.probe_loss:.4f} after a few steps"
-            table.add_row(escape(short), _number(row.loss), str(row.rows or ""), _number(row.weight), escape(status))
+            table.add_row(_plain(short), _number(row.loss), str(row.rows or ""), _number(row.weight), _plain(status))
         table.add_section()
         if len(self.rounds) > 1:
             steps = (f"{one.entered} on {one.rows} rows" for one in self.rounds)
@@ -229,6 +234,11 @@ def environment() -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {"python": platform.python_version(), "device": device, **versions}
+
+
+def _plain(text: str) -> str:
+    """Returns text for a table without markup, and without what a terminal would obey or cannot show."""
+    return escape("".join(character if character.isprintable() else "?" for character in text))
 
 
 def _number(value: float | None) -> str:
@@ -266,6 +276,8 @@ def _value(hint: Any, value: Any, what: str) -> Any:
             return tuple(_value(inner[0], item, what) for item in value)
         if kind is dict and isinstance(value, dict):
             return {name: _value(inner[1], item, what) for name, item in value.items()}
-        if kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        if kind is Any or type(value) is kind:
+            return value
+        if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             return value
     raise ValueError(f"{what} is {str(value)[:80]!r}, expected {hint}.")
