@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .names import labels, short_names
+from .names import labels, printable, short_names
 
 
 _NAMED = 3
@@ -79,8 +79,8 @@ def warnings(report: Any) -> list[str]:
 
 def table(report: Any) -> Table:
     """Returns the candidates with their losses, and what was compared on the held-out rows."""
-    caption = None if report.reason in summary(report) else escape(report.reason)
-    table = Table(title=f"mashup: {report.decision}", caption=caption)
+    caption = None if report.reason in summary(report) else _plain(report.reason)
+    table = Table(title=_plain(f"mashup: {report.decision}"), caption=caption)
     table.title_justify = table.caption_justify = "left"
     table.add_column("candidate", overflow="fold", ratio=1, min_width=14)
     for name in ("loss", "rows", "weight"):
@@ -88,7 +88,7 @@ def table(report: Any) -> Table:
     table.add_column("status", overflow="fold", ratio=1)
 
     def add(name: str, loss: float | None, status: str, rows: str = "", weight: str = "") -> None:
-        table.add_row(escape(name), number(loss), rows, weight, escape(status))
+        table.add_row(_plain(name), number(loss), rows, weight, _plain(status))
 
     rows = report.candidates
     for row, label, share in zip(rows, labels(rows), shares(rows), strict=True):
@@ -104,6 +104,11 @@ def table(report: Any) -> Table:
     name = f"merge of {_listed(merged)}" if merged else "merge"
     add(name, report.merged_loss, ", ".join(("held-out rows", *_merge_facts(report.merge))))
     return table
+
+
+def _plain(text: str) -> str:
+    """Returns text for a table without markup, and without what a terminal would obey or cannot show."""
+    return escape(printable(text))
 
 
 def shares(rows: Sequence[Any]) -> list[float | None]:

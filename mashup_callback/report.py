@@ -158,6 +158,10 @@ class MashupReport:
                 "mashup_callback wrote it. Read it with that version, or make the mashup anew."
             )
         report: MashupReport = made(cls, values, "This mashup report")
+        try:
+            report.to_json()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"This mashup report holds what no report holds: {error}.") from None
         return report
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -1,6 +1,7 @@
 """JSON from elsewhere as dataclasses, with every value checked against the type of its field."""
 
 import json
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -38,6 +39,8 @@ def _value(hint: Any, value: Any, what: str) -> Any:
             return tuple(_value(inner[0], item, what) for item in value)
         if kind is dict and isinstance(value, dict):
             return {name: _value(inner[1], item, what) for name, item in value.items()}
-        if kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        if kind is Any or type(value) is kind:
+            return value
+        if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             return value
     raise ValueError(f"{what} is {str(value)[:80]!r}, expected {hint}.")

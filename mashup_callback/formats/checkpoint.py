@@ -139,8 +139,6 @@ def describe_checkpoint(files: Files, path: Path | None = None) -> Checkpoint:
         config = parse_object(files.read(MODEL_CONFIG_NAME, 4 * MAX_CONFIG_BYTES), MODEL_CONFIG_NAME)
         index = parse_index(files.read(INDEX_NAME, MAX_JSON_BYTES)) if files.has(INDEX_NAME) else None
         headers = {name: _read_shard(files, name) for name in shard_names(index)}
-    except CheckpointError:
-        raise
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
     tensors = {key: Stored(name, key, info) for name, (entries, _) in headers.items() for key, info in entries.items()}

@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.launching import Case, Launcher, Run
 from tests.full_model import save_models
+from tests.hostile.library import save_library
 from tests.tiny import llama
 
 
@@ -16,10 +17,24 @@ CALLBACK = {"batch_size": 4}
 
 @pytest.fixture(scope="session")
 def places(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
-    """Returns base model and candidates of `adapters`, or of the full models `untied` and `tied`."""
+    """
+    Returns base model and candidates of `adapters`, of the full models `untied` and `tied`, of `hostile` adapters
+    beside good ones, or of these `good` ones.
+    """
     made = {}
 
+    def mixed(name: str) -> dict[str, str]:
+        directory = made.setdefault("library", tmp_path_factory.mktemp("library"))
+        if not any(directory.iterdir()):
+            save_library(directory, library)
+        return {
+            "base": place("adapters")["base"],
+            "candidates": f"{directory}/{'*' if name == 'hostile' else '*-good'}",
+        }
+
     def place(name: str) -> dict[str, str]:
+        if name in ("hostile", "good"):
+            return mixed(name)
         if name not in made:
             directory = tmp_path_factory.mktemp(name)
             llama(tie_word_embeddings=name == "tied").save_pretrained(directory / "base")

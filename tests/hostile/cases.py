@@ -59,6 +59,7 @@ class Case:
         own (`dict`): Fields that peft is given in the place of claims that it would run, or fail on.
         later (`Change`, *optional*): What happens after its description was read.
         field (`str`): Field of `LoraConfig` that is changed.
+        size (`int`, *optional*): Size that the Hub states for its weights.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Case:
     own: Mapping[str, Any] = field(default_factory=dict)
     later: Change | None = None
     field: str = ""
+    size: int | None = None
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}"
@@ -317,12 +319,28 @@ HEADERS = [
 ]
 
 
+HEADERS += [
+    Case(f"a size of {size} that the Hub states", HEADER, lambda directory: None, BROKEN, size=size)
+    for size in (0, 100, 10**18 - 1, 2**64)
+]
+
+
 def value(name: str, change: Change, reason: str | None = None, **settings: Any) -> Case:
     return Case(name, VALUES, change, reason, **settings)
 
 
 def extra(key: str, *shape: int) -> Change:
     return put(**{key: torch.zeros(shape)})
+
+
+def _no_layer(directory: Path) -> None:
+    shapes = {QA: (4, 32), QB: (32, 4)}
+    values = {key.replace("model.layers.0.", ""): torch.zeros(shape) for key, shape in shapes.items()}
+    save_file(values, directory / WEIGHTS)
+
+
+def _other_type(data: bytes) -> bytes:
+    return data.replace(b'"F32","shape":[4,32]', b'"F4","shape":[4,256]')
 
 
 TENSORS = [
@@ -345,7 +363,12 @@ TENSORS = [
     value(
         "another model's layer",
         both(renamed(QA, QA.replace("0", "7")), renamed(QB, QB.replace("0", "7"))),
-        "trained on another base model: 1 of its 2 modules",
+        "trained on another base model: 1 of its 4 modules",
+    ),
+    value(
+        "a module of either layer",
+        _no_layer,
+        "self_attn.q_proj could be model.layers.0.self_attn.q_proj or model.layers.1",
     ),
     value("A is missing", tensors(lambda found: found.pop(QA)), "lora_A.weight is missing"),
     value("B is missing", tensors(lambda found: found.pop(QB)), "lora_B.weight is missing"),
@@ -482,7 +505,7 @@ def mapping(edit: Callable[[dict], Any]) -> Change:
 
 
 def _tensor_twice(directory: Path) -> None:
-    save_file({HEAD: torch.zeros(96, 32)}, directory / "zz.safetensors")
+    save_file({HEAD: torch.zeros(96, 32), "more": torch.zeros(2)}, directory / "zz.safetensors")
     mapping(lambda names: names.update({"more": "zz.safetensors"}))(directory)
 
 
@@ -540,6 +563,7 @@ MODEL_CASES = [
     model("shard: half a letter", shard_of("\ud800.safetensors"), "which .* names is missing"),
     model("shard: a long name", shard_of("a" * 300 + ".safetensors"), "which .* names is missing"),
     model("shard: another one", shard_of(SHARDS[0]), f"says that {HEAD} is in {SHARDS[0]}, and it is not there"),
+    model("shard: two exchanged", mapping(lambda names: names.update({EMBED: SHARDS[3]})), f"{EMBED} is in"),
     model("shard: a tensor twice", _tensor_twice, "and it is not there"),
     model("shard: all in one", mapping(lambda names: names.update(dict.fromkeys(names, SHARDS[0]))), "is not there"),
     model("shard: not all are named", mapping(lambda names: names.pop(EMBED))),
@@ -596,6 +620,11 @@ RACE_CASES = [
         )
         for name, old, new in (("A", b"[4,32]", b"[32,4]"), ("B", b"[16,4]", b"[4,16]"))
     ],
+    race(
+        "a type that torch lacks, same size and time",
+        kept_stamp(WEIGHTS, changed(WEIGHTS, _other_type)),
+        "cannot be loaded",
+    ),
     race(
         "a broken header, same size and time",
         kept_stamp(WEIGHTS, changed(WEIGHTS, lambda data: data.replace(b'"F32"', b'"F99"'))),

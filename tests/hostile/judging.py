@@ -16,13 +16,13 @@ from transformers import LlamaForCausalLM
 from mashup_callback.candidates import find_candidates, same_data
 from mashup_callback.config import MashupConfig
 from mashup_callback.errors import AdapterError
+from mashup_callback.formats import parse_adapter
 from mashup_callback.trainee import find_trainee
 from tests.hostile.cases import Case
-from tests.hostile.damage import CARD, CONFIG
+from tests.hostile.damage import CARD, CONFIG, WEIGHTS
 from tests.tiny import llama, lora, save_random_adapter
 
 
-SETTINGS = {"num_hidden_layers": 1}
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
@@ -44,20 +44,23 @@ class Outcome:
     warning: str | None = None
 
 
+def good_adapter(directory: Path) -> None:
+    save_random_adapter(directory, 0, target_modules=["q_proj", "v_proj"])
+    (directory / CARD).write_text("---\ndatasets: org/other\n---\n")
+
+
 class Judge:
     """Good files to damage, and trainees that they are candidates of."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self._count = directory, 0
-        targets = ["q_proj", "v_proj"]
-        save_random_adapter(directory / "good/adapter", 0, base=llama(**SETTINGS), target_modules=targets)
-        (directory / "good/adapter" / CARD).write_text("---\ndatasets: org/other\n---\n")
-        llama(1, **SETTINGS).save_pretrained(directory / "good/model", max_shard_size="20KB")
-        llama(1, tie_word_embeddings=True, **SETTINGS).save_pretrained(directory / "good/tied")
+        good_adapter(directory / "good/adapter")
+        llama(1).save_pretrained(directory / "good/model", max_shard_size="30KB")
+        llama(1, tie_word_embeddings=True).save_pretrained(directory / "good/tied")
         models = {
-            "adapter": get_peft_model(llama(**SETTINGS), lora()),
-            "model": llama(**SETTINGS),
-            "tied": llama(tie_word_embeddings=True, **SETTINGS),
+            "adapter": get_peft_model(llama(), lora()),
+            "model": llama(),
+            "tied": llama(tie_word_embeddings=True),
         }
         self.trainees = {
             name: find_trainee(model.eval(), MashupConfig(seed=0), directory / "out" / name)
@@ -77,6 +80,9 @@ class Judge:
         started = time.process_time()
         reason, logits, warning = None, None, None
         try:
+            if case.size is not None:
+                config, weights = ((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
+                trainee.check(parse_adapter(config, weights, case.size))
             [found, *_] = find_candidates(directory, check=trainee.check)
             if found.reason is not None:
                 raise AdapterError(found.reason)
@@ -101,7 +107,7 @@ class Judge:
                 (directory / CONFIG).write_text(json.dumps(values | case.own))
             if case.later:
                 directory = self.directory / "good" / case.base
-            return PeftModel.from_pretrained(llama(**SETTINGS), directory).eval()(TOKENS).logits
+            return PeftModel.from_pretrained(llama(), directory).eval()(TOKENS).logits
 
     def failure(self, case: Case, outcome: Outcome, directory: Path) -> str | None:
         """Returns what is wrong with an outcome, None if it is the one expected."""
