@@ -20,7 +20,10 @@ _HTML = '<pre style="line-height:normal;overflow-x:auto"><code style="font-famil
 
 def shown(report: Any) -> RenderableType:
     """Returns a report for a terminal: the sentence, the warnings, and the table, if there is anything in it."""
-    texts = [Text(summary(report), "bold"), *(Text(f"Warning: {text}", "yellow") for text in warnings(report))]
+    texts = [
+        Text(printable(summary(report)), "bold"),
+        *(Text(printable(f"Warning: {text}"), "yellow") for text in warnings(report)),
+    ]
     # A first run has no candidates, and a table of blanks says nothing.
     tables = [table(report)] if report.candidates or report.decision != "scratch" else []
     return Group(*texts, *tables)

@@ -172,9 +172,12 @@ def sft_trainer(
 ) -> SFTTrainer:
     model = llama() if model is None else model
     has_adapter = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+    args = SFTConfig(**trainer_settings(output_dir, **settings))
+    # As newer releases of trl do, before the adapter is drawn.
+    set_seed(args.seed)
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**trainer_settings(output_dir, **settings)),
+        args=args,
         train_dataset=rows() if train_rows is None else train_rows,
         processing_class=tokenizer(),
         peft_config=None if has_adapter else (peft_config or lora()),
