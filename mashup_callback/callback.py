@@ -198,6 +198,9 @@ class MashupCallback(TrainerCallback):
     def _tell(self, state: TrainerState, model: nn.Module) -> None:
         if self.report.decision != "scratch" and not self.report.dry_run and hasattr(model, "add_model_tags"):
             model.add_model_tags(["mashup"])
+            # TRL's cards have the tags of the trainer instead of those of the model.
+            if hasattr(self._trainer, "_tag_names"):
+                self._trainer._tag_names = [*self._trainer._tag_names, "mashup"]
         if self._trainer is None:
             # Only a Trainer knows its trackers.
             state.log_history.append({**self.report.logs(), "step": state.global_step})

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mashup-callback[cli,plot]"]
+#
+# [tool.uv.sources]
+# mashup-callback = { path = ".." }
+# ///
 """Supervised fine-tuning that starts from a mashup: TRL's SFT script plus `MashupArguments`.
 
     python recipes/sft.py --config recipes/sft/gemma3_1b_arc_easy.yaml

@@ -25,7 +25,7 @@ ROWS = (
     ("scoring/",),
     ("selection", "initialization", "guard", "verification"),
     ("pipeline",),
-    ("callback", "arguments", "without_trainer", "cli_rows", "cli_output", "cli"),
+    ("callback", "arguments", "integrations/", "without_trainer", "cli_rows", "cli_output", "cli"),
     ("__init__",),
 )
 OWNERS = {
@@ -142,7 +142,11 @@ def test_a_wheel_holds_every_module(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), wheel], check=True)
     names = [".".join(("mashup_callback", *file.with_suffix("").parts)).removesuffix(".__init__") for file in FILES]
     code = (
-        "import importlib, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import importlib, sys; from types import ModuleType; sys.path.insert(0, sys.argv[1])\n"
+        # The plugins import the tools that load them, which are not installed here.
+        "for name in ('axolotl', 'axolotl.integrations', 'axolotl.integrations.base'):\n"
+        "    sys.modules[name] = ModuleType(name)\n"
+        "sys.modules[name].BasePlugin = object\n"
         "found = [importlib.import_module(name).__file__ for name in sys.argv[2:]]\n"
         "assert all(path.startswith(sys.argv[1]) for path in found), found"
     )

@@ -242,9 +242,14 @@ def test_a_new_model_is_a_new_run(tmp_path, library):
 
 
 def test_the_scalars_reach_the_trackers_of_a_bound_trainer(tmp_path, library):
-    scalars, logged = {"mashup/base_loss", "mashup/merged_loss", "mashup/seconds"}, []
+    names = ("base_loss", "single_loss", "merged_loss", "decision", "k", "kept_energy", "seconds")
+    scalars, logged, pictures = {f"mashup/{name}" for name in names}, [], []
 
     class Tracker(TrainerCallback):
+        # As transformers' TensorBoardCallback and WandbCallback hold what they log to.
+        tb_writer = SimpleNamespace(add_image=lambda name, image, step, dataformats: pictures.append(image.shape))
+        _wandb = SimpleNamespace(log=pictures.append, Image=lambda path: Path(path).name)
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             logged.append(set(logs))
 
@@ -255,6 +260,12 @@ def test_the_scalars_reach_the_trackers_of_a_bound_trainer(tmp_path, library):
     assert scalars <= logged[0]
     assert [scalars <= set(entry) for entry in trainer.state.log_history].count(True) == 1
     assert trainer.model.model_tags.count("mashup") == 1
+    assert len(pictures[0]) == 3 and pictures[1:] == [{"mashup/ranking": "ranking.png"}]
+    # The trained model's folder tells of it, whoever writes its card.
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.create_model_card()
+    for card in (tmp_path / "saved/README.md", tmp_path / "out/README.md"):
+        assert "- mashup\n" in card.read_text()
 
 
 def test_report_on_disk_and_in_the_log(tmp_path, library, capsys):

@@ -221,7 +221,7 @@ class _Race:
     def _scored_here(self, scores: Iterable[Score], rows: SampleRows) -> list[Score]:
         done, scored = [], 0
         count = sum(score.status == "scored" for score in scores) if isinstance(scores, list) else None
-        name = f"scoring {'candidates as they arrive' if count is None else count} on {len(rows)} more rows"
+        name = f"scoring {'' if count is None else f'{count} '}candidates, {len(rows)} rows each"
         with stage(name, None if count is None else count * len(rows)) as shown:
             for score, reading in self._read_ahead(scores, rows):
                 done.append(self._scored(score, rows, reading) if score.status == "scored" else score)

@@ -27,9 +27,7 @@ ADAPTER = {"task_type": "CAUSAL_LM"}
 SHA = "0123456789abcdef0123456789abcdef01234567"
 MERGE = MergeInfo("linear", "delta", {}, 4, 0.98765, {"q": 0.98765}, 0.0, (), "0.1.5")
 SOURCES = (
-    CandidateRow(
-        "acme/one", "scored", SHA, loss=1.25, weight=0.75, license="mit", datasets=("acme/arc", "/data/x", "b")
-    ),
+    CandidateRow("acme/one", "scored", SHA, loss=1.25, weight=0.75, license="mit", datasets=("acme/arc", "other")),
     CandidateRow("acme/two/sub/folder", "scored", SHA, loss=1.5, weight=0.25, license="mit"),
     CandidateRow("acme/three", "eliminated", SHA, loss=2.0, license="gpl"),
 )
