@@ -27,7 +27,8 @@ class MashupConfig:
             held-out loss falls.
         sample_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Rows of the training data used: half select, the other half is held out for the guard. `"auto"` takes as
-            many, from 32 to 512, as keep scoring and guarding within 5% of the run's own forward and backward work.
+            many, from 32 to 512, as keep scoring and guarding within 5% of the run's own forward and backward work;
+            in short runs as few as 16 of long rows, if each half has 1,024 label tokens.
         metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
             What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`,
             `"probe"` (the best by loss, ranked by their loss after a few steps of training), or a callable

@@ -22,6 +22,8 @@ from .initialization import AUTO_RUNS, judged
 from .model import base_model_name
 from .report import CandidateRow, MashupReport, environment
 from .scoring import (
+    FEWEST,
+    Sample,
     SampleRows,
     Score,
     affordable_size,
@@ -30,6 +32,7 @@ from .scoring import (
     race_rounds,
     score_candidates,
     share_of_run,
+    shortened,
 )
 from .selection import select
 from .sharing import save_failure, save_mashup
@@ -75,14 +78,7 @@ class MashupRun:
         with self._timed("candidates"):
             candidates = on_main_process(lambda: self._find(specs))
         with self._timed("sample"):
-            sample = draw_sample(
-                dataloader,
-                self._sample_size(len(candidates)),
-                batch_size=config.batch_size or self.args.train_batch_size,
-                seed=self.args.seed if config.seed is None else config.seed,
-                guard_rows=config.guard_dataset,
-                labeled=self.metric.labeled,
-            )
+            sample = self._draw(dataloader, len(candidates))
             self.sample = sample.counts()
         with self._timed("scoring"):
             self.scores = _warned(self._score(candidates, sample.selection), dataloader.dataset)
@@ -139,11 +135,20 @@ class MashupRun:
             learning_rate=self.args.learning_rate,
         )
 
-    def _sample_size(self, candidates: int) -> int:
-        config = self.config
-        if config.sample_size != "auto":
-            return config.sample_size
-        return affordable_size(self.trained_rows, candidates, judged(config), config.search, self.keep)
+    def _draw(self, dataloader: DataLoader, candidates: int) -> Sample:
+        config, size = self.config, self.config.sample_size
+        if size == "auto":
+            size = affordable_size(self.trained_rows, candidates, judged(config), config.search, self.keep)
+        sample = draw_sample(
+            dataloader,
+            size,
+            batch_size=config.batch_size or self.args.train_batch_size,
+            seed=self.args.seed if config.seed is None else config.seed,
+            guard_rows=config.guard_dataset,
+            labeled=self.metric.labeled,
+        )
+        short = config.sample_size == "auto" and size == FEWEST and self.metric.labeled
+        return shortened(sample, held_out=config.guard_dataset is None) if short else sample
 
     def _share(self) -> float:
         """Returns the share of the run's own forward and backward work that its scores and its guard stand for."""

@@ -1,6 +1,6 @@
 """The losses of candidates on a sample of the training data."""
 
-from .budget import affordable_size, share_of_run
+from .budget import FEWEST, affordable_size, share_of_run, shortened
 from .cache import CacheInfo, ScoreCache
 from .evaluation import evaluate
 from .halving import race_rounds, round_sizes, survivors
@@ -12,6 +12,7 @@ from .score import Score
 
 
 __all__ = [
+    "FEWEST",
     "CacheInfo",
     "CallableMetric",
     "LossMetric",
@@ -35,6 +36,7 @@ __all__ = [
     "round_sizes",
     "score_candidates",
     "share_of_run",
+    "shortened",
     "survivors",
     "token_budget",
 ]

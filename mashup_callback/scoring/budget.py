@@ -1,13 +1,21 @@
 """How many rows a sample has, so that a mashup costs little against the training that it saves."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
 
 from .halving import FEW, REDUCTION, round_sizes
+from .losses import IGNORE
+from .sample import Sample, SampleRows
 
 
 # Share of the run's own forward and backward work that scoring and guarding may take.
 SHARE = 0.05
 FEWEST, MOST = 32, 512
+# Of long rows, fewer tell as much: so many in each half, if they have so many label tokens.
+FEWEST_LONG, ENOUGH_TOKENS = 8, 1024
 # A forward pass and a backward pass, which costs at least as much.
 PASSES_OF_A_TRAINED_ROW = 2
 
@@ -27,6 +35,30 @@ def affordable_size(trained_rows: int, candidates: int, judged: int, search: str
     sizes = range(MOST, FEWEST, -2)
     costs = ((size, most_passes(size // 2, candidates, search, keep) + judged * size // 2) for size in sizes)
     return next((size for size, cost in costs if share_of_run(cost, trained_rows) <= SHARE), FEWEST)
+
+
+def shortened(sample: Sample, held_out: bool = True) -> Sample:
+    """Returns a sample that costs too much with as few long rows in each half as have 1,024 label tokens."""
+    return replace(
+        sample,
+        selection=_enough(sample.selection),
+        held_out=_enough(sample.held_out) if held_out else sample.held_out,
+    )
+
+
+def _enough(rows: SampleRows) -> SampleRows:
+    counts: dict[int, int] = {}
+    for indices, batch in rows.batches():
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != len(indices):
+            return rows
+        counts.update(zip(indices, (labels != IGNORE).sum(1).tolist(), strict=True))
+    total = 0
+    for index in range(len(rows)):
+        total += counts[index]
+        if index + 1 >= FEWEST_LONG and total >= ENOUGH_TOKENS:
+            return rows.part(0, index + 1)
+    return rows
 
 
 def share_of_run(passes: float, trained_rows: int) -> float:

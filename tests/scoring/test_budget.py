@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mashup_callback import MashupCallback
-from mashup_callback.scoring import affordable_size
+from mashup_callback.scoring import Sample, SampleRows, affordable_size, shortened
 from tests.scoring.test_racing import race
 from tests.tiny import rows, sft_trainer
 
@@ -30,6 +30,21 @@ def test_a_search_in_which_all_tie_stays_within_five_percent(trained, candidates
 )
 def test_short_runs_have_small_samples(steps, batch, candidates, expected):
     assert affordable_size(steps * batch, candidates, 3, "racing", 3) == expected
+
+
+@pytest.mark.parametrize(("length", "expected"), [(8, 16), (100, 11), (300, 8)])
+def test_short_runs_take_few_long_rows(length, expected):
+    """16 rows in each half, of which those are kept that have 1,024 labels, all but the first two tokens of a row."""
+    labels = [[-100, -100] + [1] * (length - 2)] * 16
+
+    def collate(rows):
+        return {"labels": torch.tensor(rows)}
+
+    halves = SampleRows(labels, collate, 4), SampleRows(labels, collate, 4)
+    sample = shortened(Sample(*halves))
+    assert (len(sample.selection), len(sample.held_out)) == (expected, expected)
+    sample = shortened(Sample(*halves), held_out=False)
+    assert (len(sample.selection), len(sample.held_out)) == (expected, 16)
 
 
 def test_the_share_is_that_of_the_rows_that_went_through_the_model(library, tmp_path):
