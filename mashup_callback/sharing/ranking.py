@@ -24,7 +24,7 @@ def plot_ranking(report: MashupReport, path: Path) -> bool:
         (name, loss, color)
         for name, loss, color in (
             ("fresh initialization", report.base_loss, style.GRAY),
-            ("best single adapter", report.single_loss, style.ORANGE),
+            ("best single candidate", report.single_loss, style.ORANGE),
             ("merge", report.merged_loss, style.BLUE),
         )
         if loss is not None
@@ -56,8 +56,8 @@ def plot_ranking(report: MashupReport, path: Path) -> bool:
 def _finding(report: MashupReport) -> str:
     chosen = sum(bool(row.weight) for row in report.candidates)
     start, loss = {
-        "merged": (f"a merge of {chosen} adapters", report.merged_loss),
-        "single": ("one adapter alone", report.single_loss),
+        "merged": (f"a merge of {chosen} candidates", report.merged_loss),
+        "single": ("one candidate alone", report.single_loss),
     }.get(report.decision, ("scratch", None))
     if loss is None or report.base_loss is None:
         return f"Training starts from {start}"

@@ -54,12 +54,15 @@ def bars(
     axes.set_xlim(least, 1.35 * most or 1.0)
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[str, float, str]], size: float = 9) -> None:
+def label_ends(axes: Any, ends: Sequence[tuple[str, float, str, str]]) -> None:
     """Writes the name of each line to the right of the axes, at its last value or as near as the others let it."""
     low, high = axes.get_ylim()
-    placed = spread([(value - low) / (high - low) for _, value, _ in ends], 0.052 * size / 9)
-    for (name, _, color), height in zip(ends, placed, strict=True):
-        axes.annotate(name, (1.01, height), xycoords="axes fraction", va="center", fontsize=size, color=color)
+    placed = spread([(value - low) / (high - low) for _, value, _, _ in ends], 0.054)
+    over = max(0.0, max(placed) - 1)
+    for (name, _, color, line), height in zip(ends, placed, strict=True):
+        place = [height - over] * 2
+        axes.plot((1.01, 1.06), place, line, color=color, linewidth=2, transform=axes.transAxes, clip_on=False)
+        axes.annotate(name, (1.07, place[0]), xycoords="axes fraction", va="center", fontsize=9, color=color)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

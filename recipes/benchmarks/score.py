@@ -203,12 +203,14 @@ def draw(points: Sequence[tuple], exponent: float, path: Path) -> None:
     figure, (upper, lower) = style.new_figure(title, (7, 6), (1, 1))
     upper.loglog(counts, times, "o-", color=style.BLUE)
     upper.set(ylabel=f"seconds (exponent {exponent:.2f})")
+    upper.set_yticks(times, [f"{value:.1f}" for value in times])
     lower.loglog(counts, rows, "o-", color=style.BLUE, label="racing")
     lower.loglog(counts, [SAMPLE * n for n in counts], "s:", color=style.ORANGE, label="every row for each")
     lower.legend(frameon=False)
     lower.set(ylabel="forward passes of a row")
     for axes in (upper, lower):
         axes.set_xticks(counts, counts)
+        axes.minorticks_off()
         axes.set_xlabel("candidates")
     style.save(figure, path)
 

@@ -19,9 +19,7 @@ from .worlds.base import EVERY_ARM
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Makes the command line's parser."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--world", default="quickstart", choices=[name.replace("_", "-") for name in WORLDS] + ["lots_of_loras"]
-    )
+    made.add_argument("--world", default="quickstart", choices=[name.replace("_", "-") for name in WORLDS])
     made.add_argument("--full", action="store_true", help="train all weights, from full checkpoints (quickstart only)")
     made.add_argument("--fast", action="store_true", help="small sizes: minutes instead of hours")
     made.add_argument("--output-dir", type=Path, help="default: outputs/leave_one_out/<world>")
@@ -42,9 +40,8 @@ def main(description: str | None = None, arguments: list[str] | None = None) -> 
     options = parsed(parser(description), arguments)
     output_dir = options.output_dir or Path("outputs/leave_one_out") / (options.world + "-fast" * options.fast)
     started = time.perf_counter()
-    world = narrowed(
-        load_world(options.world, (output_dir / "world").absolute(), options.fast, options.model), options
-    )
+    home = (output_dir / "world").absolute()
+    world = narrowed(load_world(options.world, home, options.fast, options.model), options)
     jobs: list[Job] = []
     if not options.report_only:
         world.prepare()

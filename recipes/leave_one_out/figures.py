@@ -50,10 +50,17 @@ def curves(points: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
             color, line = LOOKS[arm]
             grouped = seeds[seeds["arm"] == arm].groupby("step")["value"]
             mean = grouped.mean()
-            axes.plot(mean.index, mean, color=color, linestyle=line, linewidth=2.5 if line == "-" else 1.3)
+            axes.plot(
+                mean.index,
+                mean,
+                color=color,
+                linestyle=line,
+                linewidth=2.5 if line == "-" else 1.3,
+                zorder=3 if line == "-" else 2,
+            )
             if line == "-":
                 axes.fill_between(mean.index, grouped.min(), grouped.max(), color=color, alpha=0.2, linewidth=0)
-        label_ends(axes, [(arm, last[arm], LOOKS[arm][0]) for arm in arms])
+        label_ends(axes, [(arm, last[arm], *LOOKS[arm]) for arm in arms])
         axes.set(xlabel="training step (bands: lowest and highest seed)", ylabel=f"test {metric}, mean over tasks")
 
     ends = ", ".join(f"{arm} {last[arm]:.3g}" for arm in ("scratch", "mashup") if arm in last)
@@ -62,7 +69,6 @@ def curves(points: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
 
 def gains(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
     """Gain over scratch of every arm: a dot for each task, a bar for their mean."""
-    table = table[table["arm"] != "scratch"]
     arms = list(dict.fromkeys(table["arm"]))
 
     def plot(axes: Axes) -> None:
@@ -77,13 +83,14 @@ def gains(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
         axes.set_xlabel(f"gain over scratch in final test {metric} (right is better): tasks (dots), mean (bar)")
 
     own = table[table["arm"] == "mashup"]["gain"]
+    if own.empty:
+        return "Gain over scratch", plot
     text = f"{(own > 0).sum()} of {len(own)} tasks, by {own.mean():.3g} on average"
     return f"mashup ends better than scratch on {text}", plot
 
 
 def parity(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
     """Steps and wall-clock to parity of every arm but scratch, which is 100% by definition."""
-    table = table[table["arm"] != "scratch"]
     most = min(160.0, 100 * table[["steps_to_parity", "seconds_to_parity"]].max().max())
 
     def plot(axes: Axes) -> None:
@@ -108,6 +115,8 @@ def parity(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plot]:
         axes.invert_yaxis()
 
     own = 100 * table.set_index("arm")[["steps_to_parity", "seconds_to_parity"]].reindex(["mashup"]).iloc[0]
+    if own.isna().any():
+        return "Steps and seconds to scratch's final value", plot
     text = f"{own.iloc[0]:.0f}% of its steps, {own.iloc[1]:.0f}% of its seconds"
     return f"mashup reaches scratch's final value after {text}", plot
 
@@ -154,7 +163,7 @@ def learning_rates(table: pd.DataFrame, metric: str, up: bool) -> tuple[str, Plo
     def plot(axes: Axes) -> None:
         for arm, mean in means.items():
             axes.plot(mean.index, mean, marker="o", color=LOOKS[arm][0], linestyle=LOOKS[arm][1], linewidth=2)
-        label_ends(axes, [(arm, mean.iloc[-1], LOOKS[arm][0]) for arm, mean in means.items()])
+        label_ends(axes, [(arm, mean.iloc[-1], *LOOKS[arm]) for arm, mean in means.items()])
         axes.set_xscale("log")
         rates = sorted({rate for mean in means.values() for rate in mean.index})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -200,6 +209,8 @@ def draw_all(made: dict[str, pd.DataFrame], metric: str, up: bool, directory: Pa
     """Draws every figure whose table has rows; that of `curves` has the points."""
     reached = made["summary"]["arm"].map(made["by_task"].groupby("arm")["reached"].mean())
     data = {**made, "gains": made["by_task"], "parity": made["summary"].assign(reached=reached)}
+    for name in ("gains", "parity"):
+        data[name] = data[name][data[name]["arm"] != "scratch"]
     drawn = {}
     for name, figure_of in FIGURES.items():
         if len(data[name]):

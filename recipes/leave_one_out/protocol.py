@@ -162,7 +162,7 @@ def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
     if set(world.budget.arms) <= NO_LIBRARY:
         return
     for index, task in enumerate((*world.library_tasks, *world.controls())):
-        if world.adapter(task) is not None and not world.adapter(task).is_dir():
+        if not world.adapter(task).is_dir():
             job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
             # Nobody reads the curve of a library's adapter.
             yield replace(job, eval_every=job.steps)

@@ -53,7 +53,7 @@ def test_a_large_loss_is_cut_off_and_says_so(tmp_path, monkeypatch):
     ]
     assert lower.texts[0].get_text() == "8.900 (bar cut off)"
     title = drawn[0].get_suptitle()
-    assert title == "Training starts from a merge of 2 adapters: held-out loss 0.800 instead of 8.900"
+    assert title == "Training starts from a merge of 2 candidates: held-out loss 0.800 instead of 8.900"
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))

@@ -6,7 +6,7 @@ from pathlib import Path
 from .base import World
 
 
-WORLDS = ("quickstart", "quickstart_full", "minilm", "smollm2_code", "smollm2_bigbench", "paper", "lots_of_loras")
+WORLDS = ("quickstart", "quickstart_full", "minilm", "smollm2_code", "smollm2_bigbench", "paper")
 
 __all__ = ["WORLDS", "World", "load_world"]
 

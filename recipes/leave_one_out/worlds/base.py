@@ -81,7 +81,7 @@ class World(ABC):
     def prepare(self) -> None:  # noqa: B027 (most worlds have nothing to prepare)
         """Builds what is missing and cannot be trained by the protocol, such as a base model."""
 
-    def adapter(self, task: str) -> Path | None:
+    def adapter(self, task: str) -> Path:
         """Directory of the task's adapter in the library, which the protocol trains where it is missing."""
         return self.home / "library" / task
 
