@@ -109,6 +109,9 @@ def check(model, update, expected):
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     trainee.write(merge)
     assert close(output(model), expected) and not torch.allclose(expected, plain, atol=1e-3)
+    for one in find_adapter(model, overwrite=True).targets.values():
+        # A rank of which both factors are zero would never learn.
+        assert (one.A.any(1) | one.B.any(0)).all()
     trainee.undo()
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     return trainee, merge
