@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
@@ -90,7 +90,7 @@ def by_mergekit(rule, base, tuned, weights, dtype):
     weights=st.lists(st.floats(0.1, 1), min_size=4, max_size=4),
     rank=st.integers(1, IN),
 )
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_a_mixture_of_variants_merges_as_mergekit_merges_models(library, method, names, count, weights, rank):
     base, updates, tuned = library
     rule = MergeRule.create(method, PARAMETERS.get(method))
