@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from tests.hostile.cases import CASES, Case
-from tests.hostile.judging import Judge, Outcome, size
+from tests.hostile.judging import Judge, Outcome, outcomes_table, size
 
 
 @pytest.fixture(scope="module")
