@@ -65,7 +65,8 @@ def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | 
     adapter = names[0]
     config = adapter_host(model).peft_config[adapter]
     _refuse_initialization(config)
-    held = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+    # What the user froze is left alone, the adapter of a whole layer too.
+    held = {name: layer for name, layer in layers.items() if _is_trained(layer, adapter)}
     fitting = {name: layer for name, layer in held.items() if layer_shape(layer.get_base_layer()) is not None}
     values = read_parameters(model, [key for name in fitting for key in _parameter_names(name, adapter)])
     targets = {name: _target(name, layer, adapter, values) for name, layer in fitting.items()}
