@@ -292,5 +292,5 @@ def test_layers_of_the_adapter_that_the_user_froze(shelf):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(RUNS)
 def test_no_trace_of_many_runs(shelf, run):
-    """Four minutes on an idle machine."""
+    """Some minutes on an idle machine."""
     leave_no_trace(shelf, run)
