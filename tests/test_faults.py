@@ -29,7 +29,7 @@ from tests.tiny import llama, losses, sft_trainer
 KINDS = ("lora", "full", "download", "two")
 # Random times, every which change of the disk, and stages at whose beginning a run is killed.
 ONE = {"times": 1, "every": 0, "stages": 0}
-FEW = {kind: ONE | {"every": 12} for kind in KINDS} | {"two": ONE}
+FEW = {kind: ONE | {"every": 20} for kind in KINDS} | {"two": ONE}
 MANY = {
     "lora": {"times": 15, "every": 1, "stages": 7},
     "full": {"times": 15, "every": 1, "stages": 7},
@@ -38,7 +38,7 @@ MANY = {
 }
 
 
-def kill_runs(home, kinds, seed=0, seconds=600):
+def kill_runs(home, kinds, seed=0, seconds=1500):
     """Returns what came of each kill, of all kinds in one process that imports everything once."""
     save_library(home / "library")
     with HubServer() as hub:
@@ -75,7 +75,7 @@ def test_a_run_after_a_killed_one_is_as_if_there_had_been_none(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_kills(tmp_path, kind):
-    """Two to five minutes each on an idle machine."""
+    """Some 50 to 200 runs of a second each on an idle machine."""
     found = kill_runs(tmp_path, {kind: MANY[kind]}, seconds=3600)
     check(found)
     print(kind, len(found), [(each["how"], each["left"]) for each in found])

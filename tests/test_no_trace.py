@@ -283,9 +283,14 @@ def test_no_trace(shelf, run):
     leave_no_trace(shelf, run)
 
 
+def test_layers_of_the_adapter_that_the_user_froze(shelf):
+    report = leave_no_trace(shelf, RUN | {"kind": "lora", "quality": "good", "edit": "frozen"})
+    assert report.decision == "merged" and all(".1.mlp." in name for name in report.merge.lost_layers)
+
+
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(RUNS)
 def test_no_trace_of_many_runs(shelf, run):
-    """Four minutes on an idle machine."""
+    """Some minutes on an idle machine."""
     leave_no_trace(shelf, run)

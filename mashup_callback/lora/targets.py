@@ -130,7 +130,8 @@ def _places(layers: _Layers, adapter: str) -> list[LinearPlace]:
     names: set[str] = set()
     found = []
     for name, layer in layers:
-        if adapter not in layer.r:
+        # What the user froze is left alone, the adapter of a whole layer too.
+        if not any(parameter.requires_grad for parameter in _parameters(layer, adapter)):
             continue
         if clean_name(name) in names and not isinstance(layer, ParamWrapper):
             raise ValueError(
