@@ -10,7 +10,6 @@ import yaml
 
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
-from ..names import short_names
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
 from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card, merged_rows
@@ -85,7 +84,7 @@ def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
 
 def plot_ranking(report: MashupReport, path: Path) -> bool:
     """Draws the losses of the best candidates, the fresh initialization and the merge; False where it cannot."""
-    pairs = zip(report.candidates, short_names(report.candidates), strict=True)
+    pairs = zip(report.candidates, report.short_names(), strict=True)
     rows = [(row, name) for row, name in pairs if row.loss is not None][:_BARS]
     if not rows:
         return False
