@@ -8,12 +8,12 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import __version__
 from .cli_output import find_table, merge_lines, one_line, rank_table, show_result
 
 
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mashup-callback {__version__}")
+        typer.echo(f"mashup-callback {import_module(__package__).__version__}")
         raise typer.Exit()
 
 
@@ -234,11 +234,10 @@ def show(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, a mashup's directory or a run's.")],
 ) -> Result:
     """Show what a mashup found, did and why."""
-    from . import display
     from .report import MashupReport
 
     loaded = MashupReport.load(report)
-    return json.loads(loaded.to_json()), display.shown(loaded)
+    return json.loads(loaded.to_json()), loaded
 
 
 @_command("mashup cache --clear")

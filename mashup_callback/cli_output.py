@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .display import number, percent, shares, status, warnings
+from .display import number, percent, status, warnings
 from .names import labels
 from .report import CandidateRow, MashupReport
 
@@ -81,7 +81,7 @@ def rank_table(rows: Sequence[CandidateRow], base_loss: float) -> Table:
 def merge_lines(report: MashupReport, output: Path) -> str:
     """Returns what was merged, with which weights, and how much of it the rank keeps."""
     rows = report.candidates
-    sources = zip(labels(rows), shares(rows), rows, strict=True)
+    sources = zip(labels(rows), report.shares(), rows, strict=True)
     lines = [f"  {percent(share):>4}  {name} (rank {row.rank})" for name, share, row in sources]
     kept = f"rank {report.merge.rank} keeps {report.merge.kept_energy:.1%} of the merge"
     title = f"Merged {len(rows)} adapters by {report.merge.method}; {kept}:"

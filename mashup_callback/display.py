@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .names import labels, printable, short_names
+from .names import labels, printable
 
 
 _NAMED = 3
@@ -94,7 +94,7 @@ def table(report: Any) -> Table:
         table.add_row(_plain(name), number(loss), rows, weight, _plain(status))
 
     rows = report.candidates
-    for row, label, share in zip(rows, labels(rows), shares(rows), strict=True):
+    for row, label, share in zip(rows, labels(rows), report.shares(), strict=True):
         add(label, row.loss, status(row), str(row.rows or ""), percent(share))
     table.add_section()
     if len(report.rounds) > 1:
@@ -112,12 +112,6 @@ def table(report: Any) -> Table:
 def _plain(text: str) -> str:
     """Returns text for a table without markup, and without what a terminal would obey or cannot show."""
     return escape(printable(text))
-
-
-def shares(rows: Sequence[Any]) -> list[float | None]:
-    """Returns the weights as shares of their sum, whether they were given so or not; None for what is not merged."""
-    total = sum(abs(row.weight) for row in rows if row.weight is not None)
-    return [row.weight / total if row.weight is not None and total else row.weight for row in rows]
 
 
 def status(row: Any) -> str:
@@ -168,7 +162,7 @@ def _merged(report: Any) -> list[str]:
 
 
 def _named(report: Any) -> list[tuple[str, Any]]:
-    return [*zip(short_names(report.candidates), report.candidates, strict=True)]
+    return [*zip(report.short_names(), report.candidates, strict=True)]
 
 
 def _kind(report: Any) -> str:

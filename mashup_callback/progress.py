@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .display import duration
 from .distributed import is_main_process
 
 
@@ -59,7 +58,7 @@ def stage(name: str, total: int | None = None) -> Iterator[Stage]:
         if bar is not None:
             bar.stop()
     if not live and is_main_process():
-        sys.stderr.write(f"mashup: {name}: {duration(time.monotonic() - started)}\n")
+        sys.stderr.write(f"mashup: {name}: {time.monotonic() - started:.1f} s\n")
 
 
 def _bar(console: Console) -> Progress:

@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from . import display
+from .names import short_names
 from .typed_json import made, parsed
 
 
@@ -198,13 +199,26 @@ class MashupReport:
         }
         return {f"mashup/{name}": value for name, value in values.items() if value is not None}
 
+    def short_names(self) -> list[str]:
+        """Returns the candidates' names, local paths cut to what tells them apart."""
+        return short_names(self.candidates)
+
+    def shares(self) -> list[float | None]:
+        """Returns the candidates' weights as shares of their sum; None for what is not merged."""
+        weights = [row.weight for row in self.candidates]
+        total = sum(abs(weight) for weight in weights if weight is not None)
+        return [weight / total if weight is not None and total else weight for weight in weights]
+
     def summary(self) -> str:
         """Returns in one sentence what training starts from, what that gains and what it cost."""
         return display.summary(self)
 
     def show(self, console: Console | None = None) -> None:
         """Shows the sentence, what to watch out for, and a table of the candidates."""
-        (console or Console()).print(display.shown(self))
+        (console or Console()).print(self)
+
+    def __rich__(self) -> RenderableType:
+        return display.shown(self)
 
     def __repr__(self) -> str:
         return f"<MashupReport: {self.summary()}>"

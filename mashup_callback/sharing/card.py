@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, constants
 
 from ..candidates import Spec, hub_name, parse_spec
-from ..display import shares
 from ..names import printable
 from ..report import CandidateRow, MashupReport
 
@@ -101,7 +100,7 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
         _decision(report, adapter),
     ]
     if sources:
-        parts.append(_source_table(sources))
+        parts.append(_source_table(sources, [share for share in report.shares() if share is not None]))
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
     if report.merge is not None and sources:
@@ -195,9 +194,9 @@ def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     return f"{text}."
 
 
-def _source_table(sources: Sequence[CandidateRow]) -> str:
+def _source_table(sources: Sequence[CandidateRow], shares: Sequence[float]) -> str:
     rows = []
-    for row, share in zip(sources, shares(sources), strict=True):
+    for row, share in zip(sources, shares, strict=True):
         spec, name = hub_source(row), _code(row.name)
         if spec is not None:
             folder = f"/{spec.subfolder}" if spec.subfolder else ""
@@ -220,7 +219,8 @@ def _result_table(report: MashupReport) -> str:
 def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
     local = [_code(row.name) for row in sources if not hub_source(row)]
     if local:
-        return f"Not by others: {', '.join(local)} {'is' if len(local) == 1 else 'are'} not on the Hub."
+        verb = "is" if len(local) == 1 else "are"
+        return f"{', '.join(local)} {verb} not on the Hub: only their owner can repeat this."
     return _command(report, sources, adapter)
 
 

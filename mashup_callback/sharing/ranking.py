@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-from ..names import short_names
 from ..report import MashupReport
 from . import style
 
@@ -16,7 +15,7 @@ _LONGEST = 36
 
 def plot_ranking(report: MashupReport, path: Path) -> bool:
     """Draws the losses of the best candidates, and below those on the held-out rows; False where it cannot."""
-    pairs = zip(report.candidates, short_names(report.candidates), strict=True)
+    pairs = zip(report.candidates, report.short_names(), strict=True)
     rows = [(row, name) for row, name in pairs if row.loss is not None][:_BARS]
     if not rows:
         return False

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..names import short_names
 from ..report import MashupReport
 from .card import base_name
 
@@ -19,7 +18,7 @@ _HOME = re.compile(r"[/\\](?:home|Users)[/\\][^/\\]+")
 def shareable(report: MashupReport) -> MashupReport:
     """Returns the report with a short name, such as `./adapter`, in place of every local path."""
     values = without_paths(json.loads(report.to_json()), report)
-    for row, new, name in zip(report.candidates, values["candidates"], short_names(report.candidates), strict=True):
+    for row, new, name in zip(report.candidates, values["candidates"], report.short_names(), strict=True):
         new["name"] = f"./{name}" if row.is_local else name
     values["base_model"] = base_name(report)
     if values["config"].get("report_dir"):
@@ -29,7 +28,7 @@ def shareable(report: MashupReport) -> MashupReport:
 
 def without_paths(value: Any, report: MashupReport) -> Any:
     """Returns what JSON or YAML holds with short names in place of the local paths in its texts."""
-    pairs = zip(report.candidates, short_names(report.candidates), strict=True)
+    pairs = zip(report.candidates, report.short_names(), strict=True)
     known = {row.name: f"./{name}" for row, name in pairs if row.is_local}
     known = {path: name for path, name in known.items() if os.sep in path.removeprefix("./")}
     words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
