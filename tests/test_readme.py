@@ -125,6 +125,14 @@ def test_places_to_change_exist():
         assert list(package.rglob(place)) if place.endswith(".py") else (package / place).is_dir(), place
 
 
+def test_extras_exist():
+    known = set(
+        re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[2], re.M)
+    )
+    named = {name for text in TEXTS.values() for name in re.findall(r"install .*-e \"\.\[(\w+)\]\"", text)}
+    assert {"recipes", "test"} <= named <= known and "install mashup-callback" not in README
+
+
 def test_commands_are_those_of_ci():
     run = (ROOT / ".ci/run").read_text()
     commands = re.findall(r"^    python -m pip install .* && (.*)$", README, re.MULTILINE)
