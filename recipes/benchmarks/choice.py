@@ -1,8 +1,8 @@
 """
 What could make the start better: every variant of the merge, trained, against the default one.
 
-    python recipes/benchmarks/choice.py --output-dir outputs/choice           # about an hour on one core
-    python recipes/benchmarks/choice.py --world stdlib --steps 40 --output-dir outputs/choice
+    python recipes/benchmarks/choice.py --output-dir outputs/choice
+    python recipes/benchmarks/choice.py --output-dir outputs/choice --targets last --seeds 1 --arms default fitted
 
 Every arm begins from the same three candidates, those of the lowest loss, and trains on the same batches with the same
 fresh adapter; `gain` is the default's test loss at the end less the arm's. Runs are kept in the output directory, and
@@ -53,8 +53,7 @@ from recipes.leave_one_out.worlds import World, load_world, quickstart
 os.environ["MASHUP_CACHE"] = ""
 K, FIT_STEPS, FIT_RATE, L1, CHECK_EVERY, PATIENCE = 3, 30, 0.02, 0.05, 5, 2
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-SAMPLE = {"quickstart": 256, "stdlib": 64}
-TARGETS = {"quickstart": ("smallest", "first", "units", "rising"), "stdlib": ("asyncio", "http", "unittest", "xml")}
+TARGETS, SAMPLE_ROWS, HOME = ("smallest", "first", "units", "rising"), 256, "outputs/world"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +80,7 @@ class Case:
             set_seed(seed)
             loader = trainer.get_train_dataloader()
             self.batches = list(islice(loader, steps))
-            self.sample = draw_sample(loader, SAMPLE[world.name], batch_size=trainer.args.train_batch_size, seed=seed)
+            self.sample = draw_sample(loader, SAMPLE_ROWS, batch_size=trainer.args.train_batch_size, seed=seed)
         self.rows = len(next(iter(self.batches[0].values())))
 
     @cached_property
@@ -310,22 +309,18 @@ def run(case: Case, arm: str) -> dict:
     start = ARMS[arm](case)
     seconds = time.perf_counter() - started
     model = trainee(case, start)
-    before = test_loss(case.world, model, case.task)
+    before = letter_loss(model, case.task)
     started = time.perf_counter()
     train(case, model, case.steps + start.more_steps)
     trained = (time.perf_counter() - started) / (case.steps + start.more_steps)
     row = {"world": case.world.name, "task": case.task, "seed": case.seed, "arm": arm, "steps": case.steps}
-    values = {"start": before, "final": test_loss(case.world, model, case.task), "cost": start.cost}
+    values = {"start": before, "final": letter_loss(model, case.task), "cost": start.cost}
     return row | values | {"seconds": seconds, "step_seconds": trained, "note": start.note}
-
-
-def test_loss(world: World, model: nn.Module, task: str) -> float:
-    """The NLL of the answer's letter on the quickstart, else the world's own, per byte."""
-    return letter_loss(model, task) if world.name == "quickstart" else world.evaluate(model, task)
 
 
 @torch.no_grad()
 def letter_loss(model: nn.Module, task: str) -> float:
+    """The NLL of the answer's letter on the test rows."""
     tokenizer, rows = quickstart._tokenizer(), quickstart._test_rows(task)
     losses = []
     model.eval()
@@ -358,19 +353,17 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=list(SAMPLE), default="quickstart")
-    parser.add_argument("--home", type=Path, default=Path("outputs/world"), help="the world's base and library")
-    parser.add_argument("--targets", nargs="+", help="tasks that are held out")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="tasks that are held out")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each task")
     parser.add_argument("--steps", type=int, default=50, help="training steps of each run")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/choice"))
     options = parser.parse_args()
-    world = load_world(options.world, options.home)
+    world = load_world("quickstart", HOME)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     path = options.output_dir / "runs.jsonl"
     done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    for seed, task in product(range(1, options.seeds + 1), options.targets or TARGETS[options.world]):
+    for seed, task in product(range(1, options.seeds + 1), options.targets):
         key = {"world": world.name, "task": task, "seed": seed, "steps": options.steps}
         found = {row["arm"] for row in done if key.items() <= row.items()}
         missing = [arm for arm in options.arms if arm not in found]
