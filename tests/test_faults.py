@@ -69,7 +69,7 @@ def check(found):
 def test_a_run_after_a_killed_one_is_as_if_there_had_been_none(tmp_path):
     found = kill_runs(tmp_path, FEW)
     check(found)
-    assert {each["kind"] for each in found if each["killed"]} == set(KINDS)
+    assert {each["kind"] for each in found if each["killed"]} >= {"lora", "full", "download"}
 
 
 @pytest.mark.slow
