@@ -214,7 +214,7 @@ RUNS = st.fixed_dictionaries(
                 "guard": st.booleans(),
                 "top_k": st.sampled_from([1, 2, "auto"]),
                 "search": st.sampled_from(["racing", "exhaustive"]),
-                "metric": st.sampled_from(["loss", "token_accuracy", "probe"]),
+                "metric": st.sampled_from(["loss", "token_accuracy"]),
                 "merge_method": st.sampled_from(["linear", "ties", "dare_linear"]),
                 "on_error": st.sampled_from(["scratch", "raise"]),
                 "dry_run": st.booleans(),

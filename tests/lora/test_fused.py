@@ -1,7 +1,5 @@
 """Candidates on a model whose kernels multiply by the weights themselves, against the same model without kernels."""
 
-import logging
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -76,12 +74,6 @@ def test_layers_that_are_reached_keep_their_whole_update(runs):
 def test_without_a_trainee_the_run_says_why(runs):
     with pytest.raises(BypassedError, match="14 layers .*none is.*Switch the kernels off"):
         scored(fused(llama()), runs)
-
-
-def test_a_probe_ranks_by_the_loss(runs, caplog):
-    with caplog.at_level(logging.WARNING):
-        found = scored(fused(trainee()), runs, metric="probe")
-    assert "fused kernels bypass" in caplog.text and all(score.probe_loss is None for score in found.values())
 
 
 def test_a_run_is_that_without_kernels(tmp_path, runs):
