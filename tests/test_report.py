@@ -213,8 +213,8 @@ def test_what_is_lost_is_a_warning(changes, words):
 
 def test_labels_differ_and_never_look_relative():
     names = [
-        "/data/of/another/team/runs/one",
-        "/data/of/another/team/old/one",
+        "/data/of/another/team/a/one",
+        "/data/of/another/team/b/one",
         "/short/one",
         "runs/one",
         "acme/x",
