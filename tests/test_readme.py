@@ -16,6 +16,8 @@ from peft import LoraConfig
 import mashup_callback
 from mashup_callback import MashupArguments, MashupCallback, MashupConfig
 from mashup_callback.cli import app
+from tests.lora.test_trainees import CONFIGURED, TRAINEES
+from tests.lora.test_variants import CANDIDATES
 from tests.tiny import llama, rows, sft_trainer
 
 
@@ -85,6 +87,20 @@ def test_commands_are_understood(command):
     """They are parsed and not run, as most need the Hub; test_cli runs each of them."""
     _, name, *words = shlex.split(command)
     typer.main.get_command(app).commands[name].make_context(name, words)
+
+
+def variants_table():
+    """What is tested of the kinds of adapters, as Markdown."""
+    trained = {name: outcome for name, (*_, outcome) in (TRAINEES | CONFIGURED).items()}
+    rows = ["| | as a candidate | as the adapter that is trained |", "|---|---|---|"]
+    for outcome in ("exact", "dense", "rejected"):
+        cells = ([name for name in kinds if kinds[name].startswith(outcome)] for kinds in (CANDIDATES, trained))
+        rows.append(f"| {outcome} | {' | '.join('; '.join(names) for names in cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_variants_is_that_of_the_tests():
+    assert README.partition("<!-- variants -->\n")[2].partition("\n<!-- /variants -->")[0] == variants_table()
 
 
 def names_of_tests(*paths):

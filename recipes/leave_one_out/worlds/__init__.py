@@ -6,7 +6,7 @@ from pathlib import Path
 from .base import World
 
 
-WORLDS = ("quickstart", "quickstart_full", "minilm", "smollm2_code", "smollm2_bigbench", "paper")
+WORLDS = ("quickstart", "quickstart_full", "stdlib", "minilm", "smollm2_code", "smollm2_bigbench", "paper")
 
 __all__ = ["WORLDS", "World", "load_world"]
 

@@ -96,8 +96,7 @@ class World(ABC):
     def mashup(self, target: str, candidates: Sequence[str] | None = None, **settings: Any) -> MashupCallback:
         """The callback for a target. A stage that fails must stop the experiment, not look like scratch."""
         found = self.candidates(target) if candidates is None else list(candidates)
-        # The same rows for every arm, whatever the length of its run.
-        return MashupCallback(found, **{"on_error": "raise", "seed": 42, "sample_size": 256, **settings})
+        return MashupCallback(found, **{"on_error": "raise", "seed": 42, **settings})
 
     def lora_config(self, **settings: Any) -> LoraConfig | None:
         """The trainee's LoRA configuration; None where all weights are trained."""

@@ -14,10 +14,18 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_d
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
-def source_files(package: str) -> list[Path]:
-    """Returns the source files of one of `PACKAGES`; no tests and no tables of data."""
-    files = (STDLIB / package).rglob("*.py")
-    return sorted(path for path in files if not LEFT_OUT & set(path.relative_to(STDLIB).parts))
+def source_files(package: str | None = None) -> list[Path]:
+    """Returns the source files of one of `PACKAGES`, or of the rest of the library; no tests and no tables of data."""
+    files = (STDLIB / package if package else STDLIB).rglob("*.py")
+    found = sorted(path for path in files if not LEFT_OUT & set(path.relative_to(STDLIB).parts))
+    return found if package else [path for path in found if path.relative_to(STDLIB).parts[0] not in PACKAGES]
+
+
+def split_files(package: str, split: str) -> list[Path]:
+    """Returns the files to train on, or every fourth one (by size, the second largest first) to test on."""
+    files = largest_first(source_files(package))
+    unseen = files[1::4]
+    return unseen if split == "test" else [path for path in files if path not in unseen]
 
 
 def largest_first(files: Iterable[Path]) -> list[Path]:
