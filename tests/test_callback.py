@@ -574,7 +574,7 @@ def test_push_after_a_resume(tmp_path, library, monkeypatch):
     callback, pushed = MashupCallback(str(library / "*")), []
     trainer = sft_trainer(tmp_path / "out", callbacks=[callback], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
-    monkeypatch.setattr("mashup_callback.callback.push_mashup", lambda *args: pushed.append(args))
+    monkeypatch.setattr("mashup_callback.callback.push_mashup", lambda *args, license: pushed.append(args))
     callback.push_to_hub("acme/start")
     assert pushed == [(tmp_path / "out/mashup", "acme/start", None, False)]
 

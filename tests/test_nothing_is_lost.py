@@ -277,7 +277,9 @@ def test_a_mashup_is_not_written_over_a_candidate(shelf):
 
 def test_an_earlier_merge_is_replaced(shelf):
     first = (shelf / "m/adapter_model.safetensors").read_bytes()
-    assert run_merge(shelf / "m", shelf / "a") == 0
+    assert run_merge(shelf / "m", shelf / "a") == 1
+    assert (shelf / "m/adapter_model.safetensors").read_bytes() == first
+    assert run_merge(shelf / "m", shelf / "a", "--overwrite") == 0
     assert (shelf / "m/adapter_model.safetensors").read_bytes() != first
     merge_adapters([shelf / "a", shelf / "b"], output_dir=shelf / "n")
     merge_adapters([shelf / "a"], output_dir=shelf / "n")

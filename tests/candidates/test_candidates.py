@@ -16,6 +16,7 @@ from mashup_callback.formats.adapter import load_factors, read_adapter
 from mashup_callback.formats.base import BaseModel
 from mashup_callback.full.trainee import FullTrainee
 from mashup_callback.lora import save_adapter
+from mashup_callback.lora.source import LoraUpdate
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.scoring import Score, race
 from mashup_callback.storage import Workspace
@@ -406,7 +407,10 @@ def test_two_revisions_of_a_repository_are_two_candidates_to_all_processes(monke
 def test_two_revisions_of_an_adapter_are_two_inputs_of_a_full_merge(tmp_path):
     trainee = FullTrainee(llama(), frozenset(), MashupConfig(), Workspace(tmp_path / "mashup"), lambda found: found)
     sources = [read_adapter(write_adapter(tmp_path / digit, float(int(digit, 16)))) for digit in "ab"]
-    saved = [trainee.adapter_directory(source) for source in (*sources, sources[0])]
+    saved = [
+        trainee.adapter_directory(source, lambda source=source: LoraUpdate(load_factors(source)))
+        for source in (*sources, sources[0])
+    ]
     values = [load_factors(read_adapter(path))["layers.0.q_proj"].A[0, 0].item() for path in saved]
     assert values == [10.0, 11.0, 10.0]
     assert saved[0] == saved[2] != saved[1]

@@ -259,7 +259,7 @@ finish(url=url, found=find("hub:author=acme"))
 def test_push_of_a_full_merge(hub, run_client, models, tmp_path):
     environment = hub.environment(tmp_path / "hf_home", token=hub.user("acme"))
     result = run_client(PRELUDE + PUSHING, tmp_path / "out", models / "model-*", env=environment, timeout=180)
-    assert result["url"].startswith(f"{hub.url}/acme/start/commit/")
+    assert result["url"].startswith(f"{hub.url}/acme/start")
     files, merge = hub.files("acme/start"), tmp_path / "out/mashup"
     names = {name for name in files if name.endswith(".safetensors")}
     assert len(names) > 2 and {*json.loads(files[INDEX])["weight_map"].values()} == names

@@ -35,8 +35,9 @@ def test_the_table_counts_every_case(outcomes):
     if len(outcomes) < len(CASES):
         pytest.skip("a part of the collection ran")
     table = outcomes_table(outcomes.items())
-    print(table)
     assert f"| in all | {len(CASES)} |" in table.splitlines()[-1]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert readme.partition("<!-- outcomes -->\n")[2].partition("\n<!-- /outcomes -->")[0] == table
 
 
 def test_every_field_of_peft_is_changed():
