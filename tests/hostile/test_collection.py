@@ -1,6 +1,7 @@
 """Hostile adapters and checkpoints: each is rejected with a reason that names what is wrong, or it is harmless."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig
