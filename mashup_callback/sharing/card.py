@@ -134,13 +134,14 @@ def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | N
 def _metadata(
     report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None, license: str | None
 ) -> ModelCardData:
-    base_model, merged = base_name(report), "merge" if len(sources) > 1 else "finetune"
+    base_model = base_name(report)
     task = "text-generation" if adapter is not None and adapter.get("task_type") == "CAUSAL_LM" else None
     # Only of the Hub: what a local card names may be a path or a project.
     names = [name for row in sources if hub_source(row) for name in row.datasets if _DATASET.fullmatch(name)]
     values = {
         "base_model": base_model,
-        "base_model_relation": (merged if adapter is None else "adapter") if base_model else None,
+        # "merge" would say that the base model is one of those that were merged, and searches would not find it.
+        "base_model_relation": ("finetune" if adapter is None else "adapter") if base_model else None,
         "library_name": "transformers" if adapter is None else "peft",
         "license": license,
         "pipeline_tag": task,

@@ -199,7 +199,7 @@ def test_card_of_a_full_model():
     report = replace(REPORT, merge=replace(MERGE, space="weights", rank=0))
     card = mashup_card(report, None)
     assert (front_matter(card)["library_name"], front_matter(card)["tags"]) == ("transformers", ["mashup", "merge"])
-    assert front_matter(card)["base_model_relation"] == "merge"
+    assert front_matter(card)["base_model_relation"] == "finetune"
     assert "A full model of `acme/base`, merged from past models" in card
     assert "peft" not in card and "rank" not in card
     assert "mergekit-yaml mergekit.yaml merged --random-seed=7" in card
