@@ -133,7 +133,9 @@ def _fetch(candidate: Candidate, name: str, digest: str, size: int, hub: Hub) ->
         raise HubError(f"the Hub states two hashes of {name}: {digest} and its ETag")
     download = partial(hf_hub_download, candidate.repo_id, name, revision=candidate.revision)
     held = try_to_load_from_cache(candidate.repo_id, name, revision=candidate.revision)
-    for force in (isinstance(held, str) and not _is_genuine(Path(held)), True):
+    if isinstance(held, str) and _has_digest(Path(held), digest):
+        return Path(held)
+    for force in (isinstance(held, str), True):
         path = Path(hub.call(download, force_download=force, size=size))
         hub.received(path.stat().st_size)
         if _has_digest(path, digest):

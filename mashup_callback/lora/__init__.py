@@ -1,7 +1,7 @@
 """A LoRA adapter is trained."""
 
-from .fitting import cut_to, fit
-from .hooks import applied, bypassed_layers, note_bypassed, structure_kept
+from .fitting import fit
+from .hooks import applied, note_bypassed, structure_kept
 from .merge import MergedAdapter, merge_adapters, merge_factors
 from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter, find_adapter
@@ -16,8 +16,6 @@ __all__ = [
     "MergedAdapter",
     "TrainedAdapter",
     "applied",
-    "bypassed_layers",
-    "cut_to",
     "find_adapter",
     "fit",
     "merge_adapters",

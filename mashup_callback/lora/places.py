@@ -103,7 +103,7 @@ class ExpertsPlace(LinearPlace):
         return [f"{self.name}.{index}" for index in range(self.count)] if self.count > 1 else [self.name]
 
 
-_VARIANTS = {"DoraLinearVariant": DoraLinearVariant, "DoraEmbeddingVariant": DoraEmbeddingVariant}
+_VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
 
 
 def find_place(name: str, prefix: str, layer: LoraLayer, adapter: str) -> LinearPlace | None:
@@ -114,7 +114,7 @@ def find_place(name: str, prefix: str, layer: LoraLayer, adapter: str) -> Linear
         ValueError: It is trained as a variant whose update is no scaling·B·A.
     """
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and type(variant) not in _VARIANTS.values() and variant not in _VARIANTS.values():
+    if variant is not None and type(variant) not in _VARIANTS and variant not in _VARIANTS:
         found = getattr(variant, "__name__", type(variant).__name__)
         raise ValueError(
             f"Layer {name} is trained as {found}, whose update is more than scaling·B·A. A mashup can be written into "

@@ -1,14 +1,10 @@
 """How many rows a sample has, so that a mashup costs little against the training that it saves."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from .halving import FEW, REDUCTION, round_sizes
-from .losses import IGNORE
-from .sample import Sample, SampleRows
+from .sample import Sample, SampleRows, label_counts
 
 
 # Share of the run's own forward and backward work that scoring and guarding may take.
@@ -48,11 +44,11 @@ def shortened(sample: Sample, held_out: bool = True) -> Sample:
 
 def _enough(rows: SampleRows) -> SampleRows:
     counts: dict[int, int] = {}
-    for indices, batch in rows.batches():
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != len(indices):
+    for indices, found in label_counts(rows):
+        # A batch that is one row (padding-free) does not tell of its rows.
+        if found is None or len(found) != len(indices):
             return rows
-        counts.update(zip(indices, (labels != IGNORE).sum(1).tolist(), strict=True))
+        counts.update(zip(indices, found, strict=True))
     total = 0
     for index in range(len(rows)):
         total += counts[index]

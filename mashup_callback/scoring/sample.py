@@ -253,16 +253,23 @@ def token_budget() -> int:
     return CPU_TOKENS if PartialState().device.type == "cpu" else TOKENS
 
 
+def label_counts(rows: SampleRows) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Yields the indices of each batch with the label tokens of its rows; None for these where it has no labels."""
+    for indices, batch in rows.batches():
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        known = isinstance(labels, torch.Tensor) and labels.ndim == 2
+        yield indices, (labels != IGNORE).sum(1).tolist() if known else None
+
+
 def _labeled(rows: SampleRows) -> SampleRows:
     """Returns the rows that have a label, the same object if all have one."""
     without, total, seen = [], 0, False
     # A batch that is one row (padding-free) is one difference of the guard's, and many small ones tell more.
     small = SampleRows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
-    for indices, batch in rows.batches():
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+    for indices, counts in label_counts(rows):
+        if counts is None:
             return small
-        seen, counts = True, (labels != IGNORE).sum(1).tolist()
+        seen = True
         total += sum(counts)
         if len(counts) == len(indices):
             without += [index for index, count in zip(indices, counts, strict=True) if not count]
