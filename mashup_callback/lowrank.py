@@ -53,6 +53,11 @@ class LoraFactors:
         return False
 
     @property
+    def whole(self) -> bool:
+        """Whether it is of a parameter that is trained whole, so that nothing of it is ever cut."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         return self.A.nbytes + self.B.nbytes
 
@@ -85,8 +90,9 @@ class DenseUpdate(LoraFactors):
         parts: Mapping[str, torch.Tensor],
         compose: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
         shape: tuple[int, int],
+        whole: bool = False,
     ) -> None:
-        self.parts, self.compose, self.shape = parts, compose, shape
+        self.parts, self.compose, self.shape, self._whole = parts, compose, shape, whole
 
     @property
     def A(self) -> torch.Tensor:  # noqa: N802
@@ -117,6 +123,10 @@ class DenseUpdate(LoraFactors):
         return True
 
     @property
+    def whole(self) -> bool:
+        return self._whole
+
+    @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
 
@@ -126,7 +136,8 @@ class DenseUpdate(LoraFactors):
         return torch.eye(self.rank, device=like.device, dtype=like.dtype)
 
     def to(self, target: torch.device | torch.dtype | str) -> LoraFactors:
-        return DenseUpdate({name: part.to(target) for name, part in self.parts.items()}, self.compose, self.shape)
+        parts = {name: part.to(target) for name, part in self.parts.items()}
+        return DenseUpdate(parts, self.compose, self.shape, self.whole)
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:

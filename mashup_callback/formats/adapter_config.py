@@ -15,6 +15,8 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 2**15
 MAX_ALPHA = 1e5
+# Each is looked for in the name of each tensor.
+_MAX_STRINGS = 1000
 # Initializations after which the update is scaling·B·A on the original base. peft writes `true` for an adapter of
 # another initialization that it converted for the original base on saving.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -24,11 +26,11 @@ _LITERAL = frozenset(string.ascii_letters + string.digits + "_-.")
 _COMMON = {
     *("auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "peft_version"),
     *("peft_type", "r", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type"),
-    "target_modules",
+    *("target_modules", "modules_to_save"),
 }
 _LORA = _COMMON | {
     *("corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_dropout", "lora_ga_config"),
-    *("megatron_core", "qalora_group_size", "runtime_config"),
+    *("lora_bias", "megatron_core", "qalora_group_size", "runtime_config"),
     *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias", "target_parameters"),
 }
 _ADALORA = (_LORA - {"use_dora", "target_parameters"}) | {
@@ -42,8 +44,6 @@ _KNOWN = {"LORA": _LORA, "ADALORA": _ADALORA, "LOHA": _LYCORIS, "LOKR": _LYCORIS
 # The fields of the rank and of alpha, where they are not those of LoRA.
 _NAMES = {"ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}
 _FEATURES = {
-    "lora_bias": "the update has a bias",
-    "modules_to_save": "whole modules were trained besides the adapter",
     "trainable_token_indices": "embeddings were trained besides the adapter",
     "layer_replication": "the base model's layers are repeated",
     "megatron_config": "Megatron's parallel layers are adapted",
@@ -75,6 +75,9 @@ class AdapterConfig:
     task_type: str | None = None
     target_modules: str | tuple[str, ...] | None = None
     target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    lora_bias: bool = False
 
     def rank_of(self, module: str) -> int:
         """Returns the rank that the configuration gives the module of this name."""
@@ -127,7 +130,10 @@ def parse_config(data: bytes) -> AdapterConfig:
         revision=_text(fields, "revision"),
         task_type=_text(fields, "task_type"),
         target_modules=_targets(fields.get("target_modules")),
-        target_parameters=_parameters(fields.get("target_parameters")),
+        target_parameters=_strings(fields, "target_parameters"),
+        modules_to_save=_strings(fields, "modules_to_save"),
+        bias=fields.get("bias", "none"),
+        lora_bias=_flag(fields, "lora_bias"),
     )
 
 
@@ -138,13 +144,16 @@ def _check_features(fields: Mapping[str, Any], known: Collection[str]) -> None:
             f"`init_lora_weights` is {quote(init)}, which may have changed the base model that the adapter fits. Save "
             "it for the original base with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
         )
-    if fields.get("bias", "none") != "none":
-        raise AdapterError(f"`bias` is {quote(fields['bias'])}, expected none: trained biases cannot be merged")
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(f"`bias` is {quote(fields['bias'])}, expected none, all or lora_only")
+    if (task := fields.get("task_type")) in _HEADED and (heads := fields.get("modules_to_save")):
+        raise AdapterError(
+            f"`modules_to_save` is set to {quote(heads)}, which is not supported: it was trained with a head of its "
+            f"own (`task_type` {task}), {_OWN_HEAD}"
+        )
     for name, value in fields.items():
         if name not in known and value:
             why = _FEATURES.get(name, "it is not known to leave the update at scaling·B·A")
-            if name == "modules_to_save" and fields.get("task_type") in _HEADED:
-                why = f"it was trained with a head of its own (`task_type` {fields['task_type']}), {_OWN_HEAD}"
             raise AdapterError(f"`{quote(name)}` is set to {quote(value)}, which is not supported: {why}")
 
 
@@ -180,9 +189,12 @@ def _targets(value: Any) -> str | tuple[str, ...] | None:
     return value
 
 
-def _parameters(value: Any) -> tuple[str, ...]:
+def _strings(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = fields.get(name)
     if not isinstance(value, list | None) or not all(isinstance(item, str) for item in value or ()):
-        raise AdapterError(f"`target_parameters` is {quote(value)}, expected a list of strings or null")
+        raise AdapterError(f"`{name}` is {quote(value)}, expected a list of strings or null")
+    if len(value or ()) > _MAX_STRINGS:
+        raise AdapterError(f"`{name}` has {len(value):,} entries, expected up to {_MAX_STRINGS:,}")
     return tuple(value or ())
 
 

@@ -36,7 +36,7 @@ def energy(factors: Factors) -> float:
 
 def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
     """Returns the best approximation of updates in the layers and the ranks of the trained adapter."""
-    known = {name: update for name, update in factors.items() if name in adapter.targets}
+    known = {name: update for name, update in factors.items() if name in adapter.ranks}
     if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
         return known
     return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
@@ -68,7 +68,8 @@ def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
     Raises:
         ValueError: A layer of the merge has a larger rank than the trained adapter's.
     """
-    return {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
+    wholes = {name: update for name, update in merged.items() if name in adapter.wholes}
+    return wholes | {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
 
 
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:

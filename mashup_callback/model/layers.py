@@ -1,22 +1,12 @@
 """The linear layers of a live model, by their name in the base model."""
 
-import math
-from collections.abc import Mapping
-
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import AdapterError
-from ..lowrank import Factors
 from .parameters import clean_name
-
-
-# Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.
-MAX_UPDATE = 100.0
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,55 +67,6 @@ def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
         return layer.num_embeddings, layer.embedding_dim
     shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return shape if all(isinstance(size, int) for size in shape) else None
-
-
-@torch.no_grad()
-def base_weight(layer: nn.Module) -> torch.Tensor:
-    """
-    Returns the weight of one of the [`linear_layers`] as an update of it is given, `(out_features, in_features)`.
-
-    Raises:
-        AdapterError: No process holds all of it, or it is not in memory.
-    """
-    weight = dequantize_module_weight(layer).data
-    weight = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
-    if not _is_plain(weight) or tuple(weight.shape[::-1]) != layer_shape(layer):
-        raise AdapterError("it needs the base model's weights, and these are sharded or offloaded in this run")
-    return weight
-
-
-@torch.no_grad()
-def weight_norms(model: nn.Module) -> dict[str, float]:
-    """Returns the Frobenius norms of a model's linear layers, without those that are quantized, sharded or zero."""
-    weights = {name: getattr(layer, "weight", None) for name, layer in linear_layers(model).items()}
-    norms = {
-        name: torch.linalg.vector_norm(w.data, dtype=torch.float32) for name, w in weights.items() if _is_plain(w)
-    }
-    return {name: norm.item() for name, norm in norms.items() if norm > 0}
-
-
-def _is_plain(weight: torch.Tensor | None) -> bool:
-    # Quantized and sharded weights are of other types or hold integers, offloaded ones are on the meta device.
-    plain = weight is not None and type(weight.data) is torch.Tensor and not weight.is_meta
-    return plain and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
-    """
-    Refuses an update that leaves nothing of the weights it changes, as training from it fails.
-
-    Raises:
-        AdapterError: It is more than a hundred times as large as a layer's weight, where [`weight_norms`] has it.
-    """
-    for name, factors in update.items():
-        limit = MAX_UPDATE * norms.get(name, math.inf)
-        # Not finite is too large as well.
-        if not factors.norm_bound() <= limit and not (norm := factors.norm()) <= limit:
-            times = norm / norms.get(name, 1.0)
-            raise AdapterError(
-                f"its update of {name} is {times:.1f} times as large as the weight (Frobenius norms), "
-                f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
-            )
 
 
 def compute_device(model: nn.Module) -> torch.device:

@@ -82,6 +82,8 @@ MODELS = {
     "bert": (partial(made, BertModel, BertConfig(vocab_size=96, **SIZES)), ["query", "value", "output.dense"]),
 }
 LORA = partial(LoraConfig, r=4, lora_alpha=8)
+# What is trained besides LoRA's factors, and is tried in test_wholes.
+BESIDES = ("modules_to_save of embeddings, head and norms", "bias", "lora_bias")
 # How every variant of a candidate is taken in: as factors, as a dense update of one layer at a time, or not at all.
 CANDIDATES = {
     "LoRA": "exact",
@@ -104,9 +106,8 @@ CANDIDATES = {
     "LoHa with patterns": "exact",
     "LoKr with patterns": "dense",
     "target_parameters of experts": "exact",
-    "lora_bias": "rejected: the update has a bias",
-    "bias": "rejected: trained biases cannot be merged",
-    "modules_to_save": "rejected: whole modules were trained",
+    **{f"{kind}, trained here too": "exact" for kind in BESIDES},
+    **dict.fromkeys(BESIDES, "rejected: this run does not train it"),
     "trainable_token_indices": "rejected: embeddings were trained",
     "layer_replication": "rejected: the base model's layers are repeated",
     "aLoRA": "rejected: the update applies to a part of each sequence",
@@ -138,9 +139,6 @@ CONFIGURED = {
     "DoRA of embeddings": partial(LORA, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
     "LoHa with patterns": partial(LoHaConfig, r=2, alpha=4, rank_pattern={"v_proj": 1}),
     "LoKr with patterns": partial(LoKrConfig, r=6, alpha=4, alpha_pattern={"q_proj": 2}),
-    "lora_bias": partial(LORA, lora_bias=True),
-    "bias": partial(LORA, bias="lora_only"),
-    "modules_to_save": partial(LORA, modules_to_save=["norm"]),
     "trainable_token_indices": partial(LORA, trainable_token_indices=[3]),
     "layer_replication": partial(LORA, layer_replication=[[0, 2], [0, 2]]),
     "aLoRA": partial(LORA, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
@@ -149,9 +147,9 @@ CONFIGURED = {
 }
 
 
-def save_random(directory, model, config, scale=0.3):
+def save_random(directory, model, config, scale=0.3, seed=1):
     """Saves an adapter of random tensors as peft saves it."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     tuned = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
