@@ -101,11 +101,9 @@ class AdapterConfig:
 
 def parse_config(data: bytes) -> AdapterConfig:
     """
-    Parses an `adapter_config.json`; no regular expression in it is ever run, and nothing that it names is followed.
+    Parses an `adapter_config.json`, of which no regular expression is ever run; raises `AdapterError`.
 
-    Raises:
-        AdapterError: It is no configuration of LoRA, AdaLoRA, LoHa or LoKr. Fields that are not known here may be
-            present only while they are unset (`null`, `false`, zero or empty).
+    Fields that are not known here may be present only while they are unset (`null`, `false`, zero or empty).
     """
     fields = parse_object(data, CONFIG_NAME)
     peft_type = fields.get("peft_type")

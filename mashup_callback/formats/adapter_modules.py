@@ -65,12 +65,7 @@ class ModuleShape:
 def adapter_modules(
     config: AdapterConfig, tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, ModuleShape], dict[str, str]]:
-    """
-    Groups the tensors of a weights file by their modules, and gives the keys of whole weights that are stored besides.
-
-    Raises:
-        AdapterError: They make no update.
-    """
+    """Groups tensors by their modules, and gives the keys of copies of base weights; raises `AdapterError`."""
     # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
     prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
     keys: dict[str, dict[str, str]] = {}
@@ -124,11 +119,7 @@ def find_renaming(names: Sequence[str], layers: Collection[str]) -> tuple[str, s
     """
     Returns the one change of a prefix, what is removed and what is added, that makes these the model's names.
 
-    One is added or removed where wrappers such as sentence-transformers make it necessary, and replaced where a
-    language model is trained or loaded with its vision tower.
-
-    Raises:
-        AdapterError: If no change fits, or several do.
+    It is due to wrappers such as sentence-transformers, or to a vision tower; none or several raise `AdapterError`.
     """
     if all(name in layers for name in names):
         return "", ""

@@ -1,28 +1,68 @@
 """Adapters of parameters that hold the weights of several experts: one layer for each expert of the model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..errors import AdapterError
+from ..lowrank import LoraFactors
 from .adapter_config import AdapterConfig
 from .adapter_modules import ModuleShape, Stack
+from .variants import Form, Parts
+
+
+# Layers of one expert as older models have them: which parameter of all experts holds them now, and which part of it.
+_APART = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
+_APART |= {"gate_proj": _APART["w1"], "up_proj": _APART["w3"], "down_proj": _APART["w2"]}
+
+
+def put_together(modules: Mapping[str, ModuleShape], layers: Mapping[str, object]) -> dict[str, ModuleShape]:
+    """Returns modules, with layers of single experts under the names of a model that has experts in one parameter."""
+    found: dict[str, ModuleShape] = {}
+    halves: dict[str, list[tuple[int, ModuleShape]]] = {}
+    for name, shape in modules.items():
+        holder, index, layer = ["", "", *name.rsplit(".", 2)][-3:]
+        parameter, half = _APART.get(layer, ("", 0))
+        now = f"{holder.replace('.block_sparse_moe.', '.mlp.')}.{parameter}.{index}"
+        if name in layers or now not in layers or shape.form.of_weight:
+            found[name] = shape
+        elif parameter == "gate_up_proj":
+            halves.setdefault(now, []).append((half, shape))
+        else:
+            found[now] = shape
+    return found | {name: _one_of_two(parts) for name, parts in halves.items()}
+
+
+def _one_of_two(halves: Sequence[tuple[int, ModuleShape]]) -> ModuleShape:
+    """Returns the update of one weight of which the updates of two layers are the halves."""
+    if len({(shape.in_features, shape.out_features) for _, shape in halves}) > 1:
+        raise AdapterError("its gate and up projections of one expert have different shapes")
+    first = halves[0][1]
+
+    def factors(parts: Parts) -> LoraFactors:
+        updates = [
+            shape.form.factors({part: parts[f"{half} {part}"] for part in shape.keys}) for half, shape in halves
+        ]
+        B = updates[0].B.new_zeros(2, first.out_features, sum(update.rank for update in updates))
+        start = 0
+        for (half, shape), update in zip(halves, updates, strict=True):
+            B[half, :, start : start + update.rank] = shape.scaling * update.B
+            start += update.rank
+        return LoraFactors(torch.cat([update.A for update in updates]), B.flatten(0, 1), 1.0)
+
+    keys = {f"{half} {part}": key for half, shape in halves for part, key in shape.keys.items()}
+    rank = sum(shape.rank for _, shape in halves)
+    return ModuleShape(rank, first.in_features, 2 * first.out_features, 1.0, keys, Form(frozenset(keys), factors))
 
 
 def expert_modules(
     module: str, shape: ModuleShape, config: AdapterConfig, layers: Mapping[str, object]
 ) -> dict[str, ModuleShape]:
-    """
-    Returns the experts' layers that a module's factors are of, by the names that the model has for them.
-
-    peft wraps the adapted parameters of a module one around the other, in the order in which the module has them.
-
-    Raises:
-        AdapterError: The model has no such experts, or another number of them.
-    """
+    """Returns the experts' layers that a module's factors are of, as the model names them; raises `AdapterError`."""
     stack = shape.stack
     held = dict.fromkeys(name.rpartition(".")[0] for name in layers if name.startswith(f"{module}."))
+    # peft wraps the adapted parameters of a module one around the other, in the order in which the module has them.
     adapted = [name for name in held if name.rpartition(".")[2] in stack.parameters and f"{name}.0" in layers]
     if stack.depth >= len(adapted):
         raise AdapterError(

@@ -59,14 +59,11 @@ def held(model: nn.Module, adapter: TrainedAdapter, factors: Factors) -> Iterato
 @torch.no_grad()
 def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
     """
-    Returns what the trained adapter's parameters will hold of a merge.
+    Returns what the trained adapter's parameters will hold of a merge of no larger ranks.
 
     They get the merge's singular vectors, with the roots of the singular values on either side, and A as large as the
     fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does not fill
     keep the fresh rows of A and get zero columns of B: with both zero they would never learn.
-
-    Raises:
-        ValueError: A layer of the merge has a larger rank than the trained adapter's.
     """
     wholes = {name: update for name, update in merged.items() if name in adapter.wholes}
     return wholes | {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}

@@ -69,6 +69,13 @@ def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
     return shape if all(isinstance(size, int) for size in shape) else None
 
 
+def is_plain(weight: torch.Tensor | None) -> bool:
+    """Whether a weight is in memory as numbers, all of it."""
+    # Quantized and sharded weights are of other types or hold integers, offloaded ones are on the meta device.
+    plain = weight is not None and type(weight.data) is torch.Tensor and not weight.is_meta
+    return plain and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def compute_device(model: nn.Module) -> torch.device:
     """Returns the device of the model's weights, or the CPU where matrices cannot be decomposed on that."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
 from ..lowrank import Factors
-from .layers import expert_parameters, layer_shape, linear_layers
-from .whole import is_plain, whole_parameters
+from .layers import expert_parameters, is_plain, layer_shape, linear_layers
+from .whole import whole_parameters
 
 
 # Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.

@@ -1,4 +1,4 @@
-"""Parameters that are trained whole besides an adapter: those of peft's `modules_to_save`, and biases."""
+"""Parameters that are trained whole besides an adapter's factors: those of peft's `modules_to_save`, and biases."""
 
 import re
 from collections import Counter
@@ -13,14 +13,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..lowrank import Factors, LoraFactors
-from .layers import adapter_host
+from .layers import adapter_host, is_plain
 from .parameters import clean_name, is_sharded
+
+
+_IN_ADAPTER = re.compile("lora_|modules_to_save")
 
 
 @dataclass(frozen=True, eq=False)
 class WholeParameter:
     """
-    One of them: the base model's module, key and values, and the parameter that is trained, with its clean name.
+    One of them: the parameter that is trained and its clean name, and the base model's module, key and values.
 
     `added` is the factor with which the trained one is added to the base model's, None where it takes its place.
     """
@@ -30,83 +33,61 @@ class WholeParameter:
     base: torch.Tensor
     trained: nn.Parameter
     name: str
-    added: float | None = None
+    added: float | None
 
     @property
     def matrix(self) -> torch.Tensor:
         """The base model's values, those of a vector as one column."""
         return self.base.reshape(len(self.base), -1)
 
-    def changed(self, update: LoraFactors | None) -> torch.Tensor:
+    def changed(self, update: LoraFactors) -> torch.Tensor:
         """Returns the base model's values with an update."""
-        base = self.base
-        return base if update is None else base + update.delta().to(base.device).view_as(base)
+        return self.base + update.delta().to(self.base.device).view_as(self.base)
 
-    def value(self, update: LoraFactors | None) -> torch.Tensor:
+    def value(self, update: LoraFactors) -> torch.Tensor:
         """Returns the values of the trained parameter with which the model computes an update."""
-        if self.added is None:
-            return self.changed(update)
-        return torch.zeros_like(self.base) if update is None else update.delta().flatten() / self.added
+        return self.changed(update) if self.added is None else update.delta().flatten() / self.added
 
     def held(self) -> torch.Tensor:
         """Returns what the trained parameter holds, a fresh copy as the base model's values themselves."""
-        fresh = self.value(None)
-        return fresh if torch.equal(fresh.to(self.trained), self.trained) else self.trained.detach().clone()
-
-
-def is_plain(weight: torch.Tensor | None) -> bool:
-    """Whether a weight is in memory as numbers, all of it."""
-    # Quantized and sharded weights are of other types or hold integers, offloaded ones are on the meta device.
-    plain = weight is not None and type(weight.data) is torch.Tensor and not weight.is_meta
-    return plain and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        return self.base if torch.equal(self.base.to(self.trained), self.trained) else self.trained.detach().clone()
 
 
 def whole_parameters(model: nn.Module) -> dict[str, WholeParameter]:
     """Returns those of a model with an adapter by their name in the base model, none where they are sharded."""
     if adapter_host(model) is None or is_sharded(model):
         return {}
-    found: dict[str, WholeParameter] = {}
-    for name, module in extract_model_from_parallel(model).named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            found |= _copies(name, module)
-        elif isinstance(module, LoraLayer):
-            found |= _added(name, module)
-        elif _trains_bias(module) and not re.search(r"lora_|modules_to_save", name):
-            bias = module._parameters["bias"]
-            path = clean_name(f"{name}.bias")
-            found[path] = WholeParameter(module, "bias", bias.detach().clone(), bias, path)
+    modules = extract_model_from_parallel(model).named_modules()
+    found = dict(one for name, module in modules for one in _of_module(name, module))
     # Of a copy that two modules share, each would be the base model's alone while candidates are scored.
     times = Counter(id(whole.trained) for whole in found.values())
     return {name: whole for name, whole in found.items() if is_plain(whole.base) and times[id(whole.trained)] == 1}
 
 
-def _trains_bias(module: nn.Module) -> bool:
-    bias = module._parameters.get("bias")
-    return bias is not None and bias.requires_grad
+def _of_module(name: str, module: nn.Module) -> Iterator[tuple[str, WholeParameter]]:
+    if isinstance(module, ModulesToSaveWrapper):
+        for adapter in set(module.active_adapters) & set(module.modules_to_save):
+            for path, trained in module.modules_to_save[adapter].named_parameters():
+                owner, _, key = path.rpartition(".")
+                base = module.original_module.get_submodule(owner)
+                yield _whole(f"{name}.{path}", base, key, trained, f"{name}.modules_to_save.{adapter}.{path}")
+    elif isinstance(module, LoraLayer):
+        for adapter in set(module.active_adapters) & set(module.lora_B):
+            base, trained = module.get_base_layer(), module.lora_B[adapter].bias
+            if trained is not None and "bias" in base._parameters:
+                path = f"{name}.lora_B.{adapter}.bias"
+                yield _whole(f"{name}.bias", base, "bias", trained, path, module.scaling[adapter])
+    elif (bias := module._parameters.get("bias")) is not None and bias.requires_grad and not _IN_ADAPTER.search(name):
+        yield _whole(f"{name}.bias", module, "bias", bias, f"{name}.bias")
 
 
-def _copies(name: str, wrapper: ModulesToSaveWrapper) -> dict[str, WholeParameter]:
-    found = {}
-    for adapter in set(wrapper.active_adapters) & set(wrapper.modules_to_save):
-        for path, parameter in wrapper.modules_to_save[adapter].named_parameters():
-            owner, _, key = path.rpartition(".")
-            module = wrapper.original_module.get_submodule(owner)
-            trained = clean_name(f"{name}.modules_to_save.{adapter}.{path}")
-            whole = WholeParameter(module, key, module._parameters[key].data, parameter, trained)
-            found[clean_name(f"{name}.{path}")] = whole
-    return found
-
-
-def _added(name: str, layer: LoraLayer) -> dict[str, WholeParameter]:
-    found, base = {}, layer.get_base_layer()
-    for adapter in set(layer.active_adapters) & set(layer.lora_B):
-        bias, own = layer.lora_B[adapter].bias, getattr(base, "bias", None)
-        if bias is not None and "bias" in base._parameters:
-            values = torch.zeros_like(bias.data) if own is None else own.data
-            trained = clean_name(f"{name}.lora_B.{adapter}.bias")
-            scaling = layer.scaling[adapter]
-            found[clean_name(f"{name}.bias")] = WholeParameter(base, "bias", values, bias, trained, scaling)
-    return found
+def _whole(
+    name: str, module: nn.Module, key: str, trained: nn.Parameter, path: str, added: float | None = None
+) -> tuple[str, WholeParameter]:
+    base = module._parameters[key]
+    # A layer may have no bias, and one that is trained in place is copied before it is.
+    values = torch.zeros_like(trained.data) if base is None else base.data.clone() if base is trained else base.data
+    return clean_name(name), WholeParameter(module, key, values, trained, clean_name(path), added)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ OTHER_KINDS = [
     "_load_parts: without raise AdapterError('`target_parameters`",
     "_load_parts: without not shape.stack.expert",
     "_strings:",
-    "was trained besides the adapter, and this run",
+    "was trained besides the adapter",
     "all its ranks are zero",
     "not any((shape.stack",
     "raise AdapterError(f'{quote(key)} and {quote(keys[name][part])}",

@@ -107,7 +107,7 @@ CANDIDATES = {
     "LoKr with patterns": "dense",
     "target_parameters of experts": "exact",
     **{f"{kind}, trained here too": "exact" for kind in BESIDES},
-    **dict.fromkeys(BESIDES, "rejected: this run does not train it"),
+    **dict.fromkeys(BESIDES, "rejected: was trained besides the adapter, which needs a LoRA run"),
     "trainable_token_indices": "rejected: embeddings were trained",
     "layer_replication": "rejected: the base model's layers are repeated",
     "aLoRA": "rejected: the update applies to a part of each sequence",
@@ -246,6 +246,31 @@ def test_experts_that_are_parts_of_one_parameter(tmp_path, family, parameters):
         merge_adapters([tmp_path])
     with pytest.raises(AdapterError, match="no weights of experts|no linear layers"):
         admitted(tmp_path, MODELS["gemma3"][0]())
+
+
+def apart(family, layers):
+    """Tensors of layers of single experts, as models had them before."""
+    generator = torch.Generator().manual_seed(1)
+    holder, inner, count = {"mixtral": ("block_sparse_moe", 64, 3), "qwen3_moe": ("mlp", 16, 4)}[family]
+    names = [f"{holder}.experts.{expert}.{layer}" for expert in range(count) for layer in layers]
+    for name in (f"base_model.model.model.layers.{place}.{name}" for place in range(2) for name in names):
+        sizes = (inner, 32) if name.endswith(("w2", "down_proj")) else (32, inner)
+        yield f"{name}.lora_A.weight", 0.3 * torch.randn(4, sizes[0], generator=generator)
+        yield f"{name}.lora_B.weight", 0.3 * torch.randn(sizes[1], 4, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("mixtral", ["w1", "w2", "w3"]),
+        ("qwen3_moe", ["up_proj", "gate_proj", "down_proj"]),
+        ("mixtral", ["w3"]),
+    ],
+)
+def test_layers_of_single_experts_on_a_model_that_has_them_in_one_parameter(tmp_path, family, layers):
+    LORA(target_modules=layers).save_pretrained(tmp_path)
+    save_file(dict(apart(family, layers)), tmp_path / "adapter_model.safetensors")
+    check(tmp_path, EXPERTS[family])
 
 
 @pytest.mark.parametrize("tied", [False, True])

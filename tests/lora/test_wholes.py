@@ -72,7 +72,7 @@ def test_they_are_what_peft_computes_where_the_run_trains_them(tmp_path, make, s
     trainee.save(merge, tmp_path / "saved", None)
     assert close(by_peft(tmp_path / "saved", make), expected)
     other = get_peft_model(make(), LORA(target_modules=settings["target_modules"]))
-    with pytest.raises(AdapterError, match="was trained besides the adapter, and this run does not train it"):
+    with pytest.raises(AdapterError, match="was trained besides the adapter, which needs a LoRA run"):
         find_trainee(other).admit(as_candidate(path))
 
 
