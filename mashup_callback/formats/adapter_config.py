@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterError
-from .files import parse_object, quote
+from .files import MAX_VALUES, parse_object, quote
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -53,10 +53,6 @@ _FEATURES = {
 }
 # Tasks for which peft trains and saves a head whether asked to or not.
 _HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_OWN_HEAD = (
-    "and its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the head "
-    "alone: one trained with `task_type=None`, or on the same base model for another task"
-)
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,10 @@ class AdapterConfig:
     base_model: str | None = None
     revision: str | None = None
     task_type: str | None = None
-    target_modules: str | tuple[str, ...] | None = None
+    target_modules: str | tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"
+    trains_biases: bool = False
     lora_bias: bool = False
 
     def rank_of(self, module: str) -> int:
@@ -127,10 +123,10 @@ def parse_config(data: bytes) -> AdapterConfig:
         base_model=_text(fields, "base_model_name_or_path"),
         revision=_text(fields, "revision"),
         task_type=_text(fields, "task_type"),
-        target_modules=_targets(fields.get("target_modules")),
+        target_modules=_targets(fields),
         target_parameters=_strings(fields, "target_parameters"),
         modules_to_save=_strings(fields, "modules_to_save"),
-        bias=fields.get("bias", "none"),
+        trains_biases=fields.get("bias", "none") != "none",
         lora_bias=_flag(fields, "lora_bias"),
     )
 
@@ -146,8 +142,9 @@ def _check_features(fields: Mapping[str, Any], known: Collection[str]) -> None:
         raise AdapterError(f"`bias` is {quote(fields['bias'])}, expected none, all or lora_only")
     if (task := fields.get("task_type")) in _HEADED and (heads := fields.get("modules_to_save")):
         raise AdapterError(
-            f"`modules_to_save` is set to {quote(heads)}, which is not supported: it was trained with a head of its "
-            f"own (`task_type` {task}), {_OWN_HEAD}"
+            f"`modules_to_save` is {quote(heads)}: it was trained with a head of its own (`task_type` {task}), and "
+            "its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the "
+            "head alone: one trained with `task_type=None`, or on the same base model for another task"
         )
     for name, value in fields.items():
         if name not in known and value:
@@ -179,21 +176,16 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _targets(value: Any) -> str | tuple[str, ...] | None:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if not isinstance(value, str | None):
-        raise AdapterError(f"`target_modules` is {quote(value)}, expected a string, a list of strings or null")
-    return value
+def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
+    value = fields.get("target_modules")
+    return value if isinstance(value, str) else _strings(fields, "target_modules", MAX_VALUES)
 
 
-def _strings(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    value = fields.get(name)
-    if not isinstance(value, list | None) or not all(isinstance(item, str) for item in value or ()):
-        raise AdapterError(f"`{name}` is {quote(value)}, expected a list of strings or null")
-    if len(value or ()) > _MAX_STRINGS:
-        raise AdapterError(f"`{name}` has {len(value):,} entries, expected up to {_MAX_STRINGS:,}")
-    return tuple(value or ())
+def _strings(fields: Mapping[str, Any], name: str, limit: int = _MAX_STRINGS) -> tuple[str, ...]:
+    value = fields.get(name) or []
+    if not isinstance(value, list) or len(value) > limit or not all(isinstance(item, str) for item in value):
+        raise AdapterError(f"`{name}` is {quote(value)}, expected up to {limit:,} strings in a list, or null")
+    return tuple(value)
 
 
 def _pattern(value: Any, name: str, check: Callable[[Any, str], float]) -> dict[str, Any]:

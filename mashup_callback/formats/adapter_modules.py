@@ -36,8 +36,8 @@ _NO_NAMES = ("lora_", *_FEATURE_KEYS)
 @dataclass(frozen=True)
 class Stack:
     """
-    What is known of factors that several experts share: the `parameters` that `target_parameters` names of their
-    module and how many of these are wrapped around, and, with the model known, which `expert` of how many it is.
+    Experts that share factors: `parameters` of their module that `target_parameters` names, the `depth` at which they
+    are wrapped, and, with the model known, which `expert` of how many it is.
     """
 
     parameters: tuple[str, ...] = ()
@@ -47,11 +47,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """
-    One adapted layer: its sizes, the factor on the update, and the keys of its parts in the weights file.
-
-    It has a `stack` where it is an expert, or several experts until it is compared with the model.
-    """
+    """One adapted layer, or parameter, or expert of a `stack`, with the keys of its parts in the weights file."""
 
     rank: int
     in_features: int
@@ -182,9 +178,8 @@ def _is_whole(name: str, config: AdapterConfig) -> bool:
     """Whether the configuration says that a parameter was trained whole; peft compares the ends of modules' names."""
     parts = name.split(".")
     modules = (".".join(parts[:length]) for length in range(1, len(parts)))
-    return (config.bias != "none" and parts[-1] == "bias") or any(
-        module.endswith(config.modules_to_save) for module in modules
-    )
+    is_bias = config.trains_biases and parts[-1] == "bias"
+    return is_bias or any(module.endswith(config.modules_to_save) for module in modules)
 
 
 def _is_used(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:

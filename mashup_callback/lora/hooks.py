@@ -27,12 +27,9 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
     """
     Context in which the model, wrapped or not, computes y + s·(x Aᵀ) Bᵀ in the layers that have an update.
 
-    x Aᵀ is computed in the factors' data type, as peft does, and once for all layers that are given the same input.
-    Experts that are parts of one parameter get their updates while their module runs, parameters that are trained
-    whole take the place of the base model's.
-
-    Raises a `BypassedError` on exit if a layer's forward was not called though that of the module around it was. Where
-    that is noted, see [`note_bypassed`], the adapter that is trained holds the updates of these layers meanwhile.
+    Experts that are parts of one parameter get theirs while their module runs, and what was trained whole takes the
+    place of the base model's. Raises a `BypassedError` on exit if a layer's forward was not called though that of the
+    module around it was; where that is noted, see [`note_bypassed`], the adapter that is trained holds its update.
     """
     if not factors:
         yield
@@ -203,7 +200,7 @@ def _embed_scale(layer: nn.Module) -> float | torch.Tensor:
 
 
 class _SharedInput:
-    """The updates of layers that are given the same input, which is multiplied by A once."""
+    """The updates of layers that are given the same input, which is multiplied by A once, in A's type as in peft."""
 
     def __init__(self, layers: Sequence[nn.Module], updates: Sequence[LoraFactors]) -> None:
         device = next(layers[0].parameters()).device

@@ -52,11 +52,7 @@ _KEPT = _Kept()
 
 @dataclass(eq=False)
 class AdapterSource:
-    """
-    A LoRA adapter that fits the model, named as the model names its layers; `weights` are the model's.
-
-    Its file is read and hashed once: what was read stays in memory until [`AdapterSource.release`], within bounds.
-    """
+    """A LoRA adapter that fits the model; what was read of it stays in memory until `release`, within bounds."""
 
     adapter: Adapter
     weights: BaseWeights = field(repr=False)
