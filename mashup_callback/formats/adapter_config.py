@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterError
-from .files import MAX_VALUES, parse_object, quote
+from .files import parse_object, quote
 
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 2**15
 MAX_ALPHA = 1e5
-# Each is looked for in the name of each tensor.
-_MAX_STRINGS = 1000
 # Initializations after which the update is scaling·B·A on the original base. peft writes `true` for an adapter of
 # another initialization that it converted for the original base on saving.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -178,13 +176,13 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
 
 def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
     value = fields.get("target_modules")
-    return value if isinstance(value, str) else _strings(fields, "target_modules", MAX_VALUES)
+    return value if isinstance(value, str) else _strings(fields, "target_modules")
 
 
-def _strings(fields: Mapping[str, Any], name: str, limit: int = _MAX_STRINGS) -> tuple[str, ...]:
+def _strings(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = fields.get(name) or []
-    if not isinstance(value, list) or len(value) > limit or not all(isinstance(item, str) for item in value):
-        raise AdapterError(f"`{name}` is {quote(value)}, expected up to {limit:,} strings in a list, or null")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise AdapterError(f"`{name}` is {quote(value)}, expected a list of strings or null")
     return tuple(value)
 
 

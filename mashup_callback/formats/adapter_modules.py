@@ -21,7 +21,7 @@ _WHOLE = ".weight"
 _LORA_BIAS = ".lora_B.bias"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
-# peft, which tries a regular expression for each, would take minutes for so many.
+# peft, which tries a regular expression for each, would take minutes for so many; comparing ends is quicker.
 _MAX_LOOKUPS = 1_000_000
 _FEATURE_KEYS = {
     ".bias": "trained biases are neither `bias` nor `lora_bias` in its configuration",
@@ -62,6 +62,8 @@ def adapter_modules(
     config: AdapterConfig, tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, ModuleShape], dict[str, str]]:
     """Groups tensors by their modules, and gives the keys of copies of base weights; raises `AdapterError`."""
+    if (count := len(config.modules_to_save)) * "".join(tensors).count(".") > 10 * _MAX_LOOKUPS:
+        raise AdapterError(f"`modules_to_save` has {count:,} entries for {len(tensors):,} tensors, more than it needs")
     # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
     prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
     keys: dict[str, dict[str, str]] = {}

@@ -1,7 +1,7 @@
 """Adapters of parameters that hold the weights of several experts: one layer for each expert of the model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -9,6 +9,7 @@ from ..errors import AdapterError
 from ..lowrank import LoraFactors
 from .adapter_config import AdapterConfig
 from .adapter_modules import ModuleShape, Stack
+from .files import quote
 from .variants import Form, Parts
 
 
@@ -20,40 +21,37 @@ _APART |= {"gate_proj": _APART["w1"], "up_proj": _APART["w3"], "down_proj": _APA
 def put_together(modules: Mapping[str, ModuleShape], layers: Mapping[str, object]) -> dict[str, ModuleShape]:
     """Returns modules, with layers of single experts under the names of a model that has experts in one parameter."""
     found: dict[str, ModuleShape] = {}
-    halves: dict[str, list[tuple[int, ModuleShape]]] = {}
+    apart: dict[str, dict[int, ModuleShape]] = {}
     for name, shape in modules.items():
         holder, index, layer = ["", "", *name.rsplit(".", 2)][-3:]
         parameter, half = _APART.get(layer, ("", 0))
         now = f"{holder.replace('.block_sparse_moe.', '.mlp.')}.{parameter}.{index}"
         if name in layers or now not in layers or shape.form.of_weight:
             found[name] = shape
-        elif parameter == "gate_up_proj":
-            halves.setdefault(now, []).append((half, shape))
-        else:
-            found[now] = shape
-    return found | {name: _one_of_two(parts) for name, parts in halves.items()}
+        elif apart.setdefault(now, {}).setdefault(half, shape) is not shape:
+            raise AdapterError(f"{quote(name)} is in it under two names")
+    return found | {now: _whole_of(own) if ".gate_up_proj." in now else own[0] for now, own in apart.items()}
 
 
-def _one_of_two(halves: Sequence[tuple[int, ModuleShape]]) -> ModuleShape:
+def _whole_of(halves: Mapping[int, ModuleShape]) -> ModuleShape:
     """Returns the update of one weight of which the updates of two layers are the halves."""
-    if len({(shape.in_features, shape.out_features) for _, shape in halves}) > 1:
+    sizes = {(shape.in_features, shape.out_features) for shape in halves.values()}
+    if len(sizes) > 1:
         raise AdapterError("its gate and up projections of one expert have different shapes")
-    first = halves[0][1]
+    [(width, height)] = sizes
 
     def factors(parts: Parts) -> LoraFactors:
-        updates = [
-            shape.form.factors({part: parts[f"{half} {part}"] for part in shape.keys}) for half, shape in halves
-        ]
-        B = updates[0].B.new_zeros(2, first.out_features, sum(update.rank for update in updates))
-        start = 0
-        for (half, shape), update in zip(halves, updates, strict=True):
-            B[half, :, start : start + update.rank] = shape.scaling * update.B
-            start += update.rank
-        return LoraFactors(torch.cat([update.A for update in updates]), B.flatten(0, 1), 1.0)
+        own = {
+            half: shape.form.factors({part: parts[f"{half} {part}"] for part in shape.keys})
+            for half, shape in sorted(halves.items())
+        }
+        A = torch.cat([one.A for one in own.values()])
+        Bs = [halves[half].scaling * own[half].B if half in own else A.new_zeros(height, 0) for half in (0, 1)]
+        return LoraFactors(A, torch.block_diag(*Bs), 1.0)
 
-    keys = {f"{half} {part}": key for half, shape in halves for part, key in shape.keys.items()}
-    rank = sum(shape.rank for _, shape in halves)
-    return ModuleShape(rank, first.in_features, 2 * first.out_features, 1.0, keys, Form(frozenset(keys), factors))
+    keys = {f"{half} {part}": key for half, shape in halves.items() for part, key in shape.keys.items()}
+    rank = sum(shape.rank for shape in halves.values())
+    return ModuleShape(rank, width, 2 * height, 1.0, keys, Form(frozenset(keys), factors))
 
 
 def expert_modules(

@@ -1,5 +1,6 @@
 """Parameters that were trained whole besides an adapter: taken in where the run trains them too, else rejected."""
 
+import pickle
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 from peft import PeftModel, get_peft_model
 
-from mashup_callback import MashupConfig, score_candidates, swap
+from mashup_callback import MashupCallback, MashupConfig, score_candidates, swap
 from mashup_callback.candidates import as_candidate
 from mashup_callback.errors import AdapterError
 from mashup_callback.model import clean_name, whole_parameters
@@ -26,7 +27,7 @@ from tests.lora.test_variants import (
     output,
     save_random,
 )
-from tests.tiny import llama
+from tests.tiny import llama, lora, losses, sft_trainer
 
 
 BIASED = partial(llama, attention_bias=True)
@@ -94,7 +95,9 @@ def test_they_are_merged_as_mergekit_merges_full_models(tmp_path, method, space)
         parameters={"weight": weights},
         base=None if method == "linear" else "base",
     )
-    trainee.write(trainee.merge(sources, weights, method, {})[0])
+    merge, _ = trainee.merge(sources, weights, method, {})
+    # As it reaches the other processes of a run.
+    trainee.write(pickle.loads(pickle.dumps(merge)))
     held = {clean_name(name): value for name, value in model.named_parameters()}
     assert len(wholes) == 7
     for name, whole in wholes.items():
@@ -106,7 +109,8 @@ def test_a_failed_swap_leaves_every_bit(tmp_path, monkeypatch):
     path, model = save_random(tmp_path, BIASED(), LORA(**settings)), trained(BIASED, settings)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     trainee = find_trainee(model)
-    merge, _ = trainee.merge([trainee.admit(as_candidate(path))], [1.0], "linear", {})
+    merge, info = trainee.merge([trainee.admit(as_candidate(path))], [1.0], "linear", {})
+    assert info.rank == 4
     seen = []
 
     def fail(found, values):
@@ -118,6 +122,20 @@ def test_a_failed_swap_leaves_every_bit(tmp_path, monkeypatch):
         trainee.write(merge)
     assert "lm_head.modules_to_save.default.weight" in seen
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_training_continues_from_them(tmp_path):
+    settings = {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]}
+    path = save_random(tmp_path / "mine", llama(), LORA(**settings, task_type="CAUSAL_LM"))
+    callback = MashupCallback(str(path), top_k=1, guard=False, on_error="raise")
+    started = sft_trainer(tmp_path / "out", callbacks=[callback], peft_config=lora(r=5, **settings), max_steps=1)
+    started.train()
+    model = PeftModel.from_pretrained(llama(), path, is_trainable=True)
+    alone = sft_trainer(tmp_path / "alone", model=model, max_steps=1)
+    alone.train()
+    assert callback.report.decision == "single"
+    assert losses(started)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
+    assert close(by_peft(tmp_path / "out/mashup", llama), by_peft(path, llama))
 
 
 def test_they_are_scored_under_fused_kernels(tmp_path):
