@@ -72,15 +72,20 @@ def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
     fresh = LoraFactors(target.A, target.B, target.scaling)
     if target.reverse:
-        return _transposed(_fit_factors(update and _transposed(update), _transposed(fresh)))
-    return _fit_factors(update, fresh)
+        return _transposed(_fit_factors(update and _transposed(update), _transposed(fresh), target.name))
+    return _fit_factors(update, fresh, target.name)
 
 
 def _transposed(update: LoraFactors) -> LoraFactors:
     return LoraFactors(update.B.T, update.A.T, update.scaling)
 
 
-def _fit_factors(update: LoraFactors | None, fresh: LoraFactors) -> LoraFactors:
+def _fit_factors(update: LoraFactors | None, fresh: LoraFactors, name: str) -> LoraFactors:
     if update is None:
         return LoraFactors(fresh.A.clone(), torch.zeros_like(fresh.B), fresh.scaling)
+    if update.rank > fresh.rank:
+        raise ValueError(
+            f"The merge has rank {update.rank} in layer {name}, the trained adapter {fresh.rank}. Merge with "
+            "`ranks=adapter.ranks`."
+        )
     return trainable(update, fresh)
