@@ -90,7 +90,7 @@ def test_process_that_cannot_go_on_takes_the_others_along(run):
     assert run.code != 0 and not run.ranks and run.seconds < 2 * LIMIT
 
 
-VARIANTS = {"library": "variants", "callback": RAISES, "lora_config": {"modules_to_save": ["lm_head"]}}
+VARIANTS = {"library": "variants", "callback": RAISES}
 
 
 @by_case(case("native", **VARIANTS), case("fsdp1", **VARIANTS))

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoHaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.layer import Linear
 
 from mashup_callback import MashupCallback
 from mashup_callback.formats import load_factors, read_adapter
@@ -50,7 +51,9 @@ def merged(model):
 
 
 def nested(model):
-    return get_peft_model(model, LORA(target_modules=["q_proj"]))
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.q_proj = Linear(attention.q_proj, "default", LORA(), r=2, lora_alpha=4)
+    return model
 
 
 def frozen(model):
