@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    # Without it a process that saves nothing can hang in gloo's destructor (pytorch/pytorch#56297).
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
     return trainer
 
