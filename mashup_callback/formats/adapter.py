@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -156,7 +155,6 @@ def load_factors(
         loaded[name] = shape.form.update(parts, shape.scaling, weight and partial(weight, name))
         if (loaded[name].in_features, loaded[name].out_features) != (shape.in_features, shape.out_features):
             raise AdapterError(f"{WEIGHTS_NAME} changed while it was in use: {quote(name)} has another shape")
-        _check_size(name, loaded[name], shape.scaling)
     return loaded
 
 
@@ -216,12 +214,3 @@ def _check_copy(key: str, copy: torch.Tensor | None, weight: torch.Tensor | None
             f"{quote(key)} would overwrite a weight of the base model, and is not known to be equal to it: it was "
             "trained or resized besides the adapter, or there is no base model here to compare it with"
         )
-
-
-def _check_size(name: str, update: LoraFactors, scaling: float) -> None:
-    # One that is computed each time is measured where it is compared with the model's weight.
-    if update.dense and math.isfinite(scaling):
-        return
-    largest = torch.finfo(torch.float32).max
-    if not math.isfinite(scaling) or not (update.norm_bound() <= largest or update.norm() <= largest):
-        raise AdapterError(f"the update of {quote(name)} is too large for float32: norm {update.norm():g}")

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
 from ..lowrank import Factors
-from .parameters import clean_name
+from .parameters import clean_name, is_sharded, stream_parameters
 
 
 # Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.
@@ -96,11 +96,17 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def weight_norms(model: nn.Module) -> dict[str, float]:
-    """Returns the Frobenius norms of a model's linear layers, without those that are quantized, sharded or zero."""
-    weights = {name: getattr(layer, "weight", None) for name, layer in linear_layers(model).items()}
-    norms = {
-        name: torch.linalg.vector_norm(w.data, dtype=torch.float32) for name, w in weights.items() if _is_plain(w)
-    }
+    """
+    Returns the Frobenius norms of a model's linear layers, without those that are quantized, offloaded or zero.
+
+    Where the model is sharded, every process must call it.
+    """
+    layers = linear_layers(model)
+    weights = ((name, getattr(layer, "weight", None)) for name, layer in layers.items())
+    if is_sharded(model):
+        whole = stream_parameters(model, {f"{name}.weight" for name in layers})
+        weights = ((name.removesuffix(".weight"), weight) for name, weight in whole)
+    norms = {name: torch.linalg.vector_norm(w.data, dtype=torch.float32) for name, w in weights if _is_plain(w)}
     return {name: norm.item() for name, norm in norms.items() if norm > 0}
 
 
