@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .lowrank import private_rng
+from .model import random_state
 
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def check_merge(
     if numbers is not None and abs(sum(numbers)) < 1e-6 and rule.normalizes:
         raise ValueError(f"{method} divides by the sum of the weights, found {list(numbers)} with sum 0. Change them.")
     # mergekit validates types and values when it merges.
-    with private_rng(0, torch.device("cpu")):
+    with random_state(0):
         rule.merge([torch.eye(2) + index for index in range(count)], numbers or [1 / count] * count)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.jupyter import JupyterMixin
 
 from . import display
 from .names import short_names
@@ -87,7 +88,7 @@ class RaceRound:
 
 
 @dataclass(frozen=True, repr=False)
-class MashupReport:
+class MashupReport(JupyterMixin):
     """
     What a mashup found, did and why.
 
@@ -222,9 +223,6 @@ class MashupReport:
 
     def __repr__(self) -> str:
         return f"<MashupReport: {self.summary()}>"
-
-    def _repr_html_(self) -> str:
-        return display.html(self)
 
 
 def environment() -> dict[str, Any]:

@@ -134,7 +134,11 @@ def unwound_by_sigterm() -> Iterator[None]:
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def stop(*args: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except _Terminated:
@@ -146,10 +150,6 @@ def unwound_by_sigterm() -> Iterator[None]:
 
 class _Terminated(BaseException):
     """SIGTERM came; no stage takes it for a failure of its own."""
-
-
-def _terminate(*args: object) -> None:
-    raise _Terminated
 
 
 def _swap_in(draft: Path, target: Path) -> None:

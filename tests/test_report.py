@@ -193,7 +193,7 @@ def test_table_shows_short_names_and_shares():
         assert [line.split()[1] for line in lines] == ["…/rising", "…/ending", "…/last", "…/units"]
         assert [("33%" in line) for line in lines] == [True, True, True, False]
         assert "rank 8 keeps 90%" in " ".join(text.split()) or width == 80
-    html = merged_report()._repr_html_()
+    html = merged_report()._repr_mimebundle_([], [])["text/html"].strip()
     assert html.startswith("<pre") and html.endswith("</pre>") and "rising" in html
 
 

@@ -58,13 +58,10 @@ def fill_master(parameter: nn.Parameter) -> None:
 @torch.no_grad()
 def write_parameters(model: nn.Module, values: Mapping[str, torch.Tensor], masters: bool = True) -> None:
     """
-    Fills parameters, and the fp32 masters that ZeRO keeps of them. Every process must call it with the same values.
+    Fills parameters in place, and the fp32 masters from which ZeRO would undo that in its first step.
 
-    The parameters that the optimizer holds are filled, never replaced. ZeRO would otherwise undo the write in its
-    first step, and FSDP2 loses what is written into parameters that a forward pass has gathered.
-
-    Each value is looked up by its clean name once, when its turn comes. What is put back before the next step needs no
-    `masters`.
+    Every process must call it with the same values, each looked up once, when its turn comes. What is put back before
+    the next step needs no `masters`.
     """
     for parameters in _gathered(model, writeback=True):
         for name, parameter in parameters.items():
@@ -117,12 +114,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def regather(parameter: nn.Parameter) -> None:
-    """
-    Makes the whole of a parameter that ZeRO-3 gathered agree with its shards again, or lets go of it.
-
-    Small parameters are kept whole between the steps, and neither a forward nor a backward pass would look at the
-    shards of these. Every process must call it.
-    """
+    """Makes a parameter that ZeRO-3 keeps whole between steps agree with its shards; every process must call it."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:

@@ -16,19 +16,17 @@ _ADAPTERS = ("lora_", "modules_to_save", "original_module")
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """
-    Names and shapes of a model's weights; the shape of a shared parameter is there once.
-
-    `aliases` lead from its further names to that one. `embeddings` have one row for each token, `buffers` are left
-    alone by a swap, and `dtype` is the widest where the parameters differ.
-    """
+    """Names and shapes of a model's weights; the shape of a shared parameter is there once."""
 
     model_type: str
     tied: bool
     shapes: Mapping[str, tuple[int, ...]]
+    # From the further names of a shared parameter to the one in `shapes`.
     aliases: Mapping[str, str]
+    # One row for each token.
     embeddings: frozenset[str]
     buffers: frozenset[str]
+    # The widest where the parameters differ.
     dtype: torch.dtype
 
     @property
@@ -42,13 +40,7 @@ class ModelTensors:
 
 
 def describe_model(model: nn.Module) -> ModelTensors:
-    """
-    Describes the weights of a model, wrapped or sharded in any way, without the adapters on it.
-
-    Raises:
-        ValueError: It is no model of transformers, or its parameters are quantized, so that no checkpoint's weights
-            can take their place.
-    """
+    """Describes the weights of a model, wrapped or sharded in any way, without its adapters; `ValueError` why not."""
     # FSDP1's outermost unit is a wrapper like any other, and gone after the next line.
     flattened = flattened_shapes(model)
     model = extract_model_from_parallel(model)
