@@ -52,12 +52,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def prepare(directory: str | os.PathLike) -> None:
-    """
-    Puts back an earlier merge that a killed run had moved aside, and refuses other files than this package's.
-
-    Raises:
-        StorageError: The directory would not be replaced.
-    """
+    """Puts back an earlier merge that a killed run had moved aside; `StorageError` for other files than ours."""
     target = Path(os.path.realpath(directory))
     with _locked(target.parent):
         _put_back(target)

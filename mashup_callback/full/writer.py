@@ -12,7 +12,7 @@ from torch import nn
 from ..distributed import is_main_process
 from ..errors import CheckpointError
 from ..formats import INDEX_NAME, MODEL_WEIGHTS_NAME, BaseModel, read_checkpoint, read_tensor
-from ..model import ModelTensors, read_parameters, stream_parameters
+from ..model import ModelTensors, read_parameters, stream_parameters, unwrapped
 
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -64,8 +64,7 @@ def _shards(tensors: ModelTensors) -> Iterator[list[str]]:
 
 
 def _save_config(model: nn.Module, tensors: ModelTensors, directory: Path) -> None:
-    model = extract_model_from_parallel(model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = unwrapped(extract_model_from_parallel(model))
     config = copy.deepcopy(model.config)
     # FSDP2 gives the model's class another name.
     config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]

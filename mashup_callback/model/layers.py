@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
 from ..lowrank import Factors
-from .parameters import clean_name
+from .parameters import clean_name, whole_shape
 
 
 # Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.
@@ -34,7 +34,7 @@ def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Returns (in_features, out_features) of linear layers, and of experts by their parameter's name and number."""
     shapes = {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
     for name, (module, parameter) in expert_parameters(model).items():
-        count, rows, columns = _whole_shape(module._parameters[parameter])
+        count, rows, columns = whole_shape(module._parameters[parameter])
         sizes = (rows, columns) if getattr(module, "is_transposed", False) else (columns, rows)
         shapes |= {f"{name}.{index}": sizes for index in range(count)}
     return shapes
@@ -48,13 +48,8 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for name, module in modules
         if "experts" in name.split(".")
         for key, value in module._parameters.items()
-        if value is not None and len(_whole_shape(value)) == 3 and value.dtype.is_floating_point
+        if value is not None and len(whole_shape(value)) == 3 and value.dtype.is_floating_point
     }
-
-
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # ZeRO-3 keeps an empty tensor in the place of the parameter.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:

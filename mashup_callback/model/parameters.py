@@ -47,12 +47,13 @@ def stream_parameters(model: nn.Module, names: Container[str]) -> Iterator[tuple
         yield from ((name, _whole(parameter)) for name, parameter in parameters.items() if name in names)
 
 
-def fill_master(parameter: nn.Parameter) -> None:
-    """Gives the fp32 master that ZeRO keeps of a parameter the parameter's own values, where there is one."""
-    if _has_master(parameter):
+def fill_master(parameter: nn.Parameter, value: torch.Tensor | None = None) -> None:
+    """Gives the fp32 master that ZeRO keeps of a parameter, if any, a value: by default the parameter's own."""
+    if _is_partitioned(parameter) or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, _whole(parameter).float())
+        value = _whole(parameter) if value is None else value
+        safe_set_full_fp32_param(parameter, value.float().to(parameter.device))
 
 
 @torch.no_grad()
@@ -105,6 +106,11 @@ def flattened_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
     return {id(p): tuple(shape) for item in flat for p, shape in zip(item._params, item._shapes, strict=True)}
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Returns a parameter's shape, also under ZeRO-3, which keeps an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Returns what this process holds of a tensor (FSDP2, ZeRO-3): all of one that is not sharded."""
     if hasattr(tensor, "ds_tensor"):
@@ -125,10 +131,6 @@ def regather(parameter: nn.Parameter) -> None:
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
-
-
-def _has_master(parameter: nn.Parameter) -> bool:
-    return _is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
@@ -157,7 +159,5 @@ def _fill(parameter: nn.Parameter, value: torch.Tensor, masters: bool) -> None:
         parameter.to_local().copy_(shard.to_local())
     else:
         parameter.copy_(value)
-    if masters and _has_master(parameter):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.float().to(parameter.device))
+    if masters:
+        fill_master(parameter, value)

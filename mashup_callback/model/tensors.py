@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .parameters import clean_name, flattened_shapes
+from .layers import unwrapped
+from .parameters import clean_name, flattened_shapes, whole_shape
 
 
 # Parameters of adapters, which are no part of the model.
@@ -51,12 +52,10 @@ def describe_model(model: nn.Module) -> ModelTensors:
             continue
         known = names.setdefault(id(parameter), [])
         known.append(clean_name(name))
-        # ZeRO-3 keeps an empty tensor in the place of the parameter.
-        whole = getattr(parameter, "ds_shape", parameter.shape)
-        shapes[known[0]] = flattened.get(id(parameter)) or tuple(whole)
+        shapes[known[0]] = flattened.get(id(parameter)) or whole_shape(parameter)
         dtypes.append(parameter.dtype)
     _refuse_quantized(dtypes)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     _refuse_other_libraries(base)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     ends = [getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())]
