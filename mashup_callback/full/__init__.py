@@ -2,6 +2,3 @@
 
 from .trainee import FullTrainee
 from .weights import CheckpointSource, FullUpdate, find_trained_weights
-
-
-__all__ = ["CheckpointSource", "FullTrainee", "FullUpdate", "find_trained_weights"]

@@ -3,6 +3,3 @@
 from .card import PICTURE_NAME
 from .push import push_mashup, share
 from .save import save_failure, save_mashup
-
-
-__all__ = ["PICTURE_NAME", "push_mashup", "save_failure", "save_mashup", "share"]
