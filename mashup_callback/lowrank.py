@@ -8,6 +8,7 @@ k updates `delta_i = B_i A_i` of one layer live in the span of their stacked fac
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,8 @@ class LoraFactors:
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
+    # Whether the update is of full rank and computed whole each time.
+    dense: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -45,11 +48,6 @@ class LoraFactors:
     @property
     def out_features(self) -> int:
         return self.B.shape[0]
-
-    @property
-    def dense(self) -> bool:
-        """Whether the update is of full rank and computed whole each time."""
-        return False
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +77,9 @@ class DenseUpdate(LoraFactors):
     Its factors are itself and an identity; `shape` is `(out_features, in_features)`.
     """
 
+    scaling = 1.0
+    dense = True
+
     def __init__(
         self,
         parts: Mapping[str, torch.Tensor],
@@ -96,10 +97,6 @@ class DenseUpdate(LoraFactors):
         return self._identity if self.in_features > self.out_features else self.delta()
 
     @property
-    def scaling(self) -> float:
-        return 1.0
-
-    @property
     def rank(self) -> int:
         return min(self.shape)
 
@@ -110,10 +107,6 @@ class DenseUpdate(LoraFactors):
     @property
     def out_features(self) -> int:
         return self.shape[0]
-
-    @property
-    def dense(self) -> bool:
-        return True
 
     @property
     def nbytes(self) -> int:

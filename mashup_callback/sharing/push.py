@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -130,7 +129,7 @@ def shared_texts(folder: Path, base_model: str | None = None) -> dict[str, bytes
         files = {CARD_NAME: mashup_card(shared, adapter, (folder / PICTURE_NAME).is_file())}
     if (folder / MERGEKIT_NAME).is_file():
         recipe = None if adapter is None else mergekit_recipe(shared, shared=True)
-        files[MERGEKIT_NAME] = recipe or _clean_yaml(folder / MERGEKIT_NAME, report)
+        files[MERGEKIT_NAME] = recipe or without_paths((folder / MERGEKIT_NAME).read_text(encoding="utf-8"), report)
     for name, values in settings.items():
         own = {"base_model_name_or_path": base_model or shared.base_model} if name == CONFIG_NAME else {}
         files[name] = _named(folder / name, values, own)
@@ -199,14 +198,6 @@ def _named(path: Path, values: dict[str, Any], own: dict[str, Any]) -> str:
     if all(values.get(key) == name for key, name in names.items()):
         return path.read_text(encoding="utf-8")
     return json.dumps(values | names, indent=2, sort_keys=True) + "\n"
-
-
-def _clean_yaml(path: Path, report: MashupReport) -> str:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not YAML: {error}") from error
-    return yaml.safe_dump(without_paths(values, report), sort_keys=False)
 
 
 def _retried(request: Callable[[], Result]) -> Result:
