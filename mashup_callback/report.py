@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.jupyter import JupyterMixin
 
 from . import display
 from .names import short_names
-from .typed_json import made, parsed
+from .typed_json import made
 
 
 # In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
@@ -87,7 +88,7 @@ class RaceRound:
 
 
 @dataclass(frozen=True, repr=False)
-class MashupReport:
+class MashupReport(JupyterMixin):
     """
     What a mashup found, did and why.
 
@@ -139,6 +140,11 @@ class MashupReport:
     schema: int = SCHEMA
 
     @property
+    def sources(self) -> list[CandidateRow]:
+        """The candidates in what training starts from, or would."""
+        return [row for row in self.candidates if row.weight is not None]
+
+    @property
     def seconds(self) -> float:
         """Time that the mashup took in all."""
         return sum(self.timings.values())
@@ -150,7 +156,10 @@ class MashupReport:
     @classmethod
     def from_json(cls, text: str) -> "MashupReport":
         """Reads a report; raises `ValueError` where the text is none, or one of another version."""
-        values = parsed(text)
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
         if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
             raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
         if values.get("schema") != SCHEMA:
@@ -193,7 +202,7 @@ class MashupReport:
             "single_loss": self.single_loss,
             "merged_loss": self.merged_loss,
             "decision": DECISIONS.index(self.decision),
-            "k": sum(row.weight is not None for row in self.candidates) if self.decision != "scratch" else 0,
+            "k": len(self.sources) if self.decision != "scratch" else 0,
             "kept_energy": None if self.merge is None else self.merge.kept_energy,
             "seconds": self.seconds,
         }
@@ -223,21 +232,14 @@ class MashupReport:
     def __repr__(self) -> str:
         return f"<MashupReport: {self.summary()}>"
 
-    def _repr_html_(self) -> str:
-        return display.html(self)
-
 
 def environment() -> dict[str, Any]:
     """Returns the versions and the hardware that a run depends on."""
     # Imported here so that a report can be read and shown without it.
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        device = "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0)
-    except (AttributeError, RuntimeError):
-        # torch.mps has no such function, and a report must not fail for a name.
-        device = getattr(accelerator, "type", "cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.type
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):

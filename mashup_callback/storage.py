@@ -52,12 +52,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def prepare(directory: str | os.PathLike) -> None:
-    """
-    Puts back an earlier merge that a killed run had moved aside, and refuses other files than this package's.
-
-    Raises:
-        StorageError: The directory would not be replaced.
-    """
+    """Puts back an earlier merge that a killed run had moved aside; `StorageError` for other files than ours."""
     target = Path(os.path.realpath(directory))
     with _locked(target.parent):
         _put_back(target)
@@ -134,7 +129,11 @@ def unwound_by_sigterm() -> Iterator[None]:
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def stop(*args: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except _Terminated:
@@ -148,14 +147,8 @@ class _Terminated(BaseException):
     """SIGTERM came; no stage takes it for a failure of its own."""
 
 
-def _terminate(*args: object) -> None:
-    raise _Terminated
-
-
 def _swap_in(draft: Path, target: Path) -> None:
     """Renames the draft to the target; a directory already there is kept aside until that has succeeded."""
-    for path in (*draft.iterdir(), draft):
-        _flush(path)
     aside = draft.with_name(draft.name + _ASIDE)
     with _locked(target.parent):
         if target.exists():
@@ -172,7 +165,6 @@ def _swap_in(draft: Path, target: Path) -> None:
             # What is half removed must not be taken for what was moved aside.
             os.rename(aside, draft)
     shutil.rmtree(draft, ignore_errors=True)
-    _flush(target.parent)
 
 
 def _put_back(target: Path) -> None:
@@ -200,14 +192,6 @@ def _locked(directory: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_marked(directory: Path, names: Iterable[str]) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..lowrank import LoraFactors, Truncation, private_rng, shared_cores, truncate_core, truncate_dense
+from ..lowrank import LoraFactors, Truncation, shared_cores, truncate_core, truncate_dense
 from ..methods import MergeRule
+from ..model import random_state
 
 
 # Directions of a randomized SVD for each update of full rank, besides the wanted rank.
@@ -33,7 +34,7 @@ class ModuleMerge:
         rank = max(f.rank for f in owned) if rank is None else rank
         present = [f for f in owned if f.norm() > 0]
         try:
-            with private_rng(zlib.crc32(f"{self.seed}:{name}".encode()), owned[0].A.device):
+            with random_state(zlib.crc32(f"{self.seed}:{name}".encode())):
                 return self._merge(inputs, present, rank) if present else _zero_update(owned[0])
         except ValueError as error:
             raise ValueError(f"Cannot merge module {name!r}: {error}") from error
@@ -50,7 +51,7 @@ class ModuleMerge:
 
     def _truncate(self, update: LoraFactors, rank: int) -> Truncation:
         if update.dense:
-            return truncate_dense(update.delta(), rank, _DENSE_WIDTH, self.seed)
+            return truncate_dense(update.delta(), rank, _DENSE_WIDTH)
         basis, (core,) = shared_cores([update])
         return truncate_core(basis, core, rank)
 
@@ -68,7 +69,7 @@ class ModuleMerge:
         zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
         updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
         width = sum(_DENSE_WIDTH if f.dense else f.rank for f in present)
-        return truncate_dense(self.rule.merge(updates, self.weights), rank, width, self.seed)
+        return truncate_dense(self.rule.merge(updates, self.weights), rank, width)
 
     def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:
         pairs = [None if f is None else _split_scaling(f) for f in inputs]

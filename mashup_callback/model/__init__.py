@@ -27,35 +27,3 @@ from .parameters import (
     write_parameters,
 )
 from .tensors import ModelTensors, describe_model
-
-
-__all__ = [
-    "ModelTensors",
-    "adapter_host",
-    "base_model_name",
-    "base_weight",
-    "clean_name",
-    "compute_device",
-    "describe_model",
-    "expert_parameters",
-    "fill_master",
-    "is_sharded",
-    "layer_shape",
-    "layer_shapes",
-    "linear_layers",
-    "local_part",
-    "output_head",
-    "quantized_layers",
-    "random_state",
-    "read_parameters",
-    "refuse_huge",
-    "regather",
-    "reshard",
-    "stream_parameters",
-    "undisturbed",
-    "unwrapped",
-    "weight_norms",
-    "with_adapters",
-    "without_adapters",
-    "write_parameters",
-]

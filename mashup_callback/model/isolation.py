@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -18,18 +18,14 @@ from .layers import adapter_host
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """
-    Context in which `model` is in evaluation mode without gradients, and after which everything is as it was.
-
-    Restored are the random number generators (python, numpy, torch on the CPU and on every accelerator), the
-    training flag of every module, `requires_grad` of every parameter and whether the key-value cache is used. The
-    quantized layers of bitsandbytes compute what they compute in training, see [`quantized_layers`].
-    """
+    """Context in which `model` is in evaluation mode without gradients, and after which everything is as it was."""
     training = [(module, module.training) for module in model.modules()]
     try:
         # What is compiled would be compiled again for each candidate's hooks, up to a limit that training needs.
         with random_state(), torch.no_grad(), _no_cache(model), torch.compiler.set_stance("force_eager"):
             model.eval()
+            # In evaluation mode on a CPU, 4-bit ones repack their weights and round their scales for good, and have
+            # no gradient from then on; 8-bit ones round their inputs too.
             for layer in quantized_layers(model):
                 layer.training = True
             yield
@@ -39,18 +35,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
-    """
-    Returns the linear layers that bitsandbytes quantized.
-
-    In evaluation mode on a CPU, they are not what they are in training: 4-bit layers repack their weights and round
-    their scales for good where the CPU has AVX512-BF16, and have no gradient from then on; 8-bit layers round their
-    inputs to 8 bits too.
-    """
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:
-        # No model has such layers before their package is imported.
-        return []
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    """Returns the linear layers that bitsandbytes quantized; none where its package was never imported."""
+    library = sys.modules.get("bitsandbytes")
+    kinds = (library.nn.Linear4bit, library.nn.Linear8bitLt) if library else ()
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
@@ -59,8 +46,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Context in which the adapters on `model`, of whichever library, are off: it computes what its base does."""
     # Switching adapters off and on again sets requires_grad of every adapter as if it were the active one.
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    host = adapter_host(model)
     try:
-        with _adapters_off(adapter_host(model)):
+        with ExitStack() as stack:
+            if isinstance(host, PeftModel):
+                stack.enter_context(host.disable_adapter())
+            elif getattr(host, "_hf_peft_config_loaded", False):
+                host.disable_adapters()
+                stack.callback(host.enable_adapters)
             yield
     finally:
         for parameter, flag in flags:
@@ -79,21 +72,6 @@ def with_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for module in off:
             module.enable_adapters(False)
-
-
-@contextmanager
-def _adapters_off(host: nn.Module | None) -> Iterator[None]:
-    if isinstance(host, PeftModel):
-        with host.disable_adapter():
-            yield
-    elif getattr(host, "_hf_peft_config_loaded", False):
-        host.disable_adapters()
-        try:
-            yield
-        finally:
-            host.enable_adapters()
-    else:
-        yield
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +10,13 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 
 from ..candidates import Spec, hub_name, parse_spec
 from ..names import printable
-from ..report import CandidateRow, MashupReport
+from ..report import REPORT_NAME, CandidateRow, MashupReport
 
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "ranking.png"
 TITLE = "# Mashup"
 """Of the card, until the name of the repository is known."""
-TAGS = ("mashup", "merge", "lora")
 ADAPTER_PLACEHOLDER = "path/to/this/adapter"
 """Stands in the card for the name of the repository until that is known."""
 BASE_PLACEHOLDER = "path/to/the/base/model"
@@ -28,15 +26,6 @@ _NO_BASE = (
 )
 _LOST = "on held-out rows this merge was not better than a fresh initialization."
 _PAPER = "https://arxiv.org/abs/2603.10156"
-_CITATION = f"""\
-```bibtex
-@misc{{mashup-learning,
-  title = {{Mashup Learning}},
-  eprint = {{2603.10156}},
-  archivePrefix = {{arXiv}},
-  url = {{{_PAPER}}}
-}}
-```"""
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
 _AUTO_CLASSES = {
@@ -56,11 +45,6 @@ def base_name(report: MashupReport) -> str | None:
     return name if named or name != report.base_model or not os.path.exists(name or "") else None
 
 
-def merged_rows(report: MashupReport) -> list[CandidateRow]:
-    """Returns the rows of the candidates that were merged."""
-    return [row for row in report.candidates if row.weight is not None]
-
-
 def hub_source(row: CandidateRow) -> Spec | None:
     """Returns where on the Hub a candidate is, None for a local one."""
     try:
@@ -72,23 +56,17 @@ def hub_source(row: CandidateRow) -> Spec | None:
 
 def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture: bool = False) -> str:
     """
-    Returns the model card of a merge. Whatever comes from a stranger (names, licenses, reasons) is inert code in it.
+    Returns the model card of a merge; whatever comes from a stranger (names, licenses, reasons) is inert code in it.
 
-    Args:
-        report (`MashupReport`):
-            The report.
-        adapter (`Mapping[str, Any]`, *optional*):
-            What `adapter_config.json` holds; None for a full model.
-        picture (`bool`, *optional*, defaults to `False`):
-            Whether the picture of the ranking lies beside the card.
+    `adapter` is what `adapter_config.json` holds, None for a full model; `picture` says that the ranking's is there.
     """
-    base_model, sources = base_name(report), merged_rows(report)
+    base_model, sources = base_name(report), report.sources
     license, warning = shared_license(sources)
     warnings = (warning, None if base_model else _NO_BASE, _LOST if report.decision == "scratch" else None)
     form, kind = ("A full model", "models") if adapter is None else ("A LoRA adapter", "adapters")
     made = f"merged from past {kind}" if len(sources) != 1 else f"the best of the past {kind} compared, chosen"
     parts = [
-        f"---\n{_metadata(report, sources, adapter, license).to_yaml()}\n---",
+        f"---\n{_metadata(report, adapter, license).to_yaml()}\n---",
         TITLE,
         f"{form} of {_code(base_model) if base_model else 'a local base model'}, {made} by "
         f"[Mashup Learning]({_PAPER}). It is meant as a start for further training.",
@@ -100,15 +78,10 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
         _decision(report, adapter),
     ]
     if sources:
-        parts.append(_source_table(sources, [share for share in report.shares() if share is not None]))
+        parts.append(_source_table(report))
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
-    if report.merge is not None and sources:
-        parts += ["### Reproduce", _reproduce(report, sources, adapter)]
-    if any(report.environment.values()):
-        versions = ", ".join(f"{name} {value}" for name, value in report.environment.items() if value)
-        parts.append(f"Made with {_code(versions)}.")
-    parts += ["## Citation", _CITATION]
+    parts.append(f"`{REPORT_NAME}`, beside this card, has every candidate and setting.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,10 +91,7 @@ def is_license(name: str) -> bool:
 
 
 def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | None]:
-    """
-    Returns the license for a card's metadata and a warning: `"other"` with one where the sources do not agree, one of
-    them is unknown or it is no identifier; None where none is stated.
-    """
+    """Returns the license for a card's metadata, if any is stated, and a warning where the sources share none."""
     stated = [(row.license or "").strip().lower() for row in sources]
     if not any(stated):
         return None, None
@@ -131,13 +101,11 @@ def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | N
     return "other", f"the sources do not share one license: {listed}. All of them bind this merge."
 
 
-def _metadata(
-    report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None, license: str | None
-) -> ModelCardData:
+def _metadata(report: MashupReport, adapter: Mapping[str, Any] | None, license: str | None) -> ModelCardData:
     base_model = base_name(report)
     task = "text-generation" if adapter is not None and adapter.get("task_type") == "CAUSAL_LM" else None
     # Only of the Hub: what a local card names may be a path or a project.
-    names = [name for row in sources if hub_source(row) for name in row.datasets if _DATASET.fullmatch(name)]
+    names = [name for row in report.sources if hub_source(row) for name in row.datasets if _DATASET.fullmatch(name)]
     values = {
         "base_model": base_model,
         # "merge" would say that the base model is one of those that were merged, and searches would not find it.
@@ -146,7 +114,7 @@ def _metadata(
         "license": license,
         "pipeline_tag": task,
         "datasets": list(dict.fromkeys(names)) or None,
-        "tags": list(TAGS[:2] if adapter is None else TAGS),
+        "tags": ["mashup", "merge"] if adapter is None else ["mashup", "merge", "lora"],
     }
     loss = report.single_loss if report.decision == "single" else report.merged_loss
     if loss is not None and report.config.get("metric", "loss") == "loss":
@@ -156,7 +124,7 @@ def _metadata(
             dataset_name="held-out rows of the training data",
             metric_type="loss",
             metric_name="loss per label token, before training",
-            metric_value=round(float(loss), 4),
+            metric_value=round(loss, 4),
         )
         values |= {"model_name": ADAPTER_PLACEHOLDER, "eval_results": [result]}
     return ModelCardData(**values)
@@ -182,22 +150,25 @@ def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
 def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     if report.decision == "scratch":
         return f"Start of training: a fresh initialization ({_code(report.reason)})."
-    merge = report.merge
-    start = "a merge of past adapters" if report.decision == "merged" else "the best past adapter"
-    text = f"Start of training: {start}."
-    if merge is None or report.decision == "single":
+    if report.decision == "single":
+        return "Start of training: the best past adapter."
+    merge, text = report.merge, "Start of training: a merge of past adapters."
+    if merge is None:
         return text
-    parameters = f" with {_code(_json(merge.parameters))}" if merge.parameters else ""
+    parameters = f" with {_code(json.dumps(merge.parameters, sort_keys=True))}" if merge.parameters else ""
     text += f" Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}"
     if adapter is not None:
-        kept = f"{float(merge.kept_energy):.1%}"
-        text += f" on {_code(merge.space)} updates, rank {int(merge.rank)}, which keeps {kept} of the energy"
+        text += (
+            f" on {_code(merge.space)} updates, rank {merge.rank}, which keeps {merge.kept_energy:.1%} of the energy"
+        )
     return f"{text}."
 
 
-def _source_table(sources: Sequence[CandidateRow], shares: Sequence[float]) -> str:
+def _source_table(report: MashupReport) -> str:
     rows = []
-    for row, share in zip(sources, shares, strict=True):
+    for row, share in zip(report.candidates, report.shares(), strict=True):
+        if share is None:
+            continue
         spec, name = hub_source(row), _code(row.name)
         if spec is not None:
             folder = f"/{spec.subfolder}" if spec.subfolder else ""
@@ -215,34 +186,6 @@ def _result_table(report: MashupReport) -> str:
         ("merge", report.merged_loss),
     )
     return _table(("start", label), [(name, _number(loss)) for name, loss in losses if loss is not None])
-
-
-def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
-    local = [_code(row.name) for row in sources if not hub_source(row)]
-    if local:
-        verb = "is" if len(local) == 1 else "are"
-        return f"{', '.join(local)} {verb} not on the Hub: only their owner can repeat this."
-    return _command(report, sources, adapter)
-
-
-def _command(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
-    merge = report.merge
-    if adapter is None:
-        # The configuration beside the card; a single model as it is needs none.
-        return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={report.config.get('seed', 42)}\n```"
-    names = [f"{row.name}@{row.revision}" if hub_source(row) else row.name for row in sources]
-    weights = [row.weight for row in sources]
-    equal = all(weight == 1 / len(weights) for weight in weights)
-    options = {
-        "weights": "equal" if equal else ",".join(map(repr, weights)),
-        "method": merge.method,
-        "space": merge.space,
-        "rank": max(int(merge.rank), 1),
-        **({"parameters": _json(merge.parameters)} if merge.parameters else {}),
-        "seed": report.config.get("seed", 42),
-    }
-    words = ["mashup", "merge", *names, *(f"--{key}={value}" for key, value in options.items()), "-o", "merged"]
-    return "```bash\n" + " ".join(shlex.quote(printable(word)) for word in words) + "\n```"
 
 
 def _license(row: CandidateRow) -> str:
@@ -263,8 +206,4 @@ def _code(text: object) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{float(value):.4f}"
-
-
-def _json(parameters: Mapping[str, Any]) -> str:
-    return json.dumps(dict(parameters), sort_keys=True)
+    return "" if value is None else f"{value:.4f}"

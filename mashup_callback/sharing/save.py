@@ -9,17 +9,16 @@ from pathlib import Path
 import yaml
 
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
-from ..methods import MergeRule, mergekit_config
+from ..methods import MERGEKIT_NAME, MergeRule, mergekit_config
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
-from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card, merged_rows
+from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card
 from .ranking import plot_ranking
 from .shareable import shareable
 
 
 logger = logging.getLogger(__name__)
 
-MERGEKIT_NAME = "mergekit.yaml"
 _HEADER = """\
 # The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone,
 # and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear
@@ -28,17 +27,7 @@ _HEADER = """\
 
 
 def save_mashup(directory: Path, report: MashupReport, write: Callable[[Path], object] | None = None) -> None:
-    """
-    Replaces a mashup's directory at once: `report.json`, `ranking.png`, and the merge with its card and configuration.
-
-    Args:
-        directory (`Path`):
-            Where to; an earlier mashup there is replaced.
-        report (`MashupReport`):
-            The report.
-        write (`Callable`, *optional*):
-            Called with an empty directory, to write the weights of the merge there, if there is one.
-    """
+    """Replaces a mashup's directory at once; `write` is given an empty one for the weights of the merge, if any."""
     with replacing(directory) as draft:
         if write is not None:
             write(draft)
@@ -71,7 +60,7 @@ def describe(directory: Path, report: MashupReport) -> None:
 
 def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
     """Returns mergekit's configuration of a merge of adapters; `shared` keeps the report's names of local ones."""
-    sources = merged_rows(report)
+    sources = report.sources
     if report.merge is None or not sources:
         return None
     rule = MergeRule.create(report.merge.method, report.merge.parameters)

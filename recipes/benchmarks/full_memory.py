@@ -1,5 +1,5 @@
 """
-Peak memory while full checkpoints are scored, against the bound that `mashup_callback.full.weights.replaced` states.
+Peak memory while full checkpoints are scored, against the bound that `FullUpdate.applied` states.
 
     python recipes/benchmarks/full_memory.py --candidates 8 --hidden 768 --layers 12 --vocabulary 20000
 

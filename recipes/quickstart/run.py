@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from mashup_callback import MashupCallback
 from mashup_callback.sharing import style
+from recipes.leave_one_out.figures import label_ends
 from recipes.quickstart import world
 
 
@@ -95,9 +96,7 @@ def plot(scratch: list[Points], mashup: list[Points], target: str, path: Path) -
     axes.axhline(finals[1], color=style.GRAY, linestyle=":", linewidth=1)
     seeds = f", mean and range of {len(mashup)} seeds" if len(mashup) > 1 else ""
     axes.set(xlabel="training step", ylabel=f"test accuracy{seeds}", ylim=(0, 1), xlim=(0, world.STEPS))
-    style.label_ends(
-        axes, [("from a mashup", finals[0], style.BLUE, "-"), ("from scratch", finals[1], style.GRAY, "--")]
-    )
+    label_ends(axes, [("from a mashup", finals[0], style.BLUE, "-"), ("from scratch", finals[1], style.GRAY, "--")])
     style.save(figure, path)
 
 
