@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,25 +25,18 @@ logger = logging.getLogger(__name__)
 # Tokens of a forward pass without gradients. More make a CPU slower again, as their activations are beyond what the
 # allocator reuses; an accelerator needs more to be busy.
 CPU_TOKENS, TOKENS = 1024, 8192
+# Of long rows, fewer tell as much: so many in each half, if they have so many label tokens.
+FEWEST_LONG, ENOUGH_TOKENS = 8, 1024
 
 
 @dataclass(frozen=True, eq=False)
 class SampleRows:
     """
-    Rows of a data set with the collator that makes batches of them.
+    Rows of a data set with the collator that makes batches of them: of `batch_size` rows, or of more up to so many
+    `tokens` with the padding.
 
     Every batch is collated once and kept, so that a collator that draws random numbers (masked language modelling)
     gives every candidate the same batch.
-
-    Args:
-        rows (`Sequence`):
-            What the collator takes a list of.
-        collate (`Callable`):
-            Makes a batch (a mapping of tensors) from a list of rows.
-        batch_size (`int`, *optional*, defaults to `1`):
-            Rows in a batch.
-        tokens (`int`, *optional*, defaults to `0`):
-            Tokens, with the padding, up to which a batch has more rows than that.
     """
 
     rows: Sequence[Any]
@@ -123,18 +116,11 @@ class SampleRows:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """
-    Rows of the training data.
-
-    Args:
-        selection (`SampleRows`): Those that select.
-        held_out (`SampleRows`): Those that are held out for the guard; no row of the selection is among them.
-        duplicates (`int`): Rows that had been drawn before with the same content.
-        unlabeled (`int`): Rows that were left out as none of their tokens has a label.
-    """
+    """Rows of the training data that select and others that are held out for the guard, and what was left out."""
 
     selection: SampleRows
     held_out: SampleRows
+    # Rows that had been drawn before with the same content, and rows without any label.
     duplicates: int = 0
     unlabeled: int = 0
 
@@ -159,27 +145,14 @@ def draw_sample(
     labeled: bool = True,
 ) -> Sample:
     """
-    Draws the rows that select and the rows that are held out for the guard.
+    Draws `size` rows, of which one half selects and the other, or the `guard_rows`, is held out for the guard.
 
     The data loader is never iterated: its sampler would draw random numbers and change the order of training. Rows of
     a map-style data set are drawn at random without replacement, those of an iterable one are its first ones, read
     from a private copy. The main process reads them and every process gets them, so that a data set that is split over
     the processes gives the same sample to all. Rows with the same content are in the same half. The collator is a
     private copy too; the global random number generators start from the same seed at every batch and everywhere.
-
-    Args:
-        dataloader (`DataLoader`):
-            The Trainer's own; its data set and collator are used.
-        size (`int`):
-            Rows in all; one half selects, the other is held out.
-        batch_size (`int`):
-            Rows in a forward pass; of short rows with labels there may be more, see [`token_budget`].
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of a private generator.
-        guard_rows (`Sequence`, *optional*):
-            Rows to hold out instead; then all `size` rows select.
-        labeled (`bool`, *optional*, defaults to `True`):
-            Leave out rows whose labels are all -100, where batches have `labels`.
+    Where `labeled`, rows whose labels are all -100 are left out, and short rows share batches, see [`token_budget`].
 
     Raises:
         ValueError: The data set has fewer than two different rows, or is a stream that can be read once, or no row has
@@ -253,7 +226,7 @@ def token_budget() -> int:
     return CPU_TOKENS if PartialState().device.type == "cpu" else TOKENS
 
 
-def label_counts(rows: SampleRows) -> Iterator[tuple[list[int], list[int] | None]]:
+def _label_counts(rows: SampleRows) -> Iterator[tuple[list[int], list[int] | None]]:
     """Yields the indices of each batch with the label tokens of its rows; None for these where it has no labels."""
     for indices, batch in rows.batches():
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -266,7 +239,7 @@ def _labeled(rows: SampleRows) -> SampleRows:
     without, total, seen = [], 0, False
     # A batch that is one row (padding-free) is one difference of the guard's, and many small ones tell more.
     small = SampleRows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
-    for indices, counts in label_counts(rows):
+    for indices, counts in _label_counts(rows):
         if counts is None:
             return small
         seen = True
@@ -284,6 +257,27 @@ def _labeled(rows: SampleRows) -> SampleRows:
         )
     left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
     return SampleRows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
+
+
+def shortened(sample: Sample, held_out: bool = True) -> Sample:
+    """Returns a sample that costs too much with as few long rows in each half as have 1,024 label tokens."""
+    kept = _enough(sample.held_out) if held_out else sample.held_out
+    return replace(sample, selection=_enough(sample.selection), held_out=kept)
+
+
+def _enough(rows: SampleRows) -> SampleRows:
+    counts: dict[int, int] = {}
+    for indices, found in _label_counts(rows):
+        # A batch that is one row (padding-free) does not tell of its rows.
+        if found is None or len(found) != len(indices):
+            return rows
+        counts.update(zip(indices, found, strict=True))
+    total = 0
+    for index in range(len(rows)):
+        total += counts[index]
+        if index + 1 >= FEWEST_LONG and total >= ENOUGH_TOKENS:
+            return rows.part(0, index + 1)
+    return rows
 
 
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
