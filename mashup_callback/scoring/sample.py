@@ -226,37 +226,32 @@ def token_budget() -> int:
     return CPU_TOKENS if PartialState().device.type == "cpu" else TOKENS
 
 
-def _label_counts(rows: SampleRows) -> Iterator[tuple[list[int], list[int] | None]]:
-    """Yields the indices of each batch with the label tokens of its rows; None for these where it has no labels."""
+def _label_counts(rows: SampleRows) -> dict[int, int] | None:
+    """Returns the label tokens of each row; None where a batch has none, or is one row itself (padding-free)."""
+    counts: dict[int, int] = {}
     for indices, batch in rows.batches():
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        known = isinstance(labels, torch.Tensor) and labels.ndim == 2
-        yield indices, (labels != IGNORE).sum(1).tolist() if known else None
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != len(indices):
+            return None
+        counts.update(zip(indices, (labels != IGNORE).sum(1).tolist(), strict=True))
+    return counts
 
 
 def _labeled(rows: SampleRows) -> SampleRows:
     """Returns the rows that have a label, the same object if all have one."""
-    without, total, seen = [], 0, False
-    # A batch that is one row (padding-free) is one difference of the guard's, and many small ones tell more.
-    small = SampleRows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
-    for indices, counts in _label_counts(rows):
-        if counts is None:
-            return small
-        seen = True
-        total += sum(counts)
-        if len(counts) == len(indices):
-            without += [index for index, count in zip(indices, counts, strict=True) if not count]
-        elif rows.tokens:
-            return _labeled(small)
-    if seen and not total:
+    counts = _label_counts(rows)
+    if counts is None:
+        # A batch that is one row is one difference of the guard's, and many small ones tell more.
+        return _labeled(SampleRows(rows.rows, rows.collate, rows.batch_size)) if rows.tokens else rows
+    if not any(counts.values()):
         raise ValueError(
             f"None of the {len(rows)} rows looked at has a label: all `labels` of all batches are {IGNORE}, so there "
             "is no loss. Look at a batch of `trainer.get_train_dataloader()`: either truncation (`max_length`) cuts "
             "off what is to be learned, or the masks of prompts or turns cover everything, or the response template "
             "was not found."
         )
-    left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
-    return SampleRows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
+    left = [row for index, row in enumerate(rows.rows) if counts[index]]
+    return rows if len(left) == len(rows) else SampleRows(left, rows.collate, rows.batch_size, rows.tokens)
 
 
 def shortened(sample: Sample, held_out: bool = True) -> Sample:
@@ -266,17 +261,10 @@ def shortened(sample: Sample, held_out: bool = True) -> Sample:
 
 
 def _enough(rows: SampleRows) -> SampleRows:
-    counts: dict[int, int] = {}
-    for indices, found in _label_counts(rows):
-        # A batch that is one row (padding-free) does not tell of its rows.
-        if found is None or len(found) != len(indices):
-            return rows
-        counts.update(zip(indices, found, strict=True))
-    total = 0
-    for index in range(len(rows)):
-        total += counts[index]
-        if index + 1 >= FEWEST_LONG and total >= ENOUGH_TOKENS:
-            return rows.part(0, index + 1)
+    counts = _label_counts(rows) or {}
+    for size in range(FEWEST_LONG, len(counts) + 1):
+        if sum(counts[index] for index in range(size)) >= ENOUGH_TOKENS:
+            return rows.part(0, size)
     return rows
 
 
@@ -284,17 +272,16 @@ def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
     rows = [rows[index] for index in range(len(rows))]
     if not rows:
         raise UsageError("`guard_dataset` is empty, expected rows in the form of the training rows.")
-    missing = set(example) - set(rows[0]) if isinstance(example, Mapping) and isinstance(rows[0], Mapping) else set()
-    if missing:
+    if not isinstance(example, Mapping) or not isinstance(rows[0], Mapping):
+        return rows
+    if missing := set(example) - set(rows[0]):
         raise UsageError(
             f"The rows of `guard_dataset` have the columns {sorted(rows[0])} and lack {sorted(missing)}. They must be "
             "in the form of the Trainer's own training rows: take them from `trainer.train_dataset` or from "
             "`trainer.eval_dataset`, after the Trainer has prepared it."
         )
-    if isinstance(example, Mapping) and isinstance(rows[0], Mapping):
-        # The Trainer drops the columns that the model does not take in its data loader only.
-        rows = [{name: row[name] for name in example} for row in rows]
-    return rows
+    # The Trainer drops the columns that the model does not take in its data loader only.
+    return [{name: row[name] for name in example} for row in rows]
 
 
 def _length(row: Any) -> int:

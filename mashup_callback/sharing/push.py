@@ -12,9 +12,9 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..candidates import WEIGHTS_NAME, describe, hub_name, is_transient, retry_after
+from ..candidates import describe, hub_name, is_transient, retry_after
 from ..errors import AdapterError
-from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, parse_object, read_limited
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
 from .card import ADAPTER_PLACEHOLDER, CARD_NAME, PICTURE_NAME, TITLE, is_license, mashup_card
 from .save import MERGEKIT_NAME, mergekit_recipe
