@@ -121,12 +121,19 @@ def _report(
     config: MashupConfig,
     base_model: str | None,
 ) -> MashupReport:
-    rows = []
-    for found, adapter, weight in zip(candidates, adapters, merged.weights, strict=True):
-        about: dict[str, Any] = {"revision": found.revision, "license": found.license, "bytes": found.bytes}
-        rows.append(
-            CandidateRow(found.name, "unscored", weight=weight, rank=adapter.rank, warnings=adapter.warnings, **about)
+    rows = [
+        CandidateRow(
+            found.name,
+            "unscored",
+            revision=found.revision,
+            weight=weight,
+            rank=adapter.rank,
+            license=found.license,
+            bytes=found.bytes,
+            warnings=adapter.warnings,
         )
+        for found, adapter, weight in zip(candidates, adapters, merged.weights, strict=True)
+    ]
     return MashupReport(
         decision="merged" if len(rows) > 1 else "single",
         reason="merged without data: nothing was scored",

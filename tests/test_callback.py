@@ -532,7 +532,7 @@ def test_swap_that_computes_something_else_is_told(tmp_path, library, monkeypatc
 
 def test_method_that_fails_loses(tmp_path, library, monkeypatch, caplog):
     methods = {"linear": {}, "ties": {"density": "none"}}
-    monkeypatch.setattr("mashup_callback.initialization.AUTO_METHODS", methods)
+    monkeypatch.setattr("mashup_callback.guard.AUTO_METHODS", methods)
     settings = {"merge_method": "auto", "on_error": "raise", "guard": False}
     callback = MashupCallback(str(library / "trained-*"), **settings)
     sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()

@@ -6,24 +6,3 @@ from .find import as_candidate, check_specs, find_candidates, read_source
 from .hub import HTTP_ERROR, Hub, describe, is_transient, retry_after
 from .provenance import same_data, stated_datasets
 from .spec import Spec, hub_name, parse_spec
-
-
-__all__ = [
-    "HTTP_ERROR",
-    "Candidate",
-    "Hub",
-    "Spec",
-    "arriving",
-    "as_candidate",
-    "check_specs",
-    "describe",
-    "download_candidate",
-    "find_candidates",
-    "hub_name",
-    "is_transient",
-    "parse_spec",
-    "read_source",
-    "retry_after",
-    "same_data",
-    "stated_datasets",
-]
