@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,7 +16,7 @@ from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import Factors, LoraFactors
 
-from .protocol import Job
+from .protocol import Begin, Job
 from .worlds import World
 
 
@@ -63,10 +63,8 @@ def _random_like(update: LoraFactors, generator: torch.Generator) -> LoraFactors
     return LoraFactors(root * A, root * B, update.scaling)
 
 
-def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float]:
-    """
-    Initialises the adapter with EVA (arXiv 2410.07170), without redistributing ranks.
-    """
+def eva(world: World, job: Job, directory: Path) -> Begin:
+    """PEFT's EVA (arXiv 2410.07170): A from the layers' inputs on the task's data, ranks as they are."""
     base, batches = _base_and_batches(world, job, directory)
     config = _resolved(world, base, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     started = time.perf_counter()
@@ -76,13 +74,11 @@ def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float
     initialize_lora_eva_weights(model, list(islice(batches, INIT_BATCHES)), show_progress_bar=False)
     seconds = time.perf_counter() - started
     assert_initialized("EVA", before, model)
-    return model, seconds
+    return Begin(model, seconds=seconds)
 
 
-def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float]:
-    """
-    Initialises the adapter with LoRA-GA (arXiv 2407.05000), from the gradient on a few batches.
-    """
+def lora_ga(world: World, job: Job, directory: Path) -> Begin:
+    """PEFT's LoRA-GA (arXiv 2407.05000): A and B from the gradient on the task's data, the base changed to match."""
     base, batches = _base_and_batches(world, job, directory)
     config = _resolved(world, base, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
@@ -97,7 +93,7 @@ def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, f
     seconds = time.perf_counter() - started
     plain = get_peft_model(world.base_model(), world.lora_config())
     assert_initialized("LoRA-GA", _values(plain, ".base_layer.weight"), model)
-    return model, seconds
+    return Begin(model, seconds=seconds)
 
 
 def assert_initialized(method: str, before: Mapping[str, torch.Tensor], model: nn.Module) -> None:

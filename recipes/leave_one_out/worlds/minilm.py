@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback
 
-from ...quickstart.world import QUIET, quiet
+from ...quickstart.world import QUIET
 from .base import Budget, World
 from .sources import PACKAGES, function_pairs
 
@@ -138,5 +138,4 @@ def _embedding(model: nn.Module, batch: Mapping[str, Any], column: str) -> torch
 
 
 def make(home: Path, fast: bool, model: str | None) -> MiniLM:
-    quiet()
     return MiniLM(home, FAST if fast else FULL)

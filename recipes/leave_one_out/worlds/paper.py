@@ -14,7 +14,7 @@ from .benchmarks import BENCHMARKS, Question, letter_scores
 
 
 MODEL = "google/gemma-3-1b-it"
-BATCH_SIZE, EVAL_BATCH_SIZE = 32, 32
+BATCH_SIZE, EVAL_BATCH_SIZE, LENGTH = 32, 32, 1024
 FULL = Budget(
     tasks=tuple(BENCHMARKS),
     steps=10**9,
@@ -37,6 +37,7 @@ class Paper(World):
 
     name = "paper"
     metric = "accuracy"
+    batch_size, length = BATCH_SIZE, LENGTH
 
     def __init__(self, home: Path, budget: Budget, model: str, test_rows: int | None) -> None:
         super().__init__(home / model.replace("/", "--"), budget)
@@ -60,7 +61,7 @@ class Paper(World):
 
     def arguments(self, output_dir, seed, steps, learning_rate, **settings):
         settings |= {"warmup_steps": math.ceil(0.1 * steps), "completion_only_loss": True}
-        settings |= {"per_device_train_batch_size": BATCH_SIZE, "bf16": torch.cuda.is_available()}
+        settings |= {"gradient_checkpointing": True, "bf16": torch.cuda.is_available()}
         return super().arguments(output_dir, seed, steps, learning_rate, **settings)
 
     def train_rows(self, target, seed, steps):

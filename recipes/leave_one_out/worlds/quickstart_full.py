@@ -39,5 +39,4 @@ class QuickstartFull(Quickstart):
 
 
 def make(home: Path, fast: bool, model: str | None) -> QuickstartFull:
-    world.quiet()
     return QuickstartFull(home, FAST if fast else FULL)

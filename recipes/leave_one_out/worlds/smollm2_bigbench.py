@@ -10,7 +10,6 @@ from pathlib import Path
 from datasets import Dataset
 from torch import nn
 
-from ...quickstart.world import quiet
 from . import smollm2
 from .base import Budget, evaluating
 from .benchmarks import Question, letter_scores
@@ -167,6 +166,5 @@ def row(question: Question) -> dict[str, str]:
 
 
 def make(home: Path, fast: bool, model: str | None) -> SmolLM2BigBench:
-    quiet()
     sizes = (FAST, FAST_TASKS, TEST_ROWS_FAST) if fast else (FULL, tuple(SOURCES), TEST_ROWS)
     return SmolLM2BigBench(home, *sizes, model)
