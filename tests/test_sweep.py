@@ -9,9 +9,6 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
 
 from recipes.leave_one_out import cli, outputs, sweep, tables
 from recipes.leave_one_out.jobs import result_path, write
@@ -19,7 +16,6 @@ from recipes.leave_one_out.protocol import Job, plan, plan_library
 from recipes.leave_one_out.worlds import load_world, smollm2, smollm2_bigbench, smollm2_code
 from recipes.leave_one_out.worlds.base import Budget
 from recipes.leave_one_out.worlds.benchmarks import Question
-from tests.tiny import llama
 
 
 SWEEP = (0.1, 0.2, 0.4)
@@ -278,24 +274,3 @@ def test_the_real_model_is_a_choice(tmp_path):
     assert world.lora_config().r == 8 and world.lora_config().lora_alpha == 16
     with pytest.raises(ValueError, match="model is 'moon', expected one of smollm2-135m"):
         load_world("smollm2-code", tmp_path, model="moon")
-
-
-def test_the_nll_of_a_real_model_is_counted_per_byte(tmp_path):
-    """A uniform model pays log V for each token: the world's number is that, over bytes a token."""
-    world = load_world("smollm2-code", tmp_path, fast=True)
-    end = smollm2.MODELS[world.model_name].end
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        [smollm2_code.read(smollm2_code.source_files("asyncio")[0])], 400, special_tokens=[end]
-    )
-    world.tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=end)
-    model = llama(vocab_size=len(world.tokenizer))
-    torch.nn.init.zeros_(model.lm_head.weight)
-    for split in ("test", "validation"):
-        tokens, size = world.unseen_blocks("asyncio", split)
-        # A byte-level token has one character for each byte.
-        named = [world.tokenizer.convert_ids_to_tokens(block[1:]) for block in tokens.tolist()]
-        assert size == sum(len(name) for block in named for name in block if name != end)
-        expected = math.log(len(world.tokenizer)) * tokens[:, 1:].numel() / size
-        assert world.nll(model, "asyncio", split) == pytest.approx(expected, rel=1e-5)
-    assert world.final(model, "asyncio")["validation"] == pytest.approx(expected, rel=1e-5)

@@ -1,6 +1,7 @@
 """The paper's protocol: eight benchmarks from the Hub, a Gemma model, one epoch for each adapter. Needs a GPU."""
 
 import math
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,10 @@ from .benchmarks import BENCHMARKS, Question, letter_scores
 
 MODEL = "google/gemma-3-1b-it"
 BATCH_SIZE, EVAL_BATCH_SIZE, LENGTH = 32, 32, 1024
-FULL = Budget(
-    tasks=tuple(BENCHMARKS),
-    steps=10**9,
-    eval_every=20,
-    learning_rate=2e-4,
-    learning_rates=(5e-5, 1e-4, 2e-4, 3e-4, 5e-4),
-    sweep_seeds=(1, 2, 3),
-    sample_sizes=(16, 32, 64, 128, 256, 512),
-    methods=("linear", "ties", "dare_ties", "karcher"),
-    top_ks=(1, 2, 3, 5, 7),
-)
-FAST = Budget(
-    tasks=("arc_easy", "openbookqa"), steps=20, eval_every=10, learning_rate=2e-4, seeds=(1,), oracle_steps=5
-)
+FULL = Budget(tuple(BENCHMARKS), steps=10**9, eval_every=20, learning_rate=2e-4, sweep_seeds=(1, 2, 3))
+FULL = replace(FULL, learning_rates=(5e-5, 1e-4, 2e-4, 3e-4, 5e-4), sample_sizes=(16, 32, 64, 128, 256, 512))
+FULL = replace(FULL, methods=("linear", "ties", "dare_ties", "karcher"), top_ks=(1, 2, 3, 5, 7))
+FAST = Budget(("arc_easy", "openbookqa"), 20, eval_every=10, learning_rate=2e-4, seeds=(1,), oracle_steps=5)
 TEST_ROWS, TEST_ROWS_FAST = None, 100
 
 

@@ -25,16 +25,8 @@ PACKAGES = {
 SMALLEST, LARGEST, MOST_FILES = 1_000, 60_000, 40
 LENGTH, BATCH_SIZE = 128, 4
 ARMS = ("scratch", "mashup", "best_single", "random", "all")
-FULL = Budget(
-    tasks=tuple(PACKAGES)[:4],
-    steps=24,
-    eval_every=6,
-    learning_rate=1e-3,
-    seeds=(1, 2),
-    arms=ARMS,
-    learning_rates=(1e-3, 2e-3, 4e-3),
-    tuned=ARMS,
-)
+TASKS, RATES, SEEDS = tuple(PACKAGES)[:4], (1e-3, 2e-3, 4e-3), (1, 2)
+FULL = Budget(TASKS, 24, eval_every=6, learning_rate=1e-3, seeds=SEEDS, arms=ARMS, learning_rates=RATES, tuned=ARMS)
 FAST = Budget(("asyncio",), 12, eval_every=4, learning_rate=2e-3, seeds=(1,), arms=("scratch", "mashup", "random"))
 FAST_PACKAGES = ("asyncio", "email", "mpmath", "networkx")
 BLOCKS, BLOCKS_FAST = 16, 8

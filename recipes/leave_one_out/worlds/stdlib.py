@@ -20,14 +20,8 @@ END = "<|endoftext|>"
 VOCABULARY, LENGTH, BATCH_SIZE = 2048, 256, 8
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 192, 6, 6, 512
 PRETRAIN_BATCH_SIZE, PRETRAIN_LEARNING_RATE = 16, 2e-3
-FULL = Budget(
-    tasks=PACKAGES[:4],
-    steps=60,
-    eval_every=5,
-    learning_rate=2e-3,
-    arms=("scratch", "mashup", "best_single", "random", "all"),
-    learning_rates=(1e-3, 2e-3, 4e-3),
-)
+ARMS, RATES = ("scratch", "mashup", "best_single", "random", "all"), (1e-3, 2e-3, 4e-3)
+FULL = Budget(PACKAGES[:4], steps=60, eval_every=5, learning_rate=2e-3, arms=ARMS, learning_rates=RATES)
 FAST = replace(FULL, tasks=PACKAGES[:1], steps=10, eval_every=2, seeds=(1,), learning_rates=())
 PRETRAIN_STEPS, PRETRAIN_STEPS_FAST = 700, 20
 TEST_BLOCKS, TEST_BLOCKS_FAST = 24, 4
