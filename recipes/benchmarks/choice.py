@@ -264,6 +264,7 @@ def train(case: Case, model: nn.Module, more_steps: int) -> float:
     """Trains on the arm's batches, and again on some of them where it has more steps; returns seconds a step."""
     with case.trainer(model) as trainer:
         trainer.args.max_steps += more_steps
+        trainer.args.warmup_steps = max(1, trainer.args.max_steps // 10)
         set_seed(case.seed)
         started = time.perf_counter()
         trainer.train()

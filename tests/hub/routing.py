@@ -11,6 +11,8 @@ from .access import HubError, User
 from .store import Store
 
 
+# Most rows that a listing returns at once.
+PAGE_SIZE = 100
 REPO_ID = r"(?P<repo_id>[^/]+/[^/]+)"
 # Matched against the path as sent: the "/" of refs/pr/1 arrives as %2F and must not split the segment.
 REVISION = r"(?P<revision>[^/]+)"
@@ -28,7 +30,6 @@ class Call:
         body (`bytes`): Body.
         user (`User`, *optional*): Owner of the token sent.
         origin (`str`): Address of the server, for links in replies.
-        page_size (`int`): Most rows a listing returns at once.
     """
 
     method: str
@@ -38,7 +39,6 @@ class Call:
     body: bytes
     user: User | None
     origin: str
-    page_size: int
 
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
@@ -104,7 +104,7 @@ def dispatch(store: Store, call: Call) -> Reply:
 def paginate(rows: list[Any], call: Call) -> tuple[list[Any], dict[str, str]]:
     """The page that the call's cursor points at, and the Link header to the next one."""
     start = int(call.first("cursor", "0"))
-    stop = start + min(int(call.first("limit", str(call.page_size))), call.page_size)
+    stop = start + min(int(call.first("limit", str(PAGE_SIZE))), PAGE_SIZE)
     if stop >= len(rows):
         return rows[start:], {}
     kept = [(key, value) for key, values in call.query.items() if key != "cursor" for value in values]

@@ -1,12 +1,7 @@
-"""A loopback server that speaks enough of the Hub's HTTP for the unmodified `huggingface_hub` client.
+"""A loopback server that speaks enough of the Hub's HTTP for the unmodified `huggingface_hub` client."""
 
-By hand: `python -m tests.hub.server --port 0` prints the settings for a client in another shell.
-"""
-
-import argparse
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -27,17 +22,14 @@ INHERITED_SETTINGS = re.compile(r"HF_|HUGGING_?FACE|(https?|all|no)_proxy$", re.
 class HubServer:
     """A Hub on 127.0.0.1, in a thread, for the length of a `with` block.
 
-    Args:
-        port (`int`, defaults to 0): Port; 0 takes a free one.
-        page_size (`int`, defaults to 100): Most rows that a listing returns at once.
-
     Attributes:
         faults (`Faults`): What goes wrong; see [`Faults.add`].
     """
 
-    def __init__(self, port: int = 0, page_size: int = 100) -> None:
-        self._state = State(page_size)
-        self._port = port
+    def __init__(self) -> None:
+        self._state = State()
+        # Any free one, and the same again after [`HubServer.down`].
+        self._port = 0
         self._listener: Listener | None = None
 
     def __enter__(self) -> "HubServer":
@@ -92,8 +84,6 @@ class HubServer:
         private: bool = False,
         gated: bool | str = False,
         downloads: int = 0,
-        likes: int = 0,
-        created: datetime = SEED_DATE,
     ) -> str:
         """Put files on the main branch of a repository, which is created where it is missing.
 
@@ -106,8 +96,6 @@ class HubServer:
             gated (`bool | str`, defaults to `False`): `True`, `"auto"` or `"manual"`: files only for the namespace
                 and those let in by [`HubServer.grant`].
             downloads (`int`, defaults to 0): Number shown.
-            likes (`int`, defaults to 0): Number shown.
-            created (`datetime`): Date of creation (of a new repository) and of this commit.
 
         Returns:
             `str`: Commit sha, the same for the same sequence of seeds.
@@ -116,10 +104,10 @@ class HubServer:
         with self._state.lock:
             store = self._state.store
             store.uploads.update((blob.etag, blob.data) for blob in blobs.values() if blob.lfs)
-            repository = store.repositories.setdefault(repo_id, Repository(repo_id, created))
+            repository = store.repositories.setdefault(repo_id, Repository(repo_id, SEED_DATE))
             repository.private, repository.gated = private, gated
-            repository.downloads, repository.likes = downloads, likes
-            return repository.commit(blobs, title="seed", date=created).sha
+            repository.downloads = downloads
+            return repository.commit(blobs, title="seed", date=SEED_DATE).sha
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """Content by path of what a repository holds at a revision.
@@ -132,10 +120,10 @@ class HubServer:
             commit = self._state.store.repositories[repo_id].resolve(revision)
             return {path: blob.data for path, blob in commit.tree.items()}
 
-    def user(self, name: str, organizations: Sequence[str] = (), role: str = "write") -> str:
-        """Sign a user up and return a token that carries the role (`"read"` or `"write"`)."""
-        token = f"hf_{name}_{role}"
-        self._state.store.users[token] = User(name, tuple(organizations), role)
+    def user(self, name: str, organizations: Sequence[str] = ()) -> str:
+        """Sign a user up and return a token."""
+        token = f"hf_{name}"
+        self._state.store.users[token] = User(name, tuple(organizations))
         return token
 
     def grant(self, repo_id: str, user: str) -> None:
@@ -180,20 +168,3 @@ class HubServer:
             "NO_PROXY": "127.0.0.1,localhost",
         }
         return inherited | settings | ({"HF_TOKEN": token} if token else {})
-
-
-def main() -> None:
-    """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="Serve an empty loopback Hub until interrupted.")
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one")
-    with HubServer(parser.parse_args().port) as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.user("alice"), "HF_HUB_DISABLE_XET": "1"}
-        print(" ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            return
-
-
-if __name__ == "__main__":
-    main()

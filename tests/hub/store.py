@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -74,7 +74,6 @@ class Repository:
         private (`bool`, defaults to `False`): Visible to members of the namespace only.
         gated (`bool | str`, defaults to `False`): `"auto"` or `"manual"` (`True`) asks for granted access.
         downloads (`int`, defaults to 0): Shown in the listing, sortable.
-        likes (`int`, defaults to 0): Shown in the listing, sortable.
     """
 
     id: str
@@ -82,7 +81,6 @@ class Repository:
     private: bool = False
     gated: bool | str = False
     downloads: int = 0
-    likes: int = 0
     granted: set[str] = field(default_factory=set)
     references: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -98,7 +96,6 @@ class Repository:
     def commit(
         self,
         added: Mapping[str, Blob],
-        deleted: Collection[str] = (),
         *,
         title: str,
         reference: str = "main",
@@ -110,8 +107,6 @@ class Repository:
         """
         parent = self.references.get(reference)
         tree = dict(self.commits[parent].tree) if parent else {}
-        for path in deleted:
-            tree = without(tree, path)
         tree.update(added)
         identity = [self.id, parent, title, sorted((path, blob.oid) for path, blob in tree.items())]
         sha = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
@@ -137,19 +132,6 @@ class Repository:
         reference = f"refs/pr/{number}"
         self.references[reference] = self.references["main"]
         return reference
-
-
-def without(tree: Mapping[str, Blob], path: str) -> dict[str, Blob]:
-    """The tree less one file or folder.
-
-    Raises:
-        [`HubError`]: 404 `EntryNotFound` where nothing has that path.
-    """
-    folder = path.rstrip("/") + "/"
-    kept = {name: blob for name, blob in tree.items() if name != path and not name.startswith(folder)}
-    if len(kept) == len(tree):
-        raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-    return kept
 
 
 @dataclass

@@ -12,7 +12,7 @@ from .store import Blob, Commit, Repository
 
 
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\s*(?:\r?\n|\Z)", re.DOTALL)
-LISTED_BY_DEFAULT = ("_id", "id", "modelId", "private", "downloads", "likes", "tags", "createdAt")
+LISTED_BY_DEFAULT = ("_id", "id", "modelId", "private", "downloads", "tags", "createdAt")
 LISTED_OPTIONALLY = ("library_name", "pipeline_tag")
 LISTED_WHEN_FULL = ("author", "sha", "lastModified", "gated", "disabled", "siblings")
 
@@ -112,7 +112,6 @@ def info_of_repository(repository: Repository) -> dict[str, Any]:
         "gated": "manual" if repository.gated is True else repository.gated,
         "disabled": False,
         "downloads": repository.downloads,
-        "likes": repository.likes,
         "createdAt": timestamp(repository.created),
         "lastModified": timestamp(repository.head.date),
     }
