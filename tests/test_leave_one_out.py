@@ -475,7 +475,7 @@ def test_a_uniform_model_has_the_nll_per_byte_of_its_vocabulary(name, tmp_path):
     """Every token costs log V: the world's number is that, over bytes a token."""
     world = load_world(name, tmp_path, fast=True)
     tokenizer = world.tokenizer = stdlib.train_tokenizer(sources.source_files("http"))
-    model = LlamaForCausalLM(stdlib.model_config(tokenizer))
+    model = stdlib.small_llama(tokenizer)
     torch.nn.init.zeros_(model.lm_head.weight)
     for split in ("test", "validation") if name == "smollm2-code" else ("test",):
         tokens, size = world.unseen_blocks("asyncio", split)

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 
 
 class HubError(Exception):
-    """A refusal that becomes an HTTP reply.
-
-    Args:
-        status (`int`): HTTP status.
-        message (`str`): Goes to `X-Error-Message` and to the body.
-        code (`str`, *optional*): `X-Error-Code`, by which the client picks the exception class.
-        headers (`Mapping[str, str]`, *optional*): Further headers of the reply.
-    """
+    """A refusal that becomes an HTTP reply; the client picks the exception's class by `X-Error-Code`."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
@@ -23,12 +16,7 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class User:
-    """Owner of a token.
-
-    Args:
-        name (`str`): Login name, also a namespace.
-        organizations (`tuple[str, ...]`): Further namespaces the user reads and writes.
-    """
+    """Owner of a token: a login name, also a namespace, and further namespaces that it reads and writes."""
 
     name: str
     organizations: tuple[str, ...] = ()

@@ -25,15 +25,7 @@ SETTLE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the server saw it.
-
-    Args:
-        method (`str`): HTTP method.
-        path (`str`): Path and query as sent, percent-encoded.
-        status (`int`): Status replied; 0 where the connection was cut before.
-        sent (`int`): Bytes of body that went out.
-        range (`str`, *optional*): Range header.
-    """
+    """A request as the server saw it: status 0 where the connection was cut before, and the bytes of body sent."""
 
     method: str
     path: str

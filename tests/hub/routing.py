@@ -20,17 +20,7 @@ REVISION = r"(?P<revision>[^/]+)"
 
 @dataclass(frozen=True)
 class Call:
-    """One request, read to its end.
-
-    Args:
-        method (`str`): HTTP method.
-        path (`str`): Path as sent, still percent-encoded, without the query.
-        query (`Mapping[str, list[str]]`): Decoded query, repeated keys kept.
-        headers (`Mapping[str, str]`): Headers, case-insensitive.
-        body (`bytes`): Body.
-        user (`User`, *optional*): Owner of the token sent.
-        origin (`str`): Address of the server, for links in replies.
-    """
+    """One request, read to its end; the path is as sent, percent-encoded, and the query decoded."""
 
     method: str
     path: str
@@ -86,11 +76,7 @@ def route(method: str, pattern: str) -> Callable[[Endpoint], Endpoint]:
 
 
 def dispatch(store: Store, call: Call) -> Reply:
-    """Answer a call by the first endpoint that matches its method and path.
-
-    Raises:
-        [`HubError`]: The Hub refuses the call.
-    """
+    """Answer a call by the first endpoint that matches its method and path."""
     method = "GET" if call.method == "HEAD" else call.method
     for expected, pattern, endpoint in ROUTES:
         match = pattern.fullmatch(call.path)

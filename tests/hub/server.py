@@ -20,11 +20,7 @@ INHERITED_SETTINGS = re.compile(r"HF_|HUGGING_?FACE|(https?|all|no)_proxy$", re.
 
 
 class HubServer:
-    """A Hub on 127.0.0.1, in a thread, for the length of a `with` block.
-
-    Attributes:
-        faults (`Faults`): What goes wrong; see [`Faults.add`].
-    """
+    """A Hub on 127.0.0.1, in a thread, for the length of a `with` block."""
 
     def __init__(self) -> None:
         self._state = State()
@@ -85,21 +81,7 @@ class HubServer:
         gated: bool | str = False,
         downloads: int = 0,
     ) -> str:
-        """Put files on the main branch of a repository, which is created where it is missing.
-
-        The settings replace those of an earlier seed.
-
-        Args:
-            repo_id (`str`): `namespace/name`.
-            files (`Mapping[str, bytes]`): Content by path; other files of the repository stay.
-            private (`bool`, defaults to `False`): Hide it from everyone outside its namespace.
-            gated (`bool | str`, defaults to `False`): `True`, `"auto"` or `"manual"`: files only for the namespace
-                and those let in by [`HubServer.grant`].
-            downloads (`int`, defaults to 0): Number shown.
-
-        Returns:
-            `str`: Commit sha, the same for the same sequence of seeds.
-        """
+        """Put files on a repository's main branch, with settings in place of an earlier seed's, and return the sha."""
         blobs = {path: Blob(data, stores_as_lfs(path, len(data))) for path, data in files.items()}
         with self._state.lock:
             store = self._state.store
@@ -110,12 +92,7 @@ class HubServer:
             return repository.commit(blobs, title="seed", date=SEED_DATE).sha
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Content by path of what a repository holds at a revision.
-
-        Raises:
-            `KeyError`: There is no such repository.
-            [`HubError`]: There is no such revision.
-        """
+        """Content by path of what a repository holds at a revision."""
         with self._state.lock:
             commit = self._state.store.repositories[repo_id].resolve(revision)
             return {path: blob.data for path, blob in commit.tree.items()}
@@ -149,15 +126,7 @@ class HubServer:
         }
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Environment for a client, which reads its settings at import and hence belongs in a process of its own.
-
-        Args:
-            home (`Path`): Becomes `HF_HOME`; holds the cache.
-            token (`str`, *optional*): Token to sign in with.
-
-        Returns:
-            `dict[str, str]`: This process's environment with every Hub and proxy setting replaced by this server's.
-        """
+        """This process's environment for a client of this server, which reads its settings at import."""
         inherited = {key: value for key, value in os.environ.items() if not INHERITED_SETTINGS.match(key)}
         settings = {
             "HF_ENDPOINT": self.url,

@@ -23,11 +23,7 @@ def timestamp(moment: datetime) -> str:
 
 
 def front_matter(text: str) -> Any:
-    """Parsed YAML header of a model card; `None` without one.
-
-    Raises:
-        `yaml.YAMLError`: The header is not YAML.
-    """
+    """Parsed YAML header of a model card; `None` without one."""
     match = FRONT_MATTER.match(text)
     return yaml.safe_load(match.group(1)) if match else None
 
@@ -72,16 +68,7 @@ def sibling(path: str, blob: Blob) -> dict[str, Any]:
 
 
 def model_info(repository: Repository, commit: Commit, blobs: bool = False) -> dict[str, Any]:
-    """Model info at a commit.
-
-    Args:
-        repository (`Repository`): Supplies what does not depend on the commit.
-        commit (`Commit`): Supplies card, tags and files.
-        blobs (`bool`, defaults to `False`): Whether siblings carry sizes and oids.
-
-    Returns:
-        `dict[str, Any]`: JSON object as `GET /api/models/{id}/revision/{sha}` gives it.
-    """
+    """Model info at a commit, as the Hub gives it; with `blobs`, files have size and oid."""
     if "info" not in commit.derived:
         commit.derived["info"] = info_of_commit(repository.id, commit)
     info = {**commit.derived["info"], **info_of_repository(repository)}

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import SFTTrainer
 
+from ...quickstart.world import build_model
 from .base import Budget
 from .sources import PACKAGES, read, source_files, split_files
 from .text import Text, token_blocks
@@ -18,7 +19,7 @@ from .text import Text, token_blocks
 
 END = "<|endoftext|>"
 VOCABULARY, LENGTH, BATCH_SIZE = 2048, 256, 8
-HIDDEN, LAYERS, HEADS, INTERMEDIATE = 192, 6, 6, 512
+SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6}
 PRETRAIN_BATCH_SIZE, PRETRAIN_LEARNING_RATE = 16, 2e-3
 ARMS, RATES = ("scratch", "mashup", "best_single", "random", "all"), (1e-3, 2e-3, 4e-3)
 FULL = Budget(PACKAGES[:4], steps=60, eval_every=5, learning_rate=2e-3, arms=ARMS, learning_rates=RATES)
@@ -62,7 +63,7 @@ class Stdlib(Text):
         set_seed(seed)
         batch = {"per_device_train_batch_size": PRETRAIN_BATCH_SIZE}
         trainer = SFTTrainer(
-            LlamaForCausalLM(model_config(tokenizer)),
+            small_llama(tokenizer),
             args=self.arguments(draft / "trainer", seed, steps, PRETRAIN_LEARNING_RATE, **batch),
             train_dataset=Dataset.from_dict({"input_ids": drawn}),
             processing_class=tokenizer,
@@ -80,20 +81,9 @@ def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=END, pad_token=END)
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of about three million parameters."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    return build_model(tokenizer, **SIZES, max_position_embeddings=LENGTH)
 
 
 def make(home: Path, fast: bool, model: str | None) -> Stdlib:
