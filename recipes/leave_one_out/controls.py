@@ -1,7 +1,7 @@
 """The controls that need more than a setting of the callback: a random adapter, and PEFT's data-driven inits."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -87,6 +87,7 @@ def lora_ga(world: World, job: Job, directory: Path) -> Begin:
             base(**batch).loss.backward()
 
     started = time.perf_counter()
+    set_seed(job.seed)
     preprocess_loraga(base, config, gradients)
     set_seed(job.seed)
     model = get_peft_model(base, config)
@@ -110,19 +111,11 @@ def _values(model: nn.Module, suffix: str) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if name.endswith(suffix)}
 
 
-def _base_and_batches(world: World, job: Job, directory: Path) -> tuple[nn.Module, Iterator[dict]]:
+def _base_and_batches(world: World, job: Job, directory: Path) -> tuple[nn.Module, DataLoader]:
     """The base model and batches of the task's training rows, in the Trainer's own form and on its device."""
     settings = {"steps": job.steps, "learning_rate": job.learning_rate, "peft_config": world.lora_config()}
     trainer = world.trainer(world.base_model(), job.task, job.seed, directory, **settings)
-    rows = DataLoader(
-        trainer.train_dataset,
-        batch_size=trainer.args.train_batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(job.seed),
-        collate_fn=trainer.data_collator,
-    )
-    batches = ({name: value.to(trainer.args.device) for name, value in batch.items()} for batch in rows)
-    return world.base_model().to(trainer.args.device), batches
+    return world.base_model().to(trainer.args.device), trainer.get_train_dataloader()
 
 
 def _resolved(world: World, base: nn.Module, **settings) -> LoraConfig:
