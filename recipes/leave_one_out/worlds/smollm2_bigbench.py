@@ -10,7 +10,6 @@ from pathlib import Path
 from datasets import Dataset
 from torch import nn
 
-from ...quickstart.world import quiet
 from . import smollm2
 from .base import Budget, evaluating
 from .benchmarks import Question, letter_scores
@@ -33,19 +32,9 @@ SOURCES = {
 FORMAT = "format-"
 MOST_ROWS, LONGEST, LENGTH, BATCH_SIZE, EVAL_BATCH_SIZE = 4_000, 500, 640, 8, 16
 ARMS = ("scratch", "mashup", "best_single", "format", "all")
-FULL = Budget(
-    tasks=tuple(SOURCES),
-    steps=48,
-    eval_every=12,
-    learning_rate=1e-3,
-    seeds=(1, 2),
-    arms=ARMS,
-    learning_rates=(5e-4, 1e-3, 2e-3),
-    tuned=ARMS,
-)
-FAST = Budget(
-    tasks=("hotels",), steps=8, eval_every=4, learning_rate=1e-3, seeds=(1,), arms=("scratch", "mashup", "format")
-)
+TASKS, RATES, SEEDS = tuple(SOURCES), (5e-4, 1e-3, 2e-3), (1, 2)
+FULL = Budget(TASKS, 48, eval_every=12, learning_rate=1e-3, seeds=SEEDS, arms=ARMS, learning_rates=RATES, tuned=ARMS)
+FAST = Budget(("hotels",), 8, eval_every=4, learning_rate=1e-3, seeds=(1,), arms=("scratch", "mashup", "format"))
 FAST_TASKS = ("hotels", "intent", "medicine")
 TEST_ROWS, TEST_ROWS_FAST = 128, 32
 
@@ -167,6 +156,5 @@ def row(question: Question) -> dict[str, str]:
 
 
 def make(home: Path, fast: bool, model: str | None) -> SmolLM2BigBench:
-    quiet()
     sizes = (FAST, FAST_TASKS, TEST_ROWS_FAST) if fast else (FULL, tuple(SOURCES), TEST_ROWS)
     return SmolLM2BigBench(home, *sizes, model)
