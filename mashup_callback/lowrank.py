@@ -28,6 +28,8 @@ class LoraFactors:
     scaling: float
     # Whether the update is of full rank and computed whole each time.
     dense: ClassVar[bool] = False
+    # Of a parameter that is trained whole, so that nothing of it is ever cut.
+    whole: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -85,8 +87,9 @@ class DenseUpdate(LoraFactors):
         parts: Mapping[str, torch.Tensor],
         compose: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
         shape: tuple[int, int],
+        whole: bool = False,
     ) -> None:
-        self.parts, self.compose, self.shape = parts, compose, shape
+        self.parts, self.compose, self.shape, self.whole = parts, compose, shape, whole  # type: ignore
 
     @property
     def A(self) -> torch.Tensor:  # noqa: N802
@@ -118,7 +121,8 @@ class DenseUpdate(LoraFactors):
         return torch.eye(self.rank, device=like.device, dtype=like.dtype)
 
     def to(self, target: torch.device | torch.dtype | str) -> LoraFactors:
-        return DenseUpdate({name: part.to(target) for name, part in self.parts.items()}, self.compose, self.shape)
+        parts = {name: part.to(target) for name, part in self.parts.items()}
+        return DenseUpdate(parts, self.compose, self.shape, self.whole)
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:

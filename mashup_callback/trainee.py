@@ -14,7 +14,7 @@ from .config import MashupConfig
 from .formats import BaseModel
 from .full import CheckpointSource, FullTrainee, find_trained_weights
 from .lora import AdapterSource, LoraTrainee, find_adapter
-from .model import linear_layers, weight_norms
+from .model import BaseWeights
 from .report import MergeInfo
 from .storage import Workspace
 
@@ -117,16 +117,15 @@ def find_trainee(
             "`model.add_adapter`, or leave the weights trainable for full fine-tuning. An adapter that is loaded "
             "without `is_trainable=True`, or added before `prepare_model_for_kbit_training`, is frozen."
         )
-    norms, layers = weight_norms(model), linear_layers(model)
-    return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, norms, layers))
+    weights = BaseWeights(model)
+    return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, weights))
 
 
 def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candidate], Source]:
     """Returns what makes of a candidate on disk something to score on any model, trained or not."""
-    base = BaseModel.of(model, base_model)
-    norms, layers = weight_norms(model), linear_layers(model)
+    base, weights = BaseModel.of(model, base_model), BaseWeights(model)
     sources: dict[str, Callable[[Any], Source]] = {
-        "adapter": lambda found: AdapterSource(found, norms, layers),
+        "adapter": lambda found: AdapterSource(found, weights),
         "model": CheckpointSource,
     }
     return lambda candidate: sources[candidate.kind](read_source(candidate, lambda found: found.fit(base)))

@@ -18,7 +18,7 @@ from ..lowrank import LoraFactors
 from .adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .adapter_modules import ModuleShape, adapter_modules, contradictions, find_renaming, renamed
 from .base import BaseModel
-from .experts import expert_modules, of_expert
+from .experts import expert_modules, of_expert, put_together
 from .files import open_regular, quote, read_limited
 from .header import FileStamp, TensorInfo, parse_header, read_header
 
@@ -47,28 +47,24 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Largest rank over the modules."""
-        return max(shape.rank for shape in self.modules.values())
+        """Largest rank over the modules, without parameters that were trained whole."""
+        return max(shape.rank for shape in self.modules.values() if not shape.form.whole)
 
     def refuse_special(self) -> None:
         """Raises an `AdapterError` where not all its modules are linear layers, to be written as such."""
         for name, shape in self.modules.items():
-            if shape.stack or any("embedding" in key for key in shape.keys.values()):
+            if shape.stack or shape.form.whole or any("embedding" in key for key in shape.keys.values()):
                 raise AdapterError(
-                    f"it adapts {quote(name)}, an embedding or experts in one parameter, which is supported where a "
-                    "LoRA adapter is trained, expected linear layers only"
+                    f"it adapts {quote(name)}, an embedding or experts in one parameter or a bias, which is supported "
+                    "where a LoRA adapter is trained, expected linear layers only"
                 )
 
     def fit(self, base: BaseModel) -> "Adapter":
-        """
-        Returns it with the layers named as the model names them, and a warning where it records another base model.
-
-        Raises:
-            AdapterError: A layer or its shape is not the model's.
-        """
-        change = find_renaming(*self._names(base))
+        """Returns it with the model's names, and a warning where it records another model; raises `AdapterError`."""
+        own = put_together(self.modules, base.layers)
+        change = find_renaming(*_names(own, base))
         modules: dict[str, ModuleShape] = {}
-        for name, shape in self.modules.items():
+        for name, shape in own.items():
             name = renamed(name.replace(".base_layer", "") if shape.stack else name, change)
             stacked = shape.stack and expert_modules(name, shape, self.config, base.layers)
             modules |= stacked or {name: shape}
@@ -78,7 +74,13 @@ class Adapter:
                 f"unexpected tensor {quote(unknown[0])}: it is no LoRA factor, and no layer of the model"
             )
         for name, shape in modules.items():
-            found, expected = (shape.in_features, shape.out_features), tuple(base.layers[name])
+            if shape.form.whole and name not in base.wholes:
+                raise AdapterError(
+                    f"{quote(name)} was trained besides the adapter, which needs a LoRA run with the same "
+                    "`modules_to_save`, `bias` or `lora_bias`, and a model that is not sharded"
+                )
+            expected = tuple((base.wholes if shape.form.whole else base.layers)[name])
+            found = shape.in_features, shape.out_features
             if found != expected:
                 raise AdapterError(
                     f"trained on another base model: {quote(name)} maps {found[0]} features to {found[1]}, expected "
@@ -89,22 +91,18 @@ class Adapter:
             warnings += (f"recorded base model {quote(recorded)} differs from {base.name}; the shapes fit",)
         return dataclasses.replace(self, modules=modules, copies=copies, warnings=warnings)
 
-    def _names(self, base: BaseModel) -> tuple[list[str], Collection[str]]:
-        """Returns names of the adapter's modules, and those that the model has of such."""
-        names = [name for name, shape in self.modules.items() if shape.stack is None]
-        if names:
-            return names, base.layers
-        holders = dict.fromkeys(".".join(name.split(".")[:-2]) for name in base.layers if name[-1].isdigit())
-        return [name.replace(".base_layer", "") for name in self.modules], holders
+
+def _names(modules: Mapping[str, ModuleShape], base: BaseModel) -> tuple[list[str], Collection[str]]:
+    """Returns names of an adapter's layers, and those that the model has of such."""
+    names = [name for name, shape in modules.items() if shape.stack is None and not shape.form.whole]
+    if names:
+        return names, base.layers
+    holders = dict.fromkeys(".".join(name.split(".")[:-2]) for name in base.layers if name[-1].isdigit())
+    return [name.replace(".base_layer", "") for name, shape in modules.items() if shape.stack], holders
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
-    """
-    Reads the description of an adapter: its configuration and the header of its weights, but no tensor.
-
-    Raises:
-        AdapterError: The reason why it cannot be used. Pickled weights (`adapter_model.bin`) are never opened.
-    """
+    """Reads the configuration of an adapter and the header of its weights, no tensor; raises `AdapterError`."""
     path = Path(path)
     config = parse_config(read_limited(path / CONFIG_NAME, MAX_CONFIG_BYTES))
     return _described(path, config, *read_header(path / WEIGHTS_NAME))
@@ -132,14 +130,9 @@ def load_factors(
     weight: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, LoraFactors]:
     """
-    Loads an adapter's updates by module name.
+    Loads an adapter's updates by module name; raises `AdapterError`.
 
-    `data` is from [`read_weights`], where the file has been read already; `weight` gives the base model's weight of a
-    module, of which DoRA's update is computed.
-
-    Raises:
-        AdapterError: The file changed since it was read, values are not finite or absurdly large, or there is no
-            `weight` for an adapter that needs it.
+    `data` is from [`read_weights`], where that was called; `weight` gives the base model's weights, if any.
     """
     # Read into memory instead of mapped: a training run that truncates a mapped file kills this process (SIGBUS).
     data = read_weights(adapter) if data is None else data

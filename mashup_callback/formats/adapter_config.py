@@ -24,11 +24,11 @@ _LITERAL = frozenset(string.ascii_letters + string.digits + "_-.")
 _COMMON = {
     *("auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "peft_version"),
     *("peft_type", "r", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type"),
-    "target_modules",
+    *("target_modules", "modules_to_save"),
 }
 _LORA = _COMMON | {
     *("corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_dropout", "lora_ga_config"),
-    *("megatron_core", "qalora_group_size", "runtime_config"),
+    *("lora_bias", "megatron_core", "qalora_group_size", "runtime_config"),
     *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias", "target_parameters"),
 }
 _ADALORA = (_LORA - {"use_dora", "target_parameters"}) | {
@@ -42,8 +42,6 @@ _KNOWN = {"LORA": _LORA, "ADALORA": _ADALORA, "LOHA": _LYCORIS, "LOKR": _LYCORIS
 # The fields of the rank and of alpha, where they are not those of LoRA.
 _NAMES = {"ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}
 _FEATURES = {
-    "lora_bias": "the update has a bias",
-    "modules_to_save": "whole modules were trained besides the adapter",
     "trainable_token_indices": "embeddings were trained besides the adapter",
     "layer_replication": "the base model's layers are repeated",
     "megatron_config": "Megatron's parallel layers are adapted",
@@ -53,10 +51,6 @@ _FEATURES = {
 }
 # Tasks for which peft trains and saves a head whether asked to or not.
 _HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_OWN_HEAD = (
-    "and its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the head "
-    "alone: one trained with `task_type=None`, or on the same base model for another task"
-)
 
 
 @dataclass(frozen=True)
@@ -73,8 +67,11 @@ class AdapterConfig:
     base_model: str | None = None
     revision: str | None = None
     task_type: str | None = None
-    target_modules: str | tuple[str, ...] | None = None
+    target_modules: str | tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    trains_biases: bool = False
+    lora_bias: bool = False
 
     def rank_of(self, module: str) -> int:
         """Returns the rank that the configuration gives the module of this name."""
@@ -98,11 +95,9 @@ class AdapterConfig:
 
 def parse_config(data: bytes) -> AdapterConfig:
     """
-    Parses an `adapter_config.json`; no regular expression in it is ever run, and nothing that it names is followed.
+    Parses an `adapter_config.json`, of which no regular expression is ever run; raises `AdapterError`.
 
-    Raises:
-        AdapterError: It is no configuration of LoRA, AdaLoRA, LoHa or LoKr. Fields that are not known here may be
-            present only while they are unset (`null`, `false`, zero or empty).
+    Fields that are not known here may be present only while they are unset (`null`, `false`, zero or empty).
     """
     fields = parse_object(data, CONFIG_NAME)
     peft_type = fields.get("peft_type")
@@ -126,8 +121,11 @@ def parse_config(data: bytes) -> AdapterConfig:
         base_model=_text(fields, "base_model_name_or_path"),
         revision=_text(fields, "revision"),
         task_type=_text(fields, "task_type"),
-        target_modules=_targets(fields.get("target_modules")),
-        target_parameters=_parameters(fields.get("target_parameters")),
+        target_modules=_targets(fields),
+        target_parameters=_strings(fields, "target_parameters"),
+        modules_to_save=_strings(fields, "modules_to_save"),
+        trains_biases=fields.get("bias", "none") != "none",
+        lora_bias=_flag(fields, "lora_bias"),
     )
 
 
@@ -138,13 +136,17 @@ def _check_features(fields: Mapping[str, Any], known: Collection[str]) -> None:
             f"`init_lora_weights` is {quote(init)}, which may have changed the base model that the adapter fits. Save "
             "it for the original base with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
         )
-    if fields.get("bias", "none") != "none":
-        raise AdapterError(f"`bias` is {quote(fields['bias'])}, expected none: trained biases cannot be merged")
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(f"`bias` is {quote(fields['bias'])}, expected none, all or lora_only")
+    if (task := fields.get("task_type")) in _HEADED and (heads := fields.get("modules_to_save")):
+        raise AdapterError(
+            f"`modules_to_save` is {quote(heads)}: it was trained with a head of its own (`task_type` {task}), and "
+            "its update fits that head and its labels, not the one of this run. Expected an adapter that leaves the "
+            "head alone: one trained with `task_type=None`, or on the same base model for another task"
+        )
     for name, value in fields.items():
         if name not in known and value:
             why = _FEATURES.get(name, "it is not known to leave the update at scaling·B·A")
-            if name == "modules_to_save" and fields.get("task_type") in _HEADED:
-                why = f"it was trained with a head of its own (`task_type` {fields['task_type']}), {_OWN_HEAD}"
             raise AdapterError(f"`{quote(name)}` is set to {quote(value)}, which is not supported: {why}")
 
 
@@ -172,18 +174,16 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _targets(value: Any) -> str | tuple[str, ...] | None:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if not isinstance(value, str | None):
-        raise AdapterError(f"`target_modules` is {quote(value)}, expected a string, a list of strings or null")
-    return value
+def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
+    value = fields.get("target_modules")
+    return value if isinstance(value, str) else _strings(fields, "target_modules")
 
 
-def _parameters(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | None) or not all(isinstance(item, str) for item in value or ()):
-        raise AdapterError(f"`target_parameters` is {quote(value)}, expected a list of strings or null")
-    return tuple(value or ())
+def _strings(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = fields.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise AdapterError(f"`{name}` is {quote(value)}, expected a list of strings or null")
+    return tuple(value)
 
 
 def _pattern(value: Any, name: str, check: Callable[[Any, str], float]) -> dict[str, Any]:

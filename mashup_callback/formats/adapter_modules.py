@@ -17,24 +17,27 @@ _KEY_PREFIX = "base_model.model."
 _TEXT_MODEL = {"model", "language_model", "text_model"}
 # The end of the name of a base model's weight, of which peft stores copies for embeddings and heads.
 _WHOLE = ".weight"
+# The end of the name of a bias that LoRA trains after B.
+_LORA_BIAS = ".lora_B.bias"
 # Work on a name grows with the square of its length, and a header has room for one of 10 MB.
 _MAX_KEY = 1024
-# peft, which tries a regular expression for each, would take minutes for so many.
+# peft, which tries a regular expression for each, would take minutes for so many; comparing ends is quicker.
 _MAX_LOOKUPS = 1_000_000
 _FEATURE_KEYS = {
-    ".bias": "trained biases are not supported",
+    ".bias": "trained biases are neither `bias` nor `lora_bias` in its configuration",
     "modules_to_save": "modules trained besides the adapter are not supported",
     "trainable_tokens": "embeddings trained besides the adapter are not supported",
     "hada_t": "only linear layers are supported, and this is a convolution",
     "lokr_t": "only linear layers are supported, and this is a convolution",
 }
+_NO_NAMES = ("lora_", *_FEATURE_KEYS)
 
 
 @dataclass(frozen=True)
 class Stack:
     """
-    What is known of factors that several experts share: the `parameters` that `target_parameters` names of their
-    module and how many of these are wrapped around, and, with the model known, which `expert` of how many it is.
+    Experts that share factors: `parameters` of their module that `target_parameters` names, the `depth` at which they
+    are wrapped, and, with the model known, which `expert` of how many it is.
     """
 
     parameters: tuple[str, ...] = ()
@@ -44,11 +47,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """
-    One adapted layer: its sizes, the factor on the update, and the keys of its parts in the weights file.
-
-    It has a `stack` where it is an expert, or several experts until it is compared with the model.
-    """
+    """One adapted layer, or parameter, or expert of a `stack`, with the keys of its parts in the weights file."""
 
     rank: int
     in_features: int
@@ -62,18 +61,15 @@ class ModuleShape:
 def adapter_modules(
     config: AdapterConfig, tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, ModuleShape], dict[str, str]]:
-    """
-    Groups the tensors of a weights file by their modules, and gives the keys of whole weights that are stored besides.
-
-    Raises:
-        AdapterError: They make no update.
-    """
+    """Groups tensors by their modules, and gives the keys of copies of base weights; raises `AdapterError`."""
+    if (count := len(config.modules_to_save)) * "".join(tensors).count(".") > 10 * _MAX_LOOKUPS:
+        raise AdapterError(f"`modules_to_save` has {count:,} entries for {len(tensors):,} tensors, more than it needs")
     # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
     prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
     keys: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
     for key in tensors:
-        name, part = _place(key, prefix, config.peft_type)
+        name, part = _place(key, prefix, config)
         held, place = (copies, name) if part == _WHOLE else (keys.setdefault(name, {}), part)
         if held.setdefault(place, key) != key:
             raise AdapterError(f"{quote(key)} and {quote(held[place])} are one tensor under two names")
@@ -83,7 +79,10 @@ def adapter_modules(
         if (count := len(getattr(config, pattern))) * len(keys) > _MAX_LOOKUPS:
             raise AdapterError(f"`{pattern}` has {count:,} entries for {len(keys):,} modules, far more than it needs")
     modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
-    if not modules:
+    if config.modules_to_save and not any(shape.form.whole for shape in modules.values()):
+        named = quote(", ".join(config.modules_to_save))
+        raise AdapterError(f"`modules_to_save` names {named}, expected tensors of these modules")
+    if all(shape.form.whole for shape in modules.values()):
         raise AdapterError("all its ranks are zero: it changes nothing")
     if config.target_parameters and not any(shape.stack for shape in modules.values()):
         found = quote(", ".join(config.target_parameters))
@@ -97,7 +96,8 @@ def contradictions(config: AdapterConfig, modules: Mapping[str, ModuleShape]) ->
     if not isinstance(targets, tuple) or not targets:
         return ()
     named = set(targets)
-    found_by = {name: named.intersection(_ends(name)) for name, shape in modules.items() if shape.stack is None}
+    layers = [name for name, shape in modules.items() if shape.stack is None and not shape.form.whole]
+    found_by = {name: named.intersection(_ends(name)) for name in layers}
     extra = [name for name, ends in found_by.items() if not ends]
     missing = sorted(named.difference(*found_by.values()))
     found = [f"{len(extra)} modules have tensors, such as {quote(extra[0])}, that it does not name"] if extra else []
@@ -116,11 +116,7 @@ def find_renaming(names: Sequence[str], layers: Collection[str]) -> tuple[str, s
     """
     Returns the one change of a prefix, what is removed and what is added, that makes these the model's names.
 
-    One is added or removed where wrappers such as sentence-transformers make it necessary, and replaced where a
-    language model is trained or loaded with its vision tower.
-
-    Raises:
-        AdapterError: If no change fits, or several do.
+    It is due to wrappers such as sentence-transformers, or to a vision tower; none or several raise `AdapterError`.
     """
     if all(name in layers for name in names):
         return "", ""
@@ -157,20 +153,34 @@ def _renamings(names: Sequence[str], layers: Iterable[str]) -> list[tuple[str, s
     return list(found)
 
 
-def _place(key: str, prefix: str, peft_type: str) -> tuple[str, str]:
-    """Returns the module that a tensor belongs to, and which part of its update it is."""
+def _place(key: str, prefix: str, config: AdapterConfig) -> tuple[str, str]:
+    """Returns the module or the parameter that a tensor belongs to, and which part of its update it is."""
     if len(key) > _MAX_KEY:
         raise AdapterError(
             f"the tensor {quote(key)} has a name of {len(key):,} characters, expected up to {_MAX_KEY:,}"
         )
-    for end, part in ENDS[peft_type].items():
-        name = key[len(prefix) : -len(end) - 1]
-        if name and key.startswith(prefix) and key.endswith(f".{end}"):
-            return name, part
-    if key.startswith(prefix) and key.endswith(_WHOLE) and not any(part in key for part in ("lora_", *_FEATURE_KEYS)):
-        return key.removeprefix(prefix).removesuffix(_WHOLE).removesuffix(".base_layer"), _WHOLE
+    ends, name = ENDS[config.peft_type], key.removeprefix(prefix)
+    for end, part in ends.items() if key.startswith(prefix) else ():
+        if name.endswith(f".{end}"):
+            return name.removesuffix(f".{end}"), part
+    if config.lora_bias and name.endswith(_LORA_BIAS):
+        return name.replace(_LORA_BIAS, ".bias"), _LORA_BIAS[1:]
+    if key.startswith(prefix) and not any(part in key.removesuffix(".bias") for part in _NO_NAMES):
+        name = name.replace(".base_layer", "")
+        if _is_whole(name, config):
+            return name, "whole"
+        if name.endswith(_WHOLE):
+            return name.removesuffix(_WHOLE), _WHOLE
     reason = next((why for part, why in _FEATURE_KEYS.items() if part in key), "it is no LoRA factor")
-    raise AdapterError(f"unexpected tensor {quote(key)}: {reason}; expected {prefix}<module>.{next(iter(ENDS))}")
+    raise AdapterError(f"unexpected tensor {quote(key)}: {reason}; expected {prefix}<module>.{next(iter(ends))}")
+
+
+def _is_whole(name: str, config: AdapterConfig) -> bool:
+    """Whether the configuration says that a parameter was trained whole; peft compares the ends of modules' names."""
+    parts = name.split(".")
+    modules = (".".join(parts[:length]) for length in range(1, len(parts)))
+    is_bias = config.trains_biases and parts[-1] == "bias"
+    return is_bias or any(module.endswith(config.modules_to_save) for module in modules)
 
 
 def _is_used(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
@@ -188,12 +198,13 @@ def _module_shape(
     except (AdapterError, RuntimeError, IndexError, TypeError) as error:
         raise AdapterError(f"the tensors of {quote(name)} make no update: {quote(error)}") from error
     stack = _stack(name, config)
-    if stack and form.rescales:
+    if stack and form.of_weight:
         raise AdapterError(f"{quote(name)} has the magnitudes of DoRA, expected none for experts in one parameter")
-    rank = config.rank_of(name)
-    if stack is None:
+    layer = name.removesuffix(".bias")
+    rank = config.rank_of(layer)
+    if stack is None and not form.whole:
         _check_rank(name, rank, parts, config)
-    scaling = config.scaling_of(name, rank)
+    scaling = config.scaling_of(layer, rank)
     return ModuleShape(factors.rank, factors.in_features, factors.out_features, scaling, keys, form, stack)
 
 

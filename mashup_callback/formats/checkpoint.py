@@ -99,12 +99,7 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
     def fit(self, base: BaseModel) -> "Checkpoint":
-        """
-        Returns it with the tensors named as the model names them, after checking that they can take their place.
-
-        Raises:
-            CheckpointError: It is of another architecture or vocabulary, or a tensor is missing or has another shape.
-        """
+        """Returns it with the model's names; raises `CheckpointError` where it cannot take the model's place."""
         if base.refusal:
             raise CheckpointError(base.refusal)
         model = base.tensors
@@ -124,12 +119,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """
-    Reads the description of a full checkpoint: its configuration, the index and the headers of its shards, no tensor.
-
-    Raises:
-        CheckpointError: The reason why it cannot be used.
-    """
+    """Reads the configuration, the index and the headers of a full checkpoint, no tensor; raises `CheckpointError`."""
     return describe_checkpoint(Directory(Path(path)), Path(path))
 
 
@@ -147,12 +137,7 @@ def describe_checkpoint(files: Files, path: Path | None = None) -> Checkpoint:
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """
-    Reads one tensor from its memory-mapped shard, which is unmapped as soon as the tensor is dropped.
-
-    Raises:
-        CheckpointError: The shard changed since its header was read, or a value is not finite.
-    """
+    """Reads one tensor, whose shard stays mapped until it is dropped; raises `CheckpointError`."""
     stored = checkpoint.tensors[name]
     tensor = _read(checkpoint, stored)
     for copy in stored.copies:

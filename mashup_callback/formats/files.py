@@ -42,12 +42,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """
-    Parses strict JSON that must be one object: no NaN or Infinity, no key twice, no nesting without end.
-
-    Raises:
-        AdapterError: The text is anything else; `what` names it in the message.
-    """
+    """Parses strict JSON that must be one object: no NaN or Infinity, no key twice; raises `AdapterError`."""
     if data.count(b",") >= MAX_VALUES:
         raise AdapterError(f"{what} holds more than {MAX_VALUES:,} values, far more than such a file needs")
     try:

@@ -66,13 +66,7 @@ def header_end(start: bytes) -> int:
 
 
 def parse_header(start: bytes, file_size: int) -> dict[str, TensorInfo]:
-    """
-    Returns the tensors by key that the first bytes of a file, at least through the end of its header, describe.
-
-    Raises:
-        AdapterError: The header is malformed, the tensors do not fill the file exactly, or one is not of a floating
-            point type of 16 bits or more.
-    """
+    """Returns the tensors that the first bytes of a file, through its header, describe; raises `AdapterError`."""
     end = header_end(start)
     try:
         with tempfile.NamedTemporaryFile() as file:

@@ -34,32 +34,35 @@ class Form:
     """
     A form of the update: the parts that it needs, and its factors, with scaling 1.0, by these parts.
 
-    `dense` gives the whole update where that is cheaper than by its factors; `rescales` is said of DoRA.
+    `dense` gives the whole update where that is cheaper than by its factors, `of_weight` where it depends on the base
+    model's weight, for the reason `why`; `whole` is one of a parameter that was trained besides the adapter.
     """
 
     parts: frozenset[str]
     factors: Callable[[Parts], LoraFactors]
     dense: Callable[[Parts], torch.Tensor] | None = None
-    rescales: bool = False
+    of_weight: Callable[[Parts, float, torch.Tensor], torch.Tensor] | None = None
+    why: str = ""
+    whole: bool = False
 
     def update(self, parts: Parts, scaling: float, weight: Callable[[], torch.Tensor] | None = None) -> LoraFactors:
-        """Returns the update; `weight` gives the base model's weight, which DoRA rescales."""
+        """Returns the update; `weight` gives the base model's weight, on which some depend."""
         # Outlined first: factors of products may be very many more numbers than the parts.
         outline = self.factors({name: part.to("meta") for name, part in parts.items()})
         shape = outline.out_features, outline.in_features
-        if self.rescales:
+        if of_weight := self.of_weight:
             if weight is None:
-                raise AdapterError("DoRA rescales the base model's weights, and there is no base model here to read")
-            return DenseUpdate(parts, lambda own: _rescaled(own, scaling, weight()), shape)
+                raise AdapterError(f"{self.why}, and there is no base model here to read")
+            return DenseUpdate(parts, lambda own: of_weight(own, scaling, weight()), shape, self.whole)
         if (dense := self.dense) and outline.rank * sum(shape) > _MAX_SHARE * shape[0] * shape[1]:
-            return DenseUpdate(parts, lambda own: scaling * dense(own), shape)
+            return DenseUpdate(parts, lambda own: scaling * dense(own), shape, self.whole)
         factors = self.factors(parts)
         return LoraFactors(factors.A, factors.B, scaling)
 
 
 def find_form(peft_type: str, use_dora: bool, parts: Iterable[str]) -> Form:
     """Returns the form that consists of these parts; raises `AdapterError` where there is none."""
-    found, forms = frozenset(parts), _FORMS["DORA" if use_dora else peft_type]
+    found, forms = frozenset(parts), (*_BESIDES, *_FORMS["DORA" if use_dora else peft_type])
     for form in forms:
         if form.parts == found:
             return form
@@ -150,9 +153,28 @@ def _lokr_parts() -> list[frozenset[str]]:
     return [frozenset(first | second) for first in sides[0] for second in sides[1]]
 
 
+def _whole(parts: Parts) -> LoraFactors:
+    """The one part, a vector as one column."""
+    [value] = parts.values()
+    if value.ndim not in (1, 2) or not value.numel():
+        raise AdapterError(f"found shape {tuple(value.shape)}, expected a matrix or a vector")
+    shape = len(value), value.numel() // len(value)
+    return DenseUpdate(parts, lambda own: next(iter(own.values())).reshape(shape), shape, whole=True)
+
+
+def _difference(parts: Parts, scaling: float, weight: torch.Tensor) -> torch.Tensor:
+    return _whole(parts).delta() - weight.to(parts["whole"])
+
+
+_BESIDES = (
+    Form(frozenset({"whole"}), _whole, None, _difference, "other parameters were trained besides the adapter", True),
+    Form(frozenset({"lora_B.bias"}), _whole, lambda parts: _whole(parts).delta(), whole=True),
+)
 _FORMS: Mapping[str, tuple[Form, ...]] = {
     "LORA": (Form(frozenset("AB"), _lora),),
-    "DORA": (Form(frozenset({"A", "B", "magnitude"}), _dora, rescales=True),),
+    "DORA": (
+        Form(frozenset({"A", "B", "magnitude"}), _dora, None, _rescaled, "DoRA rescales the base model's weights"),
+    ),
     "ADALORA": (Form(frozenset("ABE"), _adalora),),
     "LOHA": (Form(frozenset(_LOHA), _loha, _loha_dense),),
     "LOKR": tuple(Form(parts, _lokr, _lokr_dense) for parts in _lokr_parts()),

@@ -21,10 +21,7 @@ def extract(
     """
     Writes the best low-rank approximation of a checkpoint's update of the model's base as an adapter.
 
-    Every process must call it with the same candidates in the same order.
-
-    Raises:
-        AdapterError: No layer has an update, or the ranks keep less of its squared norm than `min_kept_energy`.
+    Every process must call it; an `AdapterError` is raised where it keeps less than `min_kept_energy`.
     """
     factors, kept = low_rank_update(model, checkpoint, ranks)
     rank = max(ranks.values())
@@ -48,10 +45,7 @@ def low_rank_update(
 
     The model's adapters are left out, and so is what other weights than those with a rank changed. Every process must
     call it. Returns the factors by layer, with scaling 1.0, and the share of the squared Frobenius norm of the whole
-    update, embeddings and all, that they keep.
-
-    Raises:
-        AdapterError: No layer has an update.
+    update, embeddings and all, that they keep; raises an `AdapterError` where no layer has an update.
     """
     factors, kept, total = {}, 0.0, 0.0
     layers = linear_layers(model)

@@ -36,7 +36,7 @@ def energy(factors: Factors) -> float:
 
 def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
     """Returns the best approximation of updates in the layers and the ranks of the trained adapter."""
-    known = {name: update for name, update in factors.items() if name in adapter.targets}
+    known = {name: update for name, update in factors.items() if name in adapter.ranks}
     if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
         return known
     return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
@@ -59,35 +59,28 @@ def held(model: nn.Module, adapter: TrainedAdapter, factors: Factors) -> Iterato
 @torch.no_grad()
 def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
     """
-    Returns what the trained adapter's parameters will hold of a merge.
+    Returns what the trained adapter's parameters will hold of a merge of no larger ranks.
 
     They get the merge's singular vectors, with the roots of the singular values on either side, and A as large as the
     fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does not fill
     keep the fresh rows of A and get zero columns of B: with both zero they would never learn.
-
-    Raises:
-        ValueError: A layer of the merge has a larger rank than the trained adapter's.
     """
-    return {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
+    wholes = {name: update for name, update in merged.items() if name in adapter.wholes}
+    return wholes | {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
 
 
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
     fresh = LoraFactors(target.A, target.B, target.scaling)
     if target.reverse:
-        return _transposed(_fit_factors(update and _transposed(update), _transposed(fresh), target.name))
-    return _fit_factors(update, fresh, target.name)
+        return _transposed(_fit_factors(update and _transposed(update), _transposed(fresh)))
+    return _fit_factors(update, fresh)
 
 
 def _transposed(update: LoraFactors) -> LoraFactors:
     return LoraFactors(update.B.T, update.A.T, update.scaling)
 
 
-def _fit_factors(update: LoraFactors | None, fresh: LoraFactors, name: str) -> LoraFactors:
+def _fit_factors(update: LoraFactors | None, fresh: LoraFactors) -> LoraFactors:
     if update is None:
         return LoraFactors(fresh.A.clone(), torch.zeros_like(fresh.B), fresh.scaling)
-    if update.rank > fresh.rank:
-        raise ValueError(
-            f"The merge has rank {update.rank} in layer {name}, the trained adapter {fresh.rank}. Merge with "
-            "`ranks=adapter.ranks`."
-        )
     return trainable(update, fresh)

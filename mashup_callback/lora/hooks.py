@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import BypassedError
 from ..lowrank import Factors, LoraFactors
-from ..model import clean_name, expert_parameters, linear_layers, output_head
+from ..model import clean_name, expert_parameters, linear_layers, output_head, replaced, whole_parameters
 from .experts import experts_changed
 from .fitting import Holder, energy
 
@@ -27,17 +27,17 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
     """
     Context in which the model, wrapped or not, computes y + s·(x Aᵀ) Bᵀ in the layers that have an update.
 
-    x Aᵀ is computed in the factors' data type, as peft does, and once for all layers that are given the same input.
-    Experts that are parts of one parameter get their updates while their module runs.
-
-    Raises a `BypassedError` on exit if a layer's forward was not called though that of the module around it was. Where
-    that is noted, see [`note_bypassed`], the adapter that is trained holds the updates of these layers meanwhile.
+    Experts that are parts of one parameter get theirs while their module runs, and what was trained whole takes the
+    place of the base model's. Raises a `BypassedError` on exit if a layer's forward was not called though that of the
+    module around it was; where that is noted, see [`note_bypassed`], the adapter that is trained holds its update.
     """
     if not factors:
         yield
         return
     structure = _STRUCTURES.get(model) or _Structure(model)
     bypassed = {name: update for name, update in factors.items() if name in structure.bypassed}
+    # With the adapter on, the base model's are not what is computed with.
+    bypassed |= {name: factors[name] for name in structure.wholes.keys() & factors.keys() if bypassed}
     reached = {name: update for name, update in factors.items() if name not in bypassed}
     with _held(structure, bypassed) if bypassed else nullcontext(), _hooked(structure, reached):
         yield
@@ -57,8 +57,10 @@ def _held(structure: "_Structure", factors: Factors) -> AbstractContextManager[N
 @contextmanager
 def _hooked(structure: "_Structure", factors: Factors) -> Iterator[None]:
     layers = {name: structure.layers[name] for name in factors if name in structure.layers}
-    with ExitStack() as hooks, _none_bypassed(structure, layers):
-        for experts in experts_changed(structure.experts, {n: f for n, f in factors.items() if n not in layers}):
+    wholes = {name: factors[name] for name in factors if name in structure.wholes}
+    others = {name: factors[name] for name in factors if name not in layers and name not in wholes}
+    with ExitStack() as hooks, _none_bypassed(structure, layers), replaced(structure.wholes, wholes):
+        for experts in experts_changed(structure.experts, others):
             hooks.enter_context(experts.module.register_forward_pre_hook(experts.change))
             hooks.enter_context(experts.module.register_forward_hook(experts.restore, always_call=True))
         for name, layer in layers.items():
@@ -77,7 +79,7 @@ class _Structure:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = linear_layers(model)
-        self.experts = expert_parameters(model)
+        self.experts, self.wholes = expert_parameters(model), whole_parameters(model)
         self.bypassed: set[str] = set()
         modules = extract_model_from_parallel(model).named_modules()
         self.modules = {clean_name(name): module for name, module in modules}
@@ -198,7 +200,7 @@ def _embed_scale(layer: nn.Module) -> float | torch.Tensor:
 
 
 class _SharedInput:
-    """The updates of layers that are given the same input, which is multiplied by A once."""
+    """The updates of layers that are given the same input, which is multiplied by A once, in A's type as in peft."""
 
     def __init__(self, layers: Sequence[nn.Module], updates: Sequence[LoraFactors]) -> None:
         device = next(layers[0].parameters()).device

@@ -195,7 +195,7 @@ def merge_adapters(
 
 
 def _largest_rank(factors: Factors) -> int:
-    return max((update.rank for update in factors.values()), default=0)
+    return max((update.rank for update in factors.values() if not update.whole), default=0)
 
 
 def _read_fitting(adapters: Sequence[str | Path | Candidate]) -> list[tuple[str, Adapter]]:

@@ -18,11 +18,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """
-    One layer that the trainee changes, by its name in the base model, with copies of A and B, whole even if sharded.
-
-    Of a fresh adapter B is zero, and A where `reverse`.
-    """
+    """A layer that the trainee changes, with whole copies of A and B; of a fresh one B is zero, or A if `reverse`."""
 
     name: str
     A: torch.Tensor
@@ -107,12 +103,7 @@ _VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
 
 
 def find_place(name: str, prefix: str, layer: LoraLayer, adapter: str) -> LinearPlace | None:
-    """
-    Returns where a layer keeps an adapter's factors; None for convolutions and other layers that no merge changes.
-
-    Raises:
-        ValueError: It is trained as a variant whose update is no scaling·B·A.
-    """
+    """Returns where a layer keeps its factors, None if no merge changes it; raises `ValueError` if it cannot be."""
     variant = layer.lora_variant.get(adapter)
     if variant is not None and type(variant) not in _VARIANTS and variant not in _VARIANTS:
         found = getattr(variant, "__name__", type(variant).__name__)

@@ -1,7 +1,6 @@
 """An adapter on disk as a candidate, and its update as hooks on the live model."""
 
 import threading
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from ..formats import Adapter, adapter_hash, load_factors, read_weights
 from ..lowrank import Factors
-from ..model import base_weight, refuse_huge
+from ..model import BaseWeights
 from .hooks import applied, bypass_warnings
 
 
@@ -53,17 +52,10 @@ _KEPT = _Kept()
 
 @dataclass(eq=False)
 class AdapterSource:
-    """
-    A LoRA adapter that fits the model, named as the model names its layers.
-
-    `norms` are those of the model's weights, `layers` the layers themselves.
-
-    Its file is read and hashed once: what was read stays in memory until [`AdapterSource.release`], within bounds.
-    """
+    """A LoRA adapter that fits the model; what was read of it stays in memory until `release`, within bounds."""
 
     adapter: Adapter
-    norms: Mapping[str, float] = field(default_factory=dict)
-    layers: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    weights: BaseWeights = field(repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
     _data: bytes | None = field(default=None, init=False, repr=False)
     _factors: Factors | None = field(default=None, init=False, repr=False)
@@ -80,15 +72,12 @@ class AdapterSource:
     def load(self, device: torch.device | str = "cpu") -> LoraUpdate:
         factors = self._factors
         if factors is None:
-            factors = load_factors(self.adapter, data=self._data, weight=self._weight if self.layers else None)
-            refuse_huge(factors, self.norms)
+            factors = load_factors(self.adapter, data=self._data, weight=self.weights)
+            self.weights.refuse_huge(factors)
             self.release()
             if self._keep(sum(update.nbytes for update in factors.values())):
                 self._factors = factors
         return LoraUpdate({name: update.to(device) for name, update in factors.items()})
-
-    def _weight(self, name: str) -> torch.Tensor:
-        return base_weight(self.layers[name])
 
     def fingerprint(self) -> str | None:
         if self._digest is None:

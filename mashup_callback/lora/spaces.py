@@ -4,10 +4,11 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
-from ..lowrank import LoraFactors, Truncation, shared_cores, truncate_core, truncate_dense
+from ..lowrank import DenseUpdate, LoraFactors, Truncation, shared_cores, truncate_core, truncate_dense
 from ..methods import MergeRule
 from ..model import random_state
 
@@ -40,7 +41,9 @@ class ModuleMerge:
             raise ValueError(f"Cannot merge module {name!r}: {error}") from error
 
     def _merge(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
-        if len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0]):
+        if present[0].whole:
+            return self._merge_whole(inputs, present)
+        if self._is_alone(inputs, present):
             return self._truncate(present[0], rank)
         if self.space == "factors":
             return self._merge_apart(inputs, rank)
@@ -65,11 +68,23 @@ class ModuleMerge:
             merged = zero
         return truncate_core(basis, merged, rank)
 
+    def _merge_whole(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> Truncation:
+        """Merges as full models are merged, in every space: the trained parameter holds all of it."""
+        merged = present[0].delta() if self._is_alone(inputs, present) else self._dense(inputs, present)
+        shape = present[0].out_features, present[0].in_features
+        return Truncation(DenseUpdate({"whole": merged}, itemgetter("whole"), shape, whole=True), 1.0)
+
     def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
-        zero = torch.zeros(present[0].out_features, present[0].in_features, device=present[0].A.device)
-        updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
         width = sum(_DENSE_WIDTH if f.dense else f.rank for f in present)
-        return truncate_dense(self.rule.merge(updates, self.weights), rank, width)
+        return truncate_dense(self._dense(inputs, present), rank, width)
+
+    def _is_alone(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> bool:
+        return len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0])
+
+    def _dense(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> torch.Tensor:
+        zero = torch.zeros_like(present[0].to(torch.float32).delta())
+        updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
+        return self.rule.merge(updates, self.weights)
 
     def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:
         pairs = [None if f is None else _split_scaling(f) for f in inputs]

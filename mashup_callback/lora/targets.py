@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ..lowrank import Factors, product_norm
-from ..model import adapter_host, clean_name, is_sharded, read_parameters
+from ..model import WholeParameter, adapter_host, clean_name, is_sharded, read_parameters, whole_parameters
 from .places import LinearPlace, Target, find_place
 
 
@@ -33,31 +33,43 @@ class TrainedAdapter:
     config: Any
     before: Mapping[str, torch.Tensor]
     places: Sequence[LinearPlace]
+    wholes: Mapping[str, WholeParameter]
 
     @property
     def ranks(self) -> dict[str, int]:
-        return {name: target.rank for name, target in self.targets.items()}
+        wholes = {name: min(whole.matrix.shape) for name, whole in self.wholes.items()}
+        return wholes | {name: target.rank for name, target in self.targets.items()}
 
     def values(self, factors: Factors) -> dict[str, torch.Tensor]:
         """Returns the values with which the adapter computes updates of all its layers, by parameter."""
         values = [place.values(factors, self.before) for place in self.places]
+        if not self.wholes.keys().isdisjoint(factors):
+            # All of them, as a saved adapter has all of them.
+            values.append({whole.name: self.before[whole.name] for whole in self.wholes.values()})
+            values += [{w.name: w.value(factors[name])} for name, w in self.wholes.items() if name in factors]
         return {name: value for part in values for name, value in part.items()}
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its updates are of linear layers only."""
-        return all(type(place) is LinearPlace for place in self.places)
+    def is_plain(self, factors: Factors) -> bool:
+        """Whether updates are of linear layers only."""
+        return all(type(place) is LinearPlace for place in self.places) and self.wholes.keys().isdisjoint(factors)
 
     def saved(self, factors: Factors, base_model: str | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns the configuration and the tensors that peft saves when the adapter computes updates."""
-        # Other modules that are trained start as the base model's, and what a file holds is not initialized.
-        ours = {"base_model_name_or_path": base_model, "modules_to_save": None, "init_lora_weights": True}
-        fields = self.config.to_dict() | ours | {"inference_mode": True}
+        # What a file holds is not initialized.
+        ours = {"base_model_name_or_path": base_model, "init_lora_weights": True, "inference_mode": True}
+        # Other modules that are trained start as the base model's where there is no update of them.
+        ours |= {"modules_to_save": None} if self.wholes.keys().isdisjoint(factors) else {}
+        fields = self.config.to_dict() | ours
         fields.pop("runtime_config", None)
         config = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
-        values = {name.replace(f".{self.name}", ""): value for name, value in self.values(factors).items()}
+        values = {self._saved_name(name): value for name, value in self.values(factors).items()}
         tensors = {f"base_model.model.{name}": value.cpu().contiguous() for name, value in values.items()}
-        return config, {name.replace("_vector.weight", "_vector"): value for name, value in tensors.items()}
+        return config, tensors
+
+    def _saved_name(self, parameter: str) -> str:
+        layer = parameter.removesuffix(".bias")
+        name = f"{layer}.base_layer.bias" if layer in self.targets else parameter
+        return name.replace(f".{self.name}", "").replace(".modules_to_save", "").replace("_vector.weight", "_vector")
 
 
 def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | None:
@@ -71,11 +83,13 @@ def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | 
     _refuse_initialization(config)
     places = _places(layers, adapter)
     _refuse_sharded(model, places)
+    wholes = {name: whole for name, whole in whole_parameters(model).items() if whole.trained.requires_grad}
     before = read_parameters(model, [name for place in places for name in place.parameters])
+    before |= {whole.name: whole.held() for whole in wholes.values()}
     targets = {target.name: target for place in places for target in place.targets(before)}
     if not overwrite:
         _refuse_trained(targets.values())
-    return TrainedAdapter(adapter, targets, config, before, places)
+    return TrainedAdapter(adapter, targets, config, before, places, wholes)
 
 
 def _trained_name(layers: _Layers) -> str | None:

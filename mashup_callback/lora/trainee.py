@@ -12,7 +12,7 @@ from ..candidates import Candidate, read_source
 from ..config import MashupConfig
 from ..distributed import failing_together, on_main_process
 from ..formats import BaseModel, Description, write_adapter, write_tensors
-from ..model import compute_device, linear_layers, weight_norms, write_parameters
+from ..model import BaseWeights, compute_device, write_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap
@@ -31,7 +31,7 @@ class LoraTrainee:
     def __init__(self, model: nn.Module, adapter: TrainedAdapter, config: MashupConfig, workspace: Workspace) -> None:
         self.model, self.adapter, self.config, self.workspace = model, adapter, config, workspace
         self.base = BaseModel.of(model, config.base_model)
-        self._norms = weight_norms(model)
+        self._weights = BaseWeights(model)
         self._sources = {"adapter": self._adapter_source, "model": self._extracted}
 
     def check(self, description: Description) -> Description:
@@ -57,7 +57,7 @@ class LoraTrainee:
                 device=compute_device(self.model),
             )
         )
-        return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.targets)
+        return LoraUpdate(fit(merged.factors, self.adapter)), merged.info(self.adapter.ranks)
 
     def written(self, update: LoraUpdate) -> AbstractContextManager[None]:
         """Returns a context in which the adapter holds an update of any rank, cut to its own."""
@@ -82,7 +82,7 @@ class LoraTrainee:
 
     def save(self, update: LoraUpdate, directory: Path, base_model: str | None) -> None:
         """Writes an update as a PEFT adapter, in the ranks and the precision of the trained one."""
-        if not self.adapter.is_plain:
+        if not self.adapter.is_plain(update.factors):
             write_tensors(directory, *self.adapter.saved(update.factors, base_model))
             return
         task_type = getattr(self.adapter.config.task_type, "value", self.adapter.config.task_type)
@@ -92,7 +92,7 @@ class LoraTrainee:
         self.workspace.close()
 
     def _adapter_source(self, adapter: Any) -> AdapterSource:
-        return AdapterSource(adapter, self._norms, linear_layers(self.model))
+        return AdapterSource(adapter, self._weights)
 
     def _extracted(self, checkpoint: Any) -> AdapterSource:
         path = self.workspace.new("extracted")

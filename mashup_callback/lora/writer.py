@@ -20,29 +20,10 @@ def save_adapter(
     dtype: torch.dtype | None = None,
 ) -> Path:
     """
-    Saves factors as a plain LoRA adapter that `PeftModel.from_pretrained` loads.
+    Saves factors as a plain LoRA adapter that `PeftModel.from_pretrained` loads, and returns its directory.
 
-    The directory appears under its name only when it is complete; one that this package wrote before is replaced.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Where to write. An existing directory must be empty or written by this package.
-        factors (`Mapping[str, LoraFactors]`):
-            The updates by module name in the base model.
-        base_model (`str`, *optional*):
-            Name of the base model to record.
-        revision (`str`, *optional*):
-            Its revision.
-        task_type (`str`, *optional*):
-            peft's task type, for example `"CAUSAL_LM"`.
-        dtype (`torch.dtype`, *optional*):
-            Data type to store; by default the factors' own.
-
-    Returns:
-        `Path`: the directory.
-
-    Raises:
-        ValueError: If there are no factors, or the directory holds anything else, such as a trained adapter.
+    It appears under its name only when it is complete; one that this package wrote before is replaced, and anything
+    else there, such as a trained adapter, is a `ValueError`. `dtype` is that of the factors if None.
     """
     with replacing(directory) as draft:
         write_adapter(draft, factors, base_model=base_model, revision=revision, task_type=task_type, dtype=dtype)

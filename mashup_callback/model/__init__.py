@@ -4,16 +4,13 @@ from .isolation import quantized_layers, random_state, undisturbed, with_adapter
 from .layers import (
     adapter_host,
     base_model_name,
-    base_weight,
     compute_device,
     expert_parameters,
     layer_shape,
     layer_shapes,
     linear_layers,
     output_head,
-    refuse_huge,
     unwrapped,
-    weight_norms,
 )
 from .parameters import (
     clean_name,
@@ -27,3 +24,5 @@ from .parameters import (
     write_parameters,
 )
 from .tensors import ModelTensors, describe_model
+from .weights import BaseWeights
+from .whole import WholeParameter, replaced, whole_parameters

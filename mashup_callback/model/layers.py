@@ -1,22 +1,12 @@
 """The linear layers of a live model, by their name in the base model."""
 
-import math
-from collections.abc import Mapping
-
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import AdapterError
-from ..lowrank import Factors
-from .parameters import clean_name, is_sharded, stream_parameters, whole_shape
-
-
-# Trained adapters changed a trained base by at most 0.65 of a weight's norm, and one with fresh weights by 4.6.
-MAX_UPDATE = 100.0
+from .parameters import clean_name, whole_shape
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -62,49 +52,11 @@ def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
     return shape if all(isinstance(size, int) for size in shape) else None
 
 
-@torch.no_grad()
-def base_weight(layer: nn.Module) -> torch.Tensor:
-    """Returns the weight of a linear layer as `(out_features, in_features)`; `AdapterError` if it is not all here."""
-    weight = dequantize_module_weight(layer).data
-    weight = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
-    if not _is_plain(weight) or tuple(weight.shape[::-1]) != layer_shape(layer):
-        raise AdapterError("it needs the base model's weights, and these are sharded or offloaded in this run")
-    return weight
-
-
-@torch.no_grad()
-def weight_norms(model: nn.Module) -> dict[str, float]:
-    """
-    Returns the Frobenius norms of a model's linear layers, without those that are quantized, offloaded or zero.
-
-    Where the model is sharded, every process must call it.
-    """
-    layers = linear_layers(model)
-    weights = ((name, getattr(layer, "weight", None)) for name, layer in layers.items())
-    if is_sharded(model):
-        whole = stream_parameters(model, {f"{name}.weight" for name in layers})
-        weights = ((name.removesuffix(".weight"), weight) for name, weight in whole)
-    norms = {name: torch.linalg.vector_norm(w.data, dtype=torch.float32) for name, w in weights if _is_plain(w)}
-    return {name: norm.item() for name, norm in norms.items() if norm > 0}
-
-
-def _is_plain(weight: torch.Tensor | None) -> bool:
+def is_plain(weight: torch.Tensor | None) -> bool:
+    """Whether a weight is in memory as numbers, all of it."""
     # Quantized and sharded weights are of other types or hold integers, offloaded ones are on the meta device.
     plain = weight is not None and type(weight.data) is torch.Tensor and not weight.is_meta
     return plain and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def refuse_huge(update: Factors, norms: Mapping[str, float]) -> None:
-    """Raises `AdapterError` for an update so large that it leaves nothing of a weight, as training from it fails."""
-    for name, factors in update.items():
-        limit = MAX_UPDATE * norms.get(name, math.inf)
-        # Not finite is too large as well.
-        if not factors.norm_bound() <= limit and not (norm := factors.norm()) <= limit:
-            times = norm / norms.get(name, 1.0)
-            raise AdapterError(
-                f"its update of {name} is {times:.1f} times as large as the weight (Frobenius norms), "
-                f"expected at most {MAX_UPDATE:g} times: it is broken, or of another base model"
-            )
 
 
 def compute_device(model: nn.Module) -> torch.device:

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.launching import Case, Launcher, Run
 from tests.full_model import save_models
 from tests.hostile.library import save_library
-from tests.tiny import llama
+from tests.tiny import llama, save_random_adapter
 
 
 CALLBACK = {"batch_size": 4}
@@ -19,7 +19,7 @@ CALLBACK = {"batch_size": 4}
 def places(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
     """
     Returns base model and candidates of `adapters`, of the full models `untied` and `tied`, of `hostile` adapters
-    beside good ones, or of these `good` ones.
+    beside good ones, of these `good` ones, or of `variants` that need the base model's weights.
     """
     made = {}
 
@@ -32,9 +32,18 @@ def places(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             "candidates": f"{directory}/{'*' if name == 'hostile' else '*-good'}",
         }
 
+    def variants() -> dict[str, str]:
+        directory = tmp_path_factory.mktemp("variants")
+        save_random_adapter(directory / "plain", 5)
+        save_random_adapter(directory / "dora", 5, use_dora=True)
+        save_random_adapter(directory / "head", 5, modules_to_save=["lm_head"])
+        return {"base": place("adapters")["base"], "candidates": f"{directory}/*"}
+
     def place(name: str) -> dict[str, str]:
         if name in ("hostile", "good"):
             return mixed(name)
+        if name == "variants":
+            return variants()
         if name not in made:
             directory = tmp_path_factory.mktemp(name)
             llama(tie_word_embeddings=name == "tied").save_pretrained(directory / "base")

@@ -316,9 +316,10 @@ HOSTILE_FIELDS = [
     ({"peft_type": "XLORA"}, "`peft_type` is XLORA"),
     ({"peft_type": ["LORA"]}, "`peft_type`"),
     ({"use_dora": True}, "lora_magnitude_vector is missing"),
-    ({"bias": "lora_only"}, "`bias` is lora_only"),
-    ({"lora_bias": True}, "`lora_bias`"),
-    ({"modules_to_save": ["lm_head"]}, "`modules_to_save`"),
+    ({"bias": "some"}, "`bias` is some"),
+    ({"lora_bias": 1}, "`lora_bias`"),
+    ({"modules_to_save": ["lm_head"]}, "`modules_to_save` names lm_head, expected tensors"),
+    ({"modules_to_save": ["a"] * 200_000}, "`modules_to_save` has 200,000 entries for 8 tensors"),
     ({"trainable_token_indices": [1]}, "`trainable_token_indices`"),
     ({"layer_replication": [[0, 1]] * 1000}, "`layer_replication`"),
     ({"target_parameters": ["experts.gate"]}, "`target_parameters`"),
@@ -371,7 +372,12 @@ def test_hostile_configurations_are_refused(sound, fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lora_dropout": 2}, {"eva_config": "x"}, {"layers_pattern": [1]}, {"inference_mode": "no"}], ids=str
+    "fields",
+    [
+        *({"lora_dropout": 2}, {"eva_config": "x"}, {"layers_pattern": [1]}, {"inference_mode": "no"}),
+        *({"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}),
+    ],
+    ids=str,
 )
 def test_fields_that_change_nothing_are_not_looked_at(sound, fields):
     before = adapter_hash(read_adapter(sound))

@@ -15,20 +15,20 @@ from mashup_callback.formats import (
     header,
     variants,
 )
-from mashup_callback.model import layers
+from mashup_callback.model import weights
 from tests.hostile.cases import CASES
 from tests.hostile.judging import Judge
 from tests.hostile.removal import Removal, removals
 
 
-MODULES = [adapter, adapter_config, adapter_modules, checkpoint, experts, files, header, layers, variants]
+MODULES = [adapter, adapter_config, adapter_modules, checkpoint, experts, files, header, variants, weights]
 # What no file of a stranger reaches, by a part of the removal's name.
 EXEMPT = {
     "it has not been downloaded yet": "a mistake in the use of these functions",
     "raise CheckpointError(base.refusal)": "the model that is trained, not the checkpoint, is at fault",
     "open_regular: without ValueError": "the user's own path",
     "_read: without OSError": "a shard that vanishes between two system calls",
-    "base_weight:": "the model that is trained, which is sharded or offloaded",
+    "BaseWeights.__call__:": "the model that is trained, which is sharded or offloaded",
     "refuse_huge: without not factors.norm_bound() <= limit": "saves time only",
 }
 REMOVALS = [one for module in MODULES for one in removals(module) if not any(part in str(one) for part in EXEMPT)]

@@ -1,5 +1,6 @@
 """Every variant of a candidate against peft's own forward with that adapter: taken in exactly, or rejected."""
 
+import re
 from functools import partial
 
 import pytest
@@ -82,6 +83,8 @@ MODELS = {
     "bert": (partial(made, BertModel, BertConfig(vocab_size=96, **SIZES)), ["query", "value", "output.dense"]),
 }
 LORA = partial(LoraConfig, r=4, lora_alpha=8)
+# What is trained besides LoRA's factors, and is tried in test_wholes.
+BESIDES = ("modules_to_save of embeddings, head and norms", "bias", "lora_bias")
 # How every variant of a candidate is taken in: as factors, as a dense update of one layer at a time, or not at all.
 CANDIDATES = {
     "LoRA": "exact",
@@ -104,9 +107,8 @@ CANDIDATES = {
     "LoHa with patterns": "exact",
     "LoKr with patterns": "dense",
     "target_parameters of experts": "exact",
-    "lora_bias": "rejected: the update has a bias",
-    "bias": "rejected: trained biases cannot be merged",
-    "modules_to_save": "rejected: whole modules were trained",
+    **{f"{kind}, trained here too": "exact" for kind in BESIDES},
+    **dict.fromkeys(BESIDES, "rejected: was trained besides the adapter, which needs a LoRA run"),
     "trainable_token_indices": "rejected: embeddings were trained",
     "layer_replication": "rejected: the base model's layers are repeated",
     "aLoRA": "rejected: the update applies to a part of each sequence",
@@ -138,9 +140,6 @@ CONFIGURED = {
     "DoRA of embeddings": partial(LORA, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
     "LoHa with patterns": partial(LoHaConfig, r=2, alpha=4, rank_pattern={"v_proj": 1}),
     "LoKr with patterns": partial(LoKrConfig, r=6, alpha=4, alpha_pattern={"q_proj": 2}),
-    "lora_bias": partial(LORA, lora_bias=True),
-    "bias": partial(LORA, bias="lora_only"),
-    "modules_to_save": partial(LORA, modules_to_save=["norm"]),
     "trainable_token_indices": partial(LORA, trainable_token_indices=[3]),
     "layer_replication": partial(LORA, layer_replication=[[0, 2], [0, 2]]),
     "aLoRA": partial(LORA, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
@@ -149,9 +148,9 @@ CONFIGURED = {
 }
 
 
-def save_random(directory, model, config, scale=0.3):
+def save_random(directory, model, config, scale=0.3, seed=1):
     """Saves an adapter of random tensors as peft saves it."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     tuned = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
@@ -248,6 +247,42 @@ def test_experts_that_are_parts_of_one_parameter(tmp_path, family, parameters):
         merge_adapters([tmp_path])
     with pytest.raises(AdapterError, match="no weights of experts|no linear layers"):
         admitted(tmp_path, MODELS["gemma3"][0]())
+    save_random(tmp_path, EXPERTS[family](), config, scale=5)
+    with pytest.raises(AdapterError, match=r"experts\.\w+\.0 is .* times as large as the weight"):
+        admitted(tmp_path, EXPERTS[family]()).load()
+
+
+def apart(family, layers):
+    """Tensors of layers of single experts, as models had them before."""
+    generator = torch.Generator().manual_seed(1)
+    holder, inner, count = {"mixtral": ("block_sparse_moe", 64, 3), "qwen3_moe": ("mlp", 16, 4)}[family]
+    names = [f"{holder}.experts.{expert}.{layer}" for expert in range(count) for layer in layers]
+    for name in (f"base_model.model.model.layers.{place}.{name}" for place in range(2) for name in names):
+        sizes = (inner, 32) if name.endswith(("w2", "down_proj")) else (32, inner)
+        yield f"{name}.lora_A.weight", 0.3 * torch.randn(4, sizes[0], generator=generator)
+        yield f"{name}.lora_B.weight", 0.3 * torch.randn(sizes[1], 4, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("mixtral", ["w1", "w2", "w3"]),
+        ("qwen3_moe", ["up_proj", "gate_proj", "down_proj"]),
+        ("mixtral", ["w2"]),
+    ],
+)
+def test_layers_of_single_experts_on_a_model_that_has_them_in_one_parameter(tmp_path, family, layers):
+    LORA(target_modules=layers).save_pretrained(tmp_path)
+    save_file(dict(apart(family, layers)), tmp_path / "adapter_model.safetensors")
+    check(tmp_path, EXPERTS[family])
+    # peft takes no half of a parameter, so one without an update stands for none.
+    edit(
+        tmp_path, lambda tensors: {k: 0 * v if re.search("(w1|up_proj).lora_B", k) else v for k, v in tensors.items()}
+    )
+    expected, model = by_peft(tmp_path, EXPERTS[family]), EXPERTS[family]()
+    edit(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if not re.search(r"w1|\.up_proj", k)})
+    with admitted(tmp_path, model).load().applied(model):
+        assert close(output(model), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -329,7 +364,7 @@ def test_a_full_model_is_merged_with_the_update_of_a_variant(tmp_path, variant):
     expected = by_peft(tmp_path / "adapter", llama)
     trainee = find_trainee(llama(), directory=tmp_path / "mashup")
     source = trainee.admit(as_candidate(tmp_path / "adapter"))
-    assert close(by_peft(source.merge_input(trainee).lora, llama), expected)
+    assert close(by_peft(trainee.adapter_directory(source.adapter, source.load), llama), expected)
     trainee.close()
 
 
