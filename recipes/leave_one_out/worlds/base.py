@@ -35,6 +35,9 @@ class Budget:
     eval_every: int
     # Of every arm in the main table.
     learning_rate: float
+    # Of the library's adapters; None: as above.
+    library_steps: int | None = None
+    library_rate: float | None = None
     # Of initialization and data order.
     seeds: tuple[int, ...] = (1, 2, 3)
     arms: tuple[str, ...] = ARMS
