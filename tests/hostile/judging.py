@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,8 +17,7 @@ from transformers import LlamaForCausalLM
 from mashup_callback.candidates import find_candidates, read_source, same_data
 from mashup_callback.config import MashupConfig
 from mashup_callback.errors import AdapterError
-from mashup_callback.formats import parse_adapter
-from mashup_callback.lora import AdapterSource
+from mashup_callback.formats import load_factors, parse_adapter
 from mashup_callback.trainee import find_trainee
 from tests.hostile.cases import Case
 from tests.hostile.damage import CARD, CONFIG, WEIGHTS
@@ -66,7 +66,8 @@ class _Nobody:
         return description
 
     def admit(self, candidate):
-        return AdapterSource(read_source(candidate, self.check))
+        adapter = read_source(candidate, self.check)
+        return SimpleNamespace(load=lambda: load_factors(adapter))
 
 
 def good_adapter(directory: Path) -> None:
