@@ -49,10 +49,6 @@ def merged(model):
     return model
 
 
-def nested(model):
-    return get_peft_model(model, LORA(target_modules=["q_proj"]))
-
-
 def frozen(model):
     return model.requires_grad_(False)
 
@@ -85,7 +81,6 @@ CONFIGURED = {
     "lm_head": (partial(LORA, target_modules=[*ATTENTION, "lm_head"]), None, "exact"),
     "a second adapter, active": (LORA, partial(second, active=True), "rejected: 'second' is active besides 'default'"),
     "a second adapter, merged": (LORA, merged, "rejected: 'second' is merged besides 'default'"),
-    "LoRA of LoRA layers": (LORA, nested, "rejected: LoRA layers one inside the other"),
     "a frozen adapter": (LORA, frozen, "rejected: is_trainable=True.*prepare_model_for_kbit_training"),
     "AdaLoRA": (partial(AdaLoraConfig, total_step=10), None, "rejected: of the type ADALORA, expected LORA"),
     "other methods": (LoHaConfig, None, "rejected: trains no LoRA layers"),
