@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -185,12 +186,15 @@ def draw(points: Sequence[tuple], exponent: float, path: Path) -> None:
 
 def memory() -> dict[str, float]:
     """Peak memory of scoring, sparse and dense labels, by that of the same forward without a head."""
-    modes = ("headless", "sparse", "dense")
-    # What one mode frees would be there for the next one, so each has a process of its own.
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        headless, sparse, dense = pool.map(memory_of, modes, chunksize=1)
+    headless, sparse, dense = map(_in_process, ("headless", "sparse", "dense"))
     console.print(f"headless {headless / 1e6:.0f} MB, sparse {sparse / 1e6:.0f} MB, dense {dense / 1e6:.0f} MB")
     return {"peak_memory_vs_headless": max(sparse, dense) / headless}
+
+
+def _in_process(mode: str) -> int:
+    # What one mode frees would be there for the next one, so each has a process of its own.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(memory_of, mode).result()
 
 
 def memory_of(mode: str) -> int:
