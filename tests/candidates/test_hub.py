@@ -171,7 +171,7 @@ def test_only_the_compatible_of_a_thousand_are_downloaded(hub, run_client, adapt
     kinds = [
         adapter(features=5),
         adapter(peft_type="IA3"),
-        adapter(lora_bias=True),
+        adapter(layer_replication=[[0, 1]]),
         {"README.md": adapter()["README.md"], CONFIG: adapter()[CONFIG], "adapter_model.bin": b"pickle"},
     ]
     fitting = {f"org-{number % 7}/adapter-{number:04d}" for number in range(13, 1000, 50)}
