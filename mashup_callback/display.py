@@ -56,7 +56,8 @@ def warnings(report: Any) -> list[str]:
             f"rank {merge.rank} keeps {merge.kept_energy:.0%} of the merge (of its squared norm). A larger `r` keeps "
             "more."
         )
-    if merge.space == "weights" and report.sources and all(row.rank is not None for row in report.sources):
+    sources = [row for row in report.candidates if row.weight is not None]
+    if merge.space == "weights" and sources and all(row.rank is not None for row in sources):
         found.append(
             "all weights of the model are trained, and every candidate in use is an adapter. If an adapter was meant, "
             "give the Trainer a `peft_config=LoraConfig(...)`."
@@ -146,7 +147,8 @@ def _merged(report: Any) -> list[str]:
 
 
 def _kind(report: Any) -> str:
-    return "model" if report.sources and all(row.rank is None for row in report.sources) else "adapter"
+    sources = [row for row in report.candidates if row.weight is not None]
+    return "model" if sources and all(row.rank is None for row in sources) else "adapter"
 
 
 def _counted(report: Any) -> str:

@@ -140,11 +140,6 @@ class MashupReport(JupyterMixin):
     schema: int = SCHEMA
 
     @property
-    def sources(self) -> list[CandidateRow]:
-        """The candidates in what training starts from, or would."""
-        return [row for row in self.candidates if row.weight is not None]
-
-    @property
     def seconds(self) -> float:
         """Time that the mashup took in all."""
         return sum(self.timings.values())
@@ -202,7 +197,7 @@ class MashupReport(JupyterMixin):
             "single_loss": self.single_loss,
             "merged_loss": self.merged_loss,
             "decision": DECISIONS.index(self.decision),
-            "k": len(self.sources) if self.decision != "scratch" else 0,
+            "k": sum(row.weight is not None for row in self.candidates) if self.decision != "scratch" else 0,
             "kept_energy": None if self.merge is None else self.merge.kept_energy,
             "seconds": self.seconds,
         }
@@ -238,8 +233,12 @@ def environment() -> dict[str, Any]:
     # Imported here so that a report can be read and shown without it.
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        device = "cpu" if accelerator is None else torch.get_device_module(accelerator).get_device_name(0)
+    except (AttributeError, RuntimeError):
+        # torch.mps has no such function, and a report must not fail for a name.
+        device = getattr(accelerator, "type", "cpu")
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):

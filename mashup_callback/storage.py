@@ -149,6 +149,8 @@ class _Terminated(BaseException):
 
 def _swap_in(draft: Path, target: Path) -> None:
     """Renames the draft to the target; a directory already there is kept aside until that has succeeded."""
+    for path in (*draft.iterdir(), draft):
+        _flush(path)
     aside = draft.with_name(draft.name + _ASIDE)
     with _locked(target.parent):
         if target.exists():
@@ -165,6 +167,7 @@ def _swap_in(draft: Path, target: Path) -> None:
             # What is half removed must not be taken for what was moved aside.
             os.rename(aside, draft)
     shutil.rmtree(draft, ignore_errors=True)
+    _flush(target.parent)
 
 
 def _put_back(target: Path) -> None:
@@ -192,6 +195,14 @@ def _locked(directory: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_marked(directory: Path, names: Iterable[str]) -> bool:

@@ -13,7 +13,9 @@ from ..distributed import is_main_process
 from ..errors import CheckpointError
 from ..formats import INDEX_NAME, MODEL_WEIGHTS_NAME, BaseModel, read_checkpoint, read_tensor
 from ..model import ModelTensors, read_parameters, stream_parameters, unwrapped
-from .merge import MAX_SHARD_BYTES
+
+
+MAX_SHARD_BYTES = 2_000_000_000
 
 
 def save_model(model: nn.Module, tensors: ModelTensors, directory: Path) -> Path:

@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,14 +46,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Context in which the adapters on `model`, of whichever library, are off: it computes what its base does."""
     # Switching adapters off and on again sets requires_grad of every adapter as if it were the active one.
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    host = adapter_host(model)
     try:
-        with ExitStack() as stack:
-            if isinstance(host, PeftModel):
-                stack.enter_context(host.disable_adapter())
-            elif getattr(host, "_hf_peft_config_loaded", False):
-                host.disable_adapters()
-                stack.callback(host.enable_adapters)
+        with _adapters_off(adapter_host(model)):
             yield
     finally:
         for parameter, flag in flags:
@@ -72,6 +66,21 @@ def with_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for module in off:
             module.enable_adapters(False)
+
+
+@contextmanager
+def _adapters_off(host: nn.Module | None) -> Iterator[None]:
+    if isinstance(host, PeftModel):
+        with host.disable_adapter():
+            yield
+    elif getattr(host, "_hf_peft_config_loaded", False):
+        host.disable_adapters()
+        try:
+            yield
+        finally:
+            host.enable_adapters()
+    else:
+        yield
 
 
 @contextmanager

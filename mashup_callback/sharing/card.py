@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 
 from ..candidates import Spec, hub_name, parse_spec
 from ..names import printable
-from ..report import REPORT_NAME, CandidateRow, MashupReport
+from ..report import CandidateRow, MashupReport
 
 
 CARD_NAME = "README.md"
@@ -26,6 +27,15 @@ _NO_BASE = (
 )
 _LOST = "on held-out rows this merge was not better than a fresh initialization."
 _PAPER = "https://arxiv.org/abs/2603.10156"
+_CITATION = f"""\
+```bibtex
+@misc{{mashup-learning,
+  title = {{Mashup Learning}},
+  eprint = {{2603.10156}},
+  archivePrefix = {{arXiv}},
+  url = {{{_PAPER}}}
+}}
+```"""
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
 _AUTO_CLASSES = {
@@ -45,6 +55,11 @@ def base_name(report: MashupReport) -> str | None:
     return name if named or name != report.base_model or not os.path.exists(name or "") else None
 
 
+def merged_rows(report: MashupReport) -> list[CandidateRow]:
+    """Returns the rows of the candidates that were merged."""
+    return [row for row in report.candidates if row.weight is not None]
+
+
 def hub_source(row: CandidateRow) -> Spec | None:
     """Returns where on the Hub a candidate is, None for a local one."""
     try:
@@ -60,13 +75,13 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
 
     `adapter` is what `adapter_config.json` holds, None for a full model; `picture` says that the ranking's is there.
     """
-    base_model, sources = base_name(report), report.sources
+    base_model, sources = base_name(report), merged_rows(report)
     license, warning = shared_license(sources)
     warnings = (warning, None if base_model else _NO_BASE, _LOST if report.decision == "scratch" else None)
     form, kind = ("A full model", "models") if adapter is None else ("A LoRA adapter", "adapters")
     made = f"merged from past {kind}" if len(sources) != 1 else f"the best of the past {kind} compared, chosen"
     parts = [
-        f"---\n{_metadata(report, adapter, license).to_yaml()}\n---",
+        f"---\n{_metadata(report, sources, adapter, license).to_yaml()}\n---",
         TITLE,
         f"{form} of {_code(base_model) if base_model else 'a local base model'}, {made} by "
         f"[Mashup Learning]({_PAPER}). It is meant as a start for further training.",
@@ -81,7 +96,12 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
         parts.append(_source_table(report))
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
-    parts.append(f"`{REPORT_NAME}`, beside this card, has every candidate and setting.")
+    if report.merge is not None and sources:
+        parts += ["### Reproduce", _reproduce(report, sources, adapter)]
+    if any(report.environment.values()):
+        versions = ", ".join(f"{name} {value}" for name, value in report.environment.items() if value)
+        parts.append(f"Made with {_code(versions)}.")
+    parts += ["## Citation", _CITATION]
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,11 +121,13 @@ def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | N
     return "other", f"the sources do not share one license: {listed}. All of them bind this merge."
 
 
-def _metadata(report: MashupReport, adapter: Mapping[str, Any] | None, license: str | None) -> ModelCardData:
+def _metadata(
+    report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None, license: str | None
+) -> ModelCardData:
     base_model = base_name(report)
     task = "text-generation" if adapter is not None and adapter.get("task_type") == "CAUSAL_LM" else None
     # Only of the Hub: what a local card names may be a path or a project.
-    names = [name for row in report.sources if hub_source(row) for name in row.datasets if _DATASET.fullmatch(name)]
+    names = [name for row in sources if hub_source(row) for name in row.datasets if _DATASET.fullmatch(name)]
     values = {
         "base_model": base_model,
         # "merge" would say that the base model is one of those that were merged, and searches would not find it.
@@ -155,7 +177,7 @@ def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     merge, text = report.merge, "Start of training: a merge of past adapters."
     if merge is None:
         return text
-    parameters = f" with {_code(json.dumps(merge.parameters, sort_keys=True))}" if merge.parameters else ""
+    parameters = f" with {_code(_json(merge.parameters))}" if merge.parameters else ""
     text += f" Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}"
     if adapter is not None:
         text += (
@@ -188,6 +210,29 @@ def _result_table(report: MashupReport) -> str:
     return _table(("start", label), [(name, _number(loss)) for name, loss in losses if loss is not None])
 
 
+def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
+    local = [_code(row.name) for row in sources if not hub_source(row)]
+    if local:
+        verb = "is" if len(local) == 1 else "are"
+        return f"{', '.join(local)} {verb} not on the Hub: only their owner can repeat this."
+    merge, seed = report.merge, report.config.get("seed", 42)
+    if adapter is None:
+        # The configuration beside the card; a single model as it is needs none.
+        return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={seed}\n```"
+    weights = [row.weight for row in sources]
+    options = {
+        "weights": ",".join(map(repr, weights)) if set(weights) != {1 / len(weights)} else "equal",
+        "method": merge.method,
+        "space": merge.space,
+        "rank": max(merge.rank, 1),
+        **({"parameters": _json(merge.parameters)} if merge.parameters else {}),
+        "seed": seed,
+    }
+    names = [f"{row.name}@{row.revision}" for row in sources]
+    words = ["mashup", "merge", *names, *(f"--{key}={value}" for key, value in options.items()), "-o", "merged"]
+    return "```bash\n" + " ".join(shlex.quote(printable(word)) for word in words) + "\n```"
+
+
 def _license(row: CandidateRow) -> str:
     return _code(row.license) if row.license else "not stated"
 
@@ -207,3 +252,7 @@ def _code(text: object) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _json(parameters: Mapping[str, Any]) -> str:
+    return json.dumps(dict(parameters), sort_keys=True)

@@ -24,10 +24,9 @@ from ..formats import (
     read_checkpoint,
     read_limited,
 )
-from ..methods import MERGEKIT_NAME
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
 from .card import ADAPTER_PLACEHOLDER, CARD_NAME, PICTURE_NAME, TITLE, is_license, mashup_card
-from .save import mergekit_recipe
+from .save import MERGEKIT_NAME, mergekit_recipe
 from .shareable import refuse_paths, shareable, without_paths
 
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import yaml
 
 from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
-from ..methods import MERGEKIT_NAME, MergeRule, mergekit_config
+from ..methods import MergeRule, mergekit_config
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
-from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card
+from .card import BASE_PLACEHOLDER, CARD_NAME, PICTURE_NAME, base_name, hub_source, mashup_card, merged_rows
 from .ranking import plot_ranking
 from .shareable import shareable
 
 
 logger = logging.getLogger(__name__)
 
+MERGEKIT_NAME = "mergekit.yaml"
 _HEADER = """\
 # The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone,
 # and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear
@@ -60,7 +61,7 @@ def describe(directory: Path, report: MashupReport) -> None:
 
 def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
     """Returns mergekit's configuration of a merge of adapters; `shared` keeps the report's names of local ones."""
-    sources = report.sources
+    sources = merged_rows(report)
     if report.merge is None or not sources:
         return None
     rule = MergeRule.create(report.merge.method, report.merge.parameters)

@@ -88,16 +88,3 @@ def test_sharded_model_goes_on_when_one_process_fails_on_its_rows(run):
 @by_case(broken("fsdp2", "killed", ends=True), broken("fsdp2", "forward_raises", ends=True))
 def test_process_that_cannot_go_on_takes_the_others_along(run):
     assert run.code != 0 and not run.ranks and run.seconds < 2 * LIMIT
-
-
-VARIANTS = {"library": "variants", "callback": RAISES, "lora_config": {"modules_to_save": ["lm_head"]}}
-
-
-@by_case(case("native", **VARIANTS), case("fsdp1", **VARIANTS))
-def test_what_needs_whole_weights_is_rejected_on_a_sharded_model(run):
-    check_agreement(run)
-    found = statuses(run)
-    assert found["plain"] == ("scored", None)
-    reasons = {"dora": "these are sharded or offloaded in this run", "head": "a model that is not sharded"}
-    for name, reason in reasons.items():
-        assert found[name][0] == "rejected" and reason in found[name][1]

@@ -86,6 +86,8 @@ def test_card_says_what_was_merged_and_how_good_it_is():
     for name, loss in (("fresh initialization", "2.0000"), ("best single adapter", "1.5432"), ("merge", "1.4321")):
         assert cells[cells.index(name) + 1] == loss
     assert "acme/three" not in card
+    assert f"mashup merge acme/one@{SHA} acme/two/sub/folder@{SHA} --weights=0.75,0.25 --method=linear" in card
+    assert "--seed=7" in card
     assert "Warning" not in card
 
 
@@ -168,28 +170,29 @@ def test_nothing_a_stranger_wrote_is_markup(names, text, decision):
     assert all(link == "https://arxiv.org/abs/2603.10156" or "/tree/" in link for link in links)
     assert sum(token.type == "td_open" for token in tokens) == 5 * len(rows) + 2 * 3
     assert next(token.content for token in tokens if token.type == "inline" and token.level == 1) == "Mashup"
-    assert sum(token.type == "heading_open" for token in tokens) == 4
+    assert sum(token.type == "heading_open" for token in tokens) == 6
     ours = {"base_model", "base_model_relation", "library_name", "license", "model-index", "pipeline_tag", "tags"}
     assert set(front_matter(card)) <= ours
 
 
 def test_card_of_a_single_adapter_and_of_local_ones():
-    """One adapter is no merge, and a local one has no link."""
+    """What others cannot do is not told them, and one adapter is no merge."""
     single = replace(REPORT, decision="single", candidates=(replace(SOURCES[0], weight=3.0), *SOURCES[2:]))
     card = mashup_card(single, ADAPTER)
     assert "the best of the past adapters compared" in card and "merged from" not in card and "Method" not in card
     assert front_matter(card)["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.5432
-    assert "| 1.0000 | 1.2500 |" in card
+    assert "| 1.0000 | 1.2500 |" in card and "--weights=3.0" in card
     local = replace(REPORT, candidates=(SOURCES[0], CandidateRow("./b", "scored", weight=1.0)))
     card = mashup_card(local, ADAPTER)
-    assert "| `./b` | `local` |" in card
+    assert "`./b` is not on the Hub" in card and "mashup merge" not in card
 
 
-def test_card_shows_the_picture(tmp_path):
-    save_mashup(tmp_path / "out", REPORT, write_adapter)
+def test_card_shows_the_picture_the_versions_and_what_to_cite(tmp_path):
+    save_mashup(tmp_path / "out", replace(REPORT, environment={"python": "3.11", "trl": None}), write_adapter)
     card = (tmp_path / "out/README.md").read_text()
     images = [token.attrs["src"] for token in rendered(card) if token.type == "image"]
     assert images == ["ranking.png"] and (tmp_path / "out/ranking.png").is_file()
+    assert "Made with `python 3.11`." in card and "eprint = {2603.10156}" in card
 
 
 def test_card_of_a_full_model():
@@ -199,6 +202,7 @@ def test_card_of_a_full_model():
     assert front_matter(card)["base_model_relation"] == "finetune"
     assert "A full model of `acme/base`, merged from past models" in card
     assert "peft" not in card and "rank" not in card
+    assert "mergekit-yaml mergekit.yaml merged --random-seed=7" in card
 
 
 @pytest.mark.parametrize(("task_type", "name"), [("SEQ_CLS", "SequenceClassification"), (None, "CausalLM")])
