@@ -1,5 +1,7 @@
 """The settings for YAML and the command line."""
 
+import inspect
+import re
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 
 from .callback import MashupCallback
@@ -9,6 +11,9 @@ from .config import MashupConfig
 # Parsers know no unions, so that these are text: see `MashupConfig.from_texts`.
 _TEXTS = ("top_k", "sample_size", "metric", "merge_parameters", "weights")
 _PYTHON_ONLY = ("guard_dataset",)
+_DESCRIPTIONS = re.findall(r"^    (\w+) \(.*\):\n((?: {8}.*\n)+)", inspect.getdoc(MashupConfig) or "", re.MULTILINE)
+# For argparse, which takes a percent sign as the beginning of a format.
+_HELP = {name: " ".join(text.split()).replace("%", "%%") for name, text in _DESCRIPTIONS}
 
 _Settings = make_dataclass(
     "_Settings",
@@ -16,7 +21,10 @@ _Settings = make_dataclass(
         (
             f"mashup_{item.name}",
             str if item.name in _TEXTS else item.type,
-            field(default="{}" if item.default is MISSING else item.default, metadata=item.metadata),
+            field(
+                default="{}" if item.default is MISSING else item.default,
+                metadata={"help": _HELP.get(item.name, "")},
+            ),
         )
         for item in fields(MashupConfig)
         if item.name not in _PYTHON_ONLY

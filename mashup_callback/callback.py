@@ -134,7 +134,6 @@ class MashupCallback(TrainerCallback):
         with failing_together():
             trainee = find_trainee(model, config, self._directory)
             _refuse_idle(model, kwargs.get("optimizer"))
-        with failing_together():
             self._check_directory(self._directory)
         run = MashupRun(config, args, model, trainee, state.max_steps, self._trainer)
         try:
@@ -215,15 +214,15 @@ class MashupCallback(TrainerCallback):
         if not picture.is_file():
             return
         for reporter in reporters:
-            # As transformers names them: TensorBoard's writer, and the modules of W&B and Trackio.
-            writer, modules = (getattr(reporter, "tb_writer", None), ("_wandb", "_trackio"))
             try:
-                if writer is not None:
+                # As transformers names them: TensorBoard's writer, and the modules of W&B and Trackio.
+                if writer := getattr(reporter, "tb_writer", None):
                     from matplotlib.image import imread
 
                     writer.add_image("mashup/ranking", imread(picture), step, dataformats="HWC")
-                for module in filter(None, (getattr(reporter, name, None) for name in modules)):
-                    module.log({"mashup/ranking": module.Image(str(picture))})
+                for name in ("_wandb", "_trackio"):
+                    if module := getattr(reporter, name, None):
+                        module.log({"mashup/ranking": module.Image(str(picture))})
             except Exception as error:
                 # A tracker of another version must not stop a run for a picture.
                 logger.warning("%s did not take the picture of the ranking: %s", type(reporter).__name__, error)

@@ -14,15 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
+# Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
 from .cli_output import find_table, merge_lines, one_line, rank_table, show_result
 
 
-Result = tuple[Any, ...]
-
-# Everything heavy is imported by the command that needs it: `mashup --help` must not wait for torch.
-
 logger = logging.getLogger(__name__)
 
+Result = tuple[Any, ...]
 app = typer.Typer(
     help="Find, rank, merge and share LoRA adapters of one base model.",
     no_args_is_help=True,
@@ -109,13 +107,12 @@ def find(
     from .candidates import Hub, check_specs, find_candidates
 
     check_specs(specs)
-    from .formats import BaseModel
-    from .without_trainer import describe_candidate, model_shapes
+    from .without_trainer import base_of, describe_candidate
 
-    shapes, base, hub = model_shapes(model), base_model or model, Hub()
+    base, hub = base_of(model, base_model), Hub()
     limits: Any = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
-    found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
-    rows = [describe_candidate(candidate, shapes, base) for candidate in found]
+    found = find_candidates(specs, base.name, check=base.check, hub=hub, **limits)
+    rows = [describe_candidate(candidate, base.check) for candidate in found]
     problem = None if any(row["reason"] is None for row in rows) else _none_fits(specs, rows)
     return {"model": model, "candidates": rows, "hub": hub.traffic()}, find_table(rows), problem
 
@@ -132,7 +129,6 @@ def rank(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
     metric: Annotated[str, typer.Option(help="loss or token_accuracy.")] = "loss",
     search: Annotated[str, typer.Option(help="racing or exhaustive.")] = "racing",
-    keep: Annotated[int, typer.Option(min=1, help="Training runs that racing must leave.")] = 3,
     assistant_only_loss: Annotated[bool, typer.Option(help="Chats: score the assistant's turns only.")] = False,
     dtype: Annotated[str, typer.Option(help="Data type of the model, such as bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 42,
@@ -154,25 +150,24 @@ def rank(
 
     from .cli_rows import load_rows, sft_rows
     from .config import MashupConfig
-    from .formats import BaseModel
     from .pipeline import candidate_rows
-    from .without_trainer import model_shapes, score
+    from .without_trainer import base_of, score
 
     MashupConfig.from_texts({"metric": metric, "search": search})
     # What can be wrong comes before the model is loaded: the data, the model's name, the adapters.
-    drawn, shapes = load_rows(dataset, split, subset, sample_size, seed), model_shapes(model)
-    base, hub = base_model or model, Hub()
+    drawn, base, hub = load_rows(dataset, split, subset, sample_size, seed), base_of(model, base_model), Hub()
     limits: Any = {"max_candidates": max_candidates, "allow_licenses": allow_license, "allow_authors": allow_author}
     limits["max_download_gb"] = max_download_gb
-    found = find_candidates(specs, base, check=BaseModel(shapes, name=base).check, hub=hub, **limits)
+    found = find_candidates(specs, base.name, check=base.check, hub=hub, **limits)
     if all(candidate.reason for candidate in found):
-        raise ValueError(_none_fits(specs, [asdict(candidate) for candidate in found]))
+        raise ValueError(_none_fits(specs, [*map(asdict, found)]))
     net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     rows = sft_rows(net, drawn, max_length, batch_size, assistant_only_loss)
-    scores, base_loss = score(net, found, rows, metric, search=search, keep=keep, base_model=base, hub=hub)
+    scores, base_loss = score(net, found, rows, metric, search=search, keep=3, base_model=base.name, hub=hub)
     ranked = candidate_rows(scores, {})
-    value = {"model": model, "base_loss": base_loss, "candidates": [*map(asdict, ranked)], "hub": hub.traffic()}
-    problem = None if any(row.loss is not None for row in ranked) else _none_fits(specs, [*map(asdict, ranked)])
+    values = [*map(asdict, ranked)]
+    problem = None if any(row.loss is not None for row in ranked) else _none_fits(specs, values)
+    value = {"model": model, "base_loss": base_loss, "candidates": values, "hub": hub.traffic()}
     return value, rank_table(ranked, base_loss), problem
 
 
@@ -248,8 +243,8 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all scores
     scores = ScoreCache()
     removed = scores.clear() if clear else 0
     info = scores.info()
-    text = f"{info.scores} scores, {info.bytes:,} bytes in {info.directory}" if info.directory else "Nothing is kept."
-    shown = f"Removed {removed} scores from {info.directory}" if clear and info.directory else text
+    kept = f"Removed {removed} scores from" if clear else f"{info.scores} scores, {info.bytes:,} bytes in"
+    shown = f"{kept} {info.directory}" if info.directory else "Nothing is kept."
     return asdict(info) | {"removed": removed}, shown
 
 

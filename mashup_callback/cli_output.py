@@ -46,14 +46,10 @@ def one_line(error: Exception) -> str:
 
     text = describe(error) if isinstance(error, HubError | HTTP_ERROR) else str(error)
     # The settings that errors name have other names here.
-    text = re.sub(r"`(base_model|merge_method|merge_space|merge_parameters)`", lambda match: _option(match[1]), text)
+    text = re.sub(r"`merge_(method|space|parameters)`", r"--\1", text).replace("`base_model`", "--base-model")
     text = re.sub(r"for top_k=(\d+)", r"for \1 adapters", text)
     text = text.replace("Set top_k accordingly", "Give so many adapters")
     return " ".join(text.split())[:_LONGEST_ERROR] or type(error).__name__
-
-
-def _option(setting: str) -> str:
-    return "--" + setting.removeprefix("merge_").replace("_", "-")
 
 
 def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -14,6 +14,18 @@ MetricName = Literal["loss", "token_accuracy"]
 Space = Literal["delta", "core", "factors"]
 Search = Literal["racing", "exhaustive"]
 OnError = Literal["scratch", "raise"]
+_CHOICES: Mapping[str, Any] = {"metric": MetricName, "merge_space": Space, "search": Search, "on_error": OnError}
+# The kind of each number and its smallest value; a default is right as it is.
+_SMALLEST: Mapping[str, tuple[type, int]] = {
+    "sample_size": (int, 2),
+    "guard_margin": (float, 0),
+    "batch_size": (int, 1),
+    "max_candidates": (int, 1),
+    "max_download_gb": (float, 0),
+    "max_seconds": (float, 0),
+    "seed": (int, 0),
+    "min_kept_energy": (float, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -90,83 +102,46 @@ class MashupConfig:
         TypeError: A setting has a value of the wrong type.
     """
 
-    top_k: int | Literal["auto"] = field(default=3, metadata={"help": "Candidates to merge, or 'auto'."})
-    sample_size: int | Literal["auto"] = field(
-        default="auto",
-        metadata={"help": "Rows used, half of them held out, or 'auto': 5% of the run's work."},
-    )
-    metric: MetricName | Callable[..., Any] = field(default="loss", metadata={"help": "'loss' or 'token_accuracy'."})
-    merge_method: str = field(default="linear", metadata={"help": "Any mergekit method, or 'auto'."})
-    merge_parameters: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "The method's parameters."})
-    merge_space: Space = field(default="delta", metadata={"help": "Where the updates are merged."})
-    weights: Literal["equal", "softmax"] | Sequence[float] = field(
-        default="equal", metadata={"help": "'equal', 'softmax' or numbers."}
-    )
-    search: Search = field(default="racing", metadata={"help": "How many rows each candidate sees."})
-    guard: bool = field(default=True, metadata={"help": "Never start from worse than a fresh initialization."})
-    guard_margin: float = field(default=2.0, metadata={"help": "Standard errors that a start must be better by."})
-    batch_size: int | None = field(default=None, metadata={"help": "Rows a forward pass; the Trainer's if unset."})
-    max_candidates: int = field(default=64, metadata={"help": "Candidates looked at."})
-    max_download_gb: float = field(default=10.0, metadata={"help": "Bound on downloads, in 10^9 bytes."})
-    max_seconds: float | None = field(default=None, metadata={"help": "Bound on the time spent on scoring."})
-    allow_licenses: list[str] | None = field(default=None, metadata={"help": "Licenses a Hub candidate may have."})
-    allow_authors: list[str] | None = field(default=None, metadata={"help": "Authors of Hub candidates."})
-    seed: int | None = field(
-        default=None, metadata={"help": "Seed of the sample and of random merge methods; the Trainer's if unset."}
-    )
-    base_model: str | None = field(default=None, metadata={"help": "Hub name of the base model."})
-    dry_run: bool = field(default=False, metadata={"help": "Rank, merge and report; leave the model alone."})
-    overwrite: bool = field(default=False, metadata={"help": "Accept a trainee that is already trained."})
-    min_kept_energy: float = field(default=0.5, metadata={"help": "Least share of a full update that LoRA must keep."})
-    guard_dataset: Any = field(default=None, metadata={"help": "Separate rows for the guard."})
-    report_dir: str | None = field(default=None, metadata={"help": "Default: <output_dir>/mashup."})
-    on_error: OnError = field(default="scratch", metadata={"help": "What happens when a stage fails."})
+    top_k: int | Literal["auto"] = 3
+    sample_size: int | Literal["auto"] = "auto"
+    metric: MetricName | Callable[..., Any] = "loss"
+    merge_method: str = "linear"
+    merge_parameters: Mapping[str, Any] = field(default_factory=dict)
+    merge_space: Space = "delta"
+    weights: Literal["equal", "softmax"] | Sequence[float] = "equal"
+    search: Search = "racing"
+    guard: bool = True
+    guard_margin: float = 2.0
+    batch_size: int | None = None
+    max_candidates: int = 64
+    max_download_gb: float = 10.0
+    max_seconds: float | None = None
+    allow_licenses: list[str] | None = None
+    allow_authors: list[str] | None = None
+    seed: int | None = None
+    base_model: str | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    min_kept_energy: float = 0.5
+    guard_dataset: Any = None
+    report_dir: str | None = None
+    on_error: OnError = "scratch"
 
     def __post_init__(self) -> None:
         if isinstance(self.top_k, bool) or not (
             self.top_k == "auto" or (isinstance(self.top_k, int) and self.top_k > 0)
         ):
             raise ValueError(f'`top_k` is {self.top_k!r}, expected a whole number of at least 1, or "auto".')
-        if not isinstance(self.merge_parameters, Mapping):
-            raise TypeError(
-                f'`merge_parameters` is {self.merge_parameters!r}, expected a mapping such as {{"density": 0.5}}.'
-            )
-        object.__setattr__(self, "merge_parameters", dict(self.merge_parameters))
-        object.__setattr__(self, "weights", _weights(self.weights))
-        self._check_choices()
-        self._check_ranges()
-        self._check_types()
-        top_k = None if self.top_k == "auto" else self.top_k
-        check_merge(self.merge_method, self.merge_parameters, self.weights, self.merge_space, top_k)
-
-    def resolved(self, seed: int) -> "MashupConfig":
-        """Returns the settings with the Trainer's seed where they have none."""
-        return self if self.seed is not None else replace(self, seed=seed)
-
-    def _check_choices(self) -> None:
-        if not callable(self.metric):
-            _one_of("metric", self.metric, get_args(MetricName), "or a callable")
-        _one_of("search", self.search, get_args(Search))
-        _one_of("merge_space", self.merge_space, get_args(Space))
-        _one_of("on_error", self.on_error, get_args(OnError))
-
-    def _check_ranges(self) -> None:
-        if self.sample_size != "auto":
-            _at_least("sample_size", self.sample_size, 2, int)
-        _at_least("max_candidates", self.max_candidates, 1, int)
-        _at_least("max_download_gb", self.max_download_gb, 0, float)
-        _at_least("guard_margin", self.guard_margin, 0, float)
-        _at_least("min_kept_energy", self.min_kept_energy, 0, float)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in _CHOICES and not (item.name == "metric" and callable(value)):
+                _check_choice(item.name, value)
+            elif item.name in _SMALLEST and (isinstance(value, int | float) or value != item.default):
+                _check_number(item.name, value)
+            elif isinstance(item.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"`{item.name}` is {value!r}, expected True or False.")
         if self.min_kept_energy > 1:
             raise ValueError(f"`min_kept_energy` is {self.min_kept_energy!r}, expected a share of at most 1.")
-        for name, minimum, kind in (("batch_size", 1, int), ("max_seconds", 0, float), ("seed", 0, int)):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), minimum, kind)
-
-    def _check_types(self) -> None:
-        for name in ("guard", "dry_run", "overwrite"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` is {getattr(self, name)!r}, expected True or False.")
         for name in ("allow_licenses", "allow_authors"):
             value = getattr(self, name)
             if isinstance(value, str) or not (value is None or all(isinstance(item, str) for item in value)):
@@ -176,6 +151,18 @@ class MashupConfig:
                 f"`guard_dataset` is the string {self.guard_dataset!r}, expected rows such as a `datasets.Dataset` in "
                 "the form of the Trainer's own training rows."
             )
+        if not isinstance(self.merge_parameters, Mapping):
+            raise TypeError(
+                f'`merge_parameters` is {self.merge_parameters!r}, expected a mapping such as {{"density": 0.5}}.'
+            )
+        object.__setattr__(self, "merge_parameters", dict(self.merge_parameters))
+        object.__setattr__(self, "weights", _weights(self.weights))
+        top_k = None if self.top_k == "auto" else self.top_k
+        check_merge(self.merge_method, self.merge_parameters, self.weights, self.merge_space, top_k)
+
+    def resolved(self, seed: int) -> "MashupConfig":
+        """Returns the settings with the Trainer's seed where they have none."""
+        return self if self.seed is not None else replace(self, seed=seed)
 
     @classmethod
     def from_settings(cls, config: "MashupConfig | None", settings: Mapping[str, Any]) -> "MashupConfig":
@@ -232,15 +219,17 @@ def _weights(value: Any) -> Any:
     return numbers
 
 
-def _one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> None:
+def _check_choice(name: str, value: Any) -> None:
+    choices = get_args(_CHOICES[name])
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        expected = ", ".join(map(repr, choices)) + (f" {more}" if more else "")
+        expected = ", ".join(map(repr, choices)) + (" or a callable" if name == "metric" else "")
         raise ValueError(f"`{name}` is {value!r}, expected one of {expected}.{hint}")
 
 
-def _at_least(name: str, value: Any, minimum: float, kind: type) -> None:
+def _check_number(name: str, value: Any) -> None:
+    kind, minimum = _SMALLEST[name]
     numeric = isinstance(value, int) or (kind is float and isinstance(value, float))
     if isinstance(value, bool) or not numeric:
         raise TypeError(f"`{name}` is {value!r}, expected {'a whole number' if kind is int else 'a number'}.")

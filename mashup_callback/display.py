@@ -1,10 +1,9 @@
 """A report for people: one sentence, what to watch out for, and a table. Below the report, so it is not typed here."""
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -15,44 +14,30 @@ from .names import labels, printable
 _NAMED = 3
 # Shares of a merge, by its squared Frobenius norm, from which on a loss is worth a warning.
 _KEPT, _LOST = 0.5, 0.1
-_HTML = '<pre style="line-height:normal;overflow-x:auto"><code style="font-family:monospace">{code}</code></pre>'
 
 
 def shown(report: Any) -> RenderableType:
     """Returns a report for a terminal: the sentence, the warnings, and the table, if there is anything in it."""
-    texts = [
-        Text(printable(summary(report)), "bold"),
-        *(Text(printable(f"Warning: {text}"), "yellow") for text in warnings(report)),
-    ]
+    sentence = Text(printable(summary(report)), "bold")
+    texts = [Text(printable(f"Warning: {text}"), "yellow") for text in warnings(report)]
     # A first run has no candidates, and a table of blanks says nothing.
     tables = [table(report)] if report.candidates or report.decision != "scratch" else []
-    return Group(*texts, *tables)
-
-
-def html(report: Any) -> str:
-    """Returns the same for a notebook."""
-    console = Console(record=True, file=io.StringIO(), width=120, force_jupyter=False)
-    console.print(shown(report))
-    return console.export_html(inline_styles=True, code_format=_HTML)
+    return Group(sentence, *texts, *tables)
 
 
 def summary(report: Any) -> str:
     """Returns what training starts from, what that gains and what it cost, in one sentence."""
-    would = "would start" if report.dry_run else "starts"
-    if not report.candidates and report.decision == "scratch":
-        return f"Training {would} from the fresh initialization: {report.reason}."
-    merged, [*single] = _merged(report), (name for name, row in _named(report) if row.weight is not None)
+    start = "Training would start from" if report.dry_run else "Training starts from"
     if report.decision == "scratch":
-        return f"Training {would} from the fresh initialization: {_why_scratch(report, merged)}."
-    starts = {"merged": f"a merge of {_listed(merged, _kind(report))}"}
-    text = f"Training {would} from {starts.get(report.decision, f'the {_kind(report)} {_listed(single)}')}"
-    loss = {"merged": report.merged_loss, "single": report.single_loss}.get(report.decision)
+        return f"{start} the fresh initialization: {_why_scratch(report)}."
+    if report.decision == "merged":
+        loss, chosen = report.merged_loss, f"a merge of {_counted(report)}"
+    else:
+        loss, chosen = report.single_loss, f"the {_kind(report)} {_listed(_weighted(report))}"
     if loss is None:
-        return f"{text}: {report.reason}."
-    costs = [duration(report.seconds)]
-    if report.share is not None:
-        costs.append(f"about {max(report.share, 0.01):.0%} of the run")
-    return f"{text}: held-out loss {_apart(loss, report.base_loss)}, {', '.join(costs)}."
+        return f"{start} {chosen}: {report.reason}."
+    text = f"{start} {chosen}: held-out loss {_apart(loss, report.base_loss)}, {duration(report.seconds)}"
+    return f"{text}." if report.share is None else f"{text}, about {max(report.share, 0.01):.0%} of the run."
 
 
 def warnings(report: Any) -> list[str]:
@@ -101,11 +86,13 @@ def table(report: Any) -> Table:
         steps = (f"{one.entered} on {one.rows} rows" for one in report.rounds)
         add("race", None, f"{', '.join(steps)}; {report.rounds[-1].kept} left")
         table.add_section()
-    merged = _merged(report)
+    merged, merge = _merged(report), report.merge
+    facts = ["held-out rows"] + ([merge.method] if merge else [])
+    if merge and merge.rank:
+        facts.append(f"rank {merge.rank} keeps {merge.kept_energy:.0%}")
     add("fresh initialization", report.base_loss, "held-out rows")
     add("best single", report.single_loss, "held-out rows")
-    name = f"merge of {_listed(merged)}" if merged else "merge"
-    add(name, report.merged_loss, ", ".join(("held-out rows", *_merge_facts(report.merge))))
+    add(f"merge of {_listed(merged)}" if merged else "merge", report.merged_loss, ", ".join(facts))
     return table
 
 
@@ -139,30 +126,24 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _why_scratch(report: Any, merged: Sequence[str]) -> str:
+def _why_scratch(report: Any) -> str:
     if report.base_loss is None or report.merged_loss is None:
         return str(report.reason)
-    others = f"{number(report.merged_loss)} of a merge of {_listed(merged, _kind(report))}"
+    others = f"{number(report.merged_loss)} of a merge of {_counted(report)}"
     if report.single_loss is not None:
         others += f" or {number(report.single_loss)} of the best single one"
     return f"its held-out loss of {number(report.base_loss)} is not clearly above {others}, {duration(report.seconds)}"
 
 
-def _merge_facts(merge: Any) -> Iterator[str]:
-    if merge is not None:
-        yield merge.method
-        if merge.rank:
-            yield f"rank {merge.rank} keeps {merge.kept_energy:.0%}"
+def _weighted(report: Any) -> list[str]:
+    names = zip(report.short_names(), report.candidates, strict=True)
+    return [name for name, row in names if row.weight is not None]
 
 
 def _merged(report: Any) -> list[str]:
     """Returns the names of what was merged, also of a merge that lost."""
-    named = _named(report)
-    return [name for name, row in named if row.in_merge] or [name for name, row in named if row.weight is not None]
-
-
-def _named(report: Any) -> list[tuple[str, Any]]:
-    return [*zip(report.short_names(), report.candidates, strict=True)]
+    names = zip(report.short_names(), report.candidates, strict=True)
+    return [name for name, row in names if row.in_merge] or _weighted(report)
 
 
 def _kind(report: Any) -> str:
@@ -170,11 +151,14 @@ def _kind(report: Any) -> str:
     return "model" if sources and all(row.rank is None for row in sources) else "adapter"
 
 
-def _listed(names: Sequence[str], kind: str = "") -> str:
-    """Returns the first of several names, with how many there are of a kind."""
+def _counted(report: Any) -> str:
+    merged = _merged(report)
+    return f"{len(merged)} {_kind(report)}s ({_listed(merged)})"
+
+
+def _listed(names: Sequence[str]) -> str:
     more = len(names) - _NAMED
-    text = ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-    return f"{len(names)} {kind}s ({text})" if kind else text
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _apart(first: float, second: float | None) -> str:

@@ -1,35 +1,61 @@
-"""What training starts from: the merge, the best single candidate, or the fresh initialization."""
+"""What training starts from: a merge, the best single candidate or the fresh initialization, judged the same way."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from .config import MashupConfig
 from .distributed import failing_together, from_main_process, gather
-from .errors import AdapterError, OutOfStepError
-from .initialization import Init, InitBuilder
+from .errors import AdapterError, OutOfStepError, UsageError
 from .model import undisturbed
-from .scoring import Metric, RowLosses, SampleRows, Score, paired_gain
-from .selection import Selection
-from .trainee import Trainee
+from .report import MergeInfo
+from .scoring import Metric, RowLosses, SampleRows, Score, evaluate, paired_gain
+from .selection import Selection, select
+from .trainee import Trainee, Update
 
 
 logger = logging.getLogger(__name__)
 
+# What merge_method="auto" tries: the mean, its two sparse relatives, and two that keep the norm of the updates.
+AUTO_METHODS: Mapping[str, Mapping[str, Any]] = {
+    "linear": {},
+    "ties": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "karcher": {},
+    "model_stock": {},
+}
+# Runs that a race leaves for top_k="auto" to try.
+AUTO_RUNS = 5
+
+
+def judged(config: MashupConfig) -> int:
+    """Returns how many initializations are judged at most: the fresh one, the best single one, and the merges."""
+    methods = len(AUTO_METHODS) if config.merge_method == "auto" else 1
+    return 2 + methods * (AUTO_RUNS if config.top_k == "auto" else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Init:
+    """Something that training could start from: an update as the trainee will hold it, and its held-out losses."""
+
+    selection: Selection
+    update: Update
+    info: MergeInfo
+    losses: RowLosses
+
+    @property
+    def loss(self) -> float:
+        """Its held-out loss; a loss that is not a number is the worst of all."""
+        loss = self.losses.mean_loss
+        return loss if loss == loss else float("inf")
+
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """
-    What training starts from and why.
-
-    Args:
-        name (`str`): `"merged"`, `"single"` or `"scratch"`.
-        reason (`str`): The comparison that decided.
-        fresh (`RowLosses`): Held-out losses of the fresh initialization.
-        merge (`Init`): The merge.
-        single (`Init`): The best single candidate.
-    """
+    """What training starts from, `"merged"`, `"single"` or `"scratch"`, and what it was compared with."""
 
     name: str
     reason: str
@@ -65,19 +91,20 @@ def choose(
 
     Where a candidate is gone or has changed since it was scored, the next best takes its place.
     """
-    builder = InitBuilder(model, trainee, metric, held_out, config)
+    builder = _Builder(model, trainee, metric, held_out, config)
     lost: dict[str, str] = {}
     while True:
         try:
             with failing_together():
-                decision = _choose(builder, selection)
+                decision = builder.decide(selection)
             break
         except OutOfStepError:
             raise
         except Exception:
             found = gather({score.candidate.name: reason for score in selection.scores if (reason := _gone(score))})
             lost |= {name: reason for names in found for name, reason in names.items()}
-            left = selection.without(lost, None if config.top_k == "auto" else config.top_k, config.weights)
+            here = [score for score in selection.ranked if score.candidate.name not in lost]
+            left = select(here, config.top_k, config.weights)
             if not any(found) or not left.scores:
                 raise
             selection = left
@@ -96,21 +123,75 @@ def _gone(score: Score) -> str | None:
     return None
 
 
-def _choose(builder: InitBuilder, selection: Selection) -> Decision:
-    config = builder.config
-    with undisturbed(builder.model):
-        fresh = builder.fresh()
-        with builder.metric.base(builder.model):
-            single = builder.build(selection.first(1), "linear", {})
-            merge = builder.grow(selection) if config.top_k == "auto" else builder.best_method(selection)
-    if len(merge.selection.scores) == 1:
-        # A merge of one is that candidate in another form, and one form stands for both.
-        single = merge = builder.better(single, merge) if config.guard else merge
-    name = from_main_process(_decide(fresh, merge, single, config))
-    if name == "single":
-        # Before anything is written into the model: there may be no space for the copy.
-        single = replace(single, update=builder.trainee.keep(single.update))
-    return Decision(name, _reason(name, fresh, merge, single, config), fresh, merge, single)
+@dataclass(frozen=True)
+class _Builder:
+    """Merges selected candidates in the form that the trainee can hold, and evaluates the merges on held-out rows."""
+
+    model: nn.Module
+    trainee: Trainee
+    metric: Metric
+    held_out: SampleRows
+    config: MashupConfig
+
+    def decide(self, selection: Selection) -> Decision:
+        """Judges the fresh initialization, the best single candidate and the merge."""
+        config = self.config
+        with undisturbed(self.model):
+            fresh = evaluate(self.model, self.held_out, self.metric, share=True)
+            with self.metric.base(self.model):
+                single = self.build(selection.first(1), "linear", {})
+                merge = self.grow(selection) if config.top_k == "auto" else self.best_method(selection)
+        if len(merge.selection.scores) == 1:
+            # A merge of one is that candidate in another form, and one form stands for both.
+            single = merge = self.better(single, merge) if config.guard else merge
+        name = from_main_process(_decide(fresh, merge, single, config))
+        if name == "single":
+            # Before anything is written into the model: there may be no space for the copy.
+            single = replace(single, update=self.trainee.keep(single.update))
+        return Decision(name, _reason(name, fresh, merge, single, config), fresh, merge, single)
+
+    def build(self, selection: Selection, method: str, parameters: Mapping[str, Any]) -> Init:
+        """Merges a selection by one method."""
+        sources = [score.source for score in selection.scores if score.source is not None]
+        update, info = self.trainee.merge(sources, selection.weights, method, parameters)
+        return Init(selection, update, info, evaluate(self.model, self.held_out, self.metric, update, share=True))
+
+    def best_method(self, selection: Selection) -> Init:
+        """Merges a selection by the method that is set, or by each of [`AUTO_METHODS`] and returns the best."""
+        if self.config.merge_method != "auto":
+            return self.build(selection, self.config.merge_method, self.config.merge_parameters)
+        best, reasons = None, []
+        for method, parameters in AUTO_METHODS.items():
+            try:
+                with failing_together():
+                    init = self.build(selection, method, parameters)
+            except (UsageError, OutOfStepError):
+                raise
+            except Exception as error:
+                reasons.append(f"{method}: {type(error).__name__}: {error}")
+                logger.warning("merge_method='auto' goes on without a method that failed: %s", reasons[-1])
+                continue
+            logger.info("merge_method=%s: held-out loss %.4f", init.info.method, init.loss)
+            best = init if best is None else self.better(best, init)
+        if best is None:
+            raise RuntimeError(f"Every method that merge_method='auto' tries failed ({'; '.join(reasons)}).")
+        return best
+
+    def grow(self, selection: Selection) -> Init:
+        """Adds the next best candidate for as long as the held-out loss falls."""
+        best = self.best_method(selection.first(1, self.config.weights))
+        for count in range(2, len(selection.scores) + 1):
+            init = self.best_method(selection.first(count, self.config.weights))
+            if self.better(best, init) is best:
+                break
+            best = init
+        return best
+
+    def better(self, first: Init, second: Init) -> Init:
+        """Returns the one with the lower loss, and forgets the other: a merge of full models takes a lot of disk."""
+        better, worse = (second, first) if second.loss < first.loss else (first, second)
+        self.trainee.discard(worse.update)
+        return better
 
 
 def _best(merge: Init, single: Init) -> Init:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .lowrank import private_rng
+from .model import random_state
 
 
 if TYPE_CHECKING:
@@ -36,15 +36,10 @@ COMMUTING: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class MergeRule:
-    """
-    A mergekit method with its parameters, checked against the method's contract.
-
-    A method that requires a base gets a zero matrix, because the update of the base is zero. Methods of exactly two
-    inputs, one of them the base (slerp, nearswap, arcee_fusion), get the first adapter in the base's place. The
-    parameters, without `weight`, have one value for all adapters or a tuple with one per adapter.
-    """
+    """A mergekit method with its parameters, checked against the method's contract."""
 
     method: str
+    # Without `weight`; one value for all adapters, or a tuple with one for each.
     parameters: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -114,6 +109,7 @@ class MergeRule:
         parameters = dict(self.parameters) | ({"weight": tuple(weights)} if self.takes_weights else {})
         base_index = 0 if self.needs_base else None
         if self.needs_base and not self.interpolates:
+            # The update of the base.
             tensors = [torch.zeros_like(tensors[0]), *tensors]
         try:
             with torch.no_grad():
@@ -182,7 +178,7 @@ def check_merge(
     if numbers is not None and abs(sum(numbers)) < 1e-6 and rule.normalizes:
         raise ValueError(f"{method} divides by the sum of the weights, found {list(numbers)} with sum 0. Change them.")
     # mergekit validates types and values when it merges.
-    with private_rng(0, torch.device("cpu")):
+    with random_state(0):
         rule.merge([torch.eye(2) + index for index in range(count)], numbers or [1 / count] * count)
 
 

@@ -23,19 +23,15 @@ def short_names(rows: Sequence[Any]) -> list[str]:
 
 def labels(rows: Sequence[Any]) -> list[str]:
     """Returns names for people on this machine: a path that was cut starts with an ellipsis, and shows its end."""
-    hub = Counter(row.name for row in rows if not row.is_local)
-    return [
-        _local_label(row.name, short) if row.is_local else _hub_label(row, hub[row.name])
-        for row, short in zip(rows, _shortest(rows), strict=True)
-    ]
-
-
-def _local_label(name: str, short: str) -> str:
-    return name if len(name) <= max(_SHORT, len(short) + 2) else f"…/{short}"
-
-
-def _hub_label(row: Any, count: int) -> str:
-    return f"{row.name}@{row.revision[:7]}" if count > 1 and row.revision else row.name
+    hub, found = Counter(row.name for row in rows if not row.is_local), []
+    for row, short in zip(rows, _shortest(rows), strict=True):
+        name = row.name
+        if row.is_local and len(name) > max(_SHORT, len(short) + 2):
+            name = f"…/{short}"
+        elif row.revision and hub[name] > 1:
+            name = f"{name}@{row.revision[:7]}"
+        found.append(name)
+    return found
 
 
 def _shortest(rows: Sequence[Any]) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,7 @@ from .candidates import Candidate, Hub, find_candidates, same_data, stated_datas
 from .config import MashupConfig
 from .distributed import from_main_process, is_first_on_machine, is_main_process, on_main_process
 from .errors import NoCandidateError
-from .guard import Decision, choose
-from .initialization import AUTO_RUNS, judged
+from .guard import AUTO_RUNS, Decision, choose, judged
 from .model import base_model_name
 from .progress import stage
 from .report import CandidateRow, MashupReport, environment
@@ -88,7 +88,7 @@ class MashupRun:
             self.sample = sample.counts()
         with self._timed("scoring"):
             self.scores = _warned(self._score(candidates, sample.selection), dataloader.dataset)
-        selection = select(self.scores, None if config.top_k == "auto" else config.top_k, config.weights)
+        selection = select(self.scores, config.top_k, config.weights)
         if not selection.scores:
             raise NoCandidateError(self._why_none(specs))
         with self._timed("merging"):
@@ -97,8 +97,10 @@ class MashupRun:
         report = self.report = self._outcome(decision)
         with self._timed("swap"):
             report = self.report = replace(report, **self._swap(decision, sample.held_out))
-        report = self.report = from_main_process(replace(report, timings=self._seconds(), hub=self.hub.traffic()))
-        self._save(report, lambda: save_mashup(self.directory, report, self._writer(decision)))
+        report = self.report = from_main_process(replace(report, timings=self.timings, hub=self.hub.traffic()))
+        update = (decision.init or decision.merge).update
+        write = partial(self.trainee.save, update, base_model=self.base_model)
+        self._save(report, lambda: save_mashup(self.directory, report, write))
 
     def give_up(self, reason: str, first: bool = False) -> None:
         """Reports why there is no mashup: as scratch, unless the merge is in the model by now."""
@@ -156,11 +158,6 @@ class MashupRun:
         short = config.sample_size == "auto" and size == FEWEST and self.metric.labeled
         return shortened(sample, held_out=config.guard_dataset is None) if short else sample
 
-    def _share(self) -> float:
-        """Returns the share of the run's own forward and backward work that its scores and its guard stand for."""
-        passes = sum(score.rows for score in self.scores) + judged(self.config) * self.sample["held_out"]
-        return share_of_run(passes, self.trained_rows)
-
     def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
         """Writes what was chosen, takes it back where the model is clearly worse, returns the report's changes."""
         if decision.init is None or self.config.dry_run:
@@ -185,6 +182,7 @@ class MashupRun:
     def _outcome(self, decision: Decision) -> MashupReport:
         shown = decision.init or decision.merge
         gain, error = decision.gain
+        passes = sum(score.rows for score in self.scores) + judged(self.config) * self.sample["held_out"]
         return self._report(
             decision=decision.name,
             reason=decision.reason,
@@ -196,7 +194,7 @@ class MashupRun:
             candidates=candidate_rows(self.scores, shown.selection.weight_of(), decision.merge.selection.weight_of()),
             rounds=race_rounds(self.scores),
             merge=shown.info,
-            share=self._share(),
+            share=share_of_run(passes, self.trained_rows),
         )
 
     def _report(self, **values: Any) -> MashupReport:
@@ -205,7 +203,7 @@ class MashupRun:
             MashupReport(
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,
-                timings=self._seconds(),
+                timings={**self.timings},
                 config=self.config.to_dict(),
                 hub=self.hub.traffic(),
                 environment=environment(),
@@ -213,10 +211,6 @@ class MashupRun:
                 **values,
             )
         )
-
-    def _writer(self, decision: Decision) -> Callable[[Path], None]:
-        update = (decision.init or decision.merge).update
-        return lambda draft: self.trainee.save(update, draft, self.base_model)
 
     def _save(self, report: MashupReport, write: Callable[[], Any]) -> None:
         if not is_main_process():
@@ -229,9 +223,6 @@ class MashupRun:
                 raise
             # The model is as the report says; only its record on disk is missing.
             logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
-
-    def _seconds(self) -> dict[str, float]:
-        return {name: round(seconds, 4) for name, seconds in self.timings.items()}
 
     def _why_none(self, specs: Sequence[str | PathLike[str]]) -> str:
         if not self.scores:
@@ -246,7 +237,7 @@ class MashupRun:
             with stage(STAGES[name]) if name in STAGES else nullcontext():
                 yield
         finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - started
+            self.timings[name] = round(time.monotonic() - started, 4)
 
 
 def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:

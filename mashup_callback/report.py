@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.jupyter import JupyterMixin
 
 from . import display
 from .names import short_names
-from .typed_json import made, parsed
+from .typed_json import made
 
 
 # In a report and in the metadata of an adapter's weights: what peft or a user saves there later lacks it.
@@ -87,7 +88,7 @@ class RaceRound:
 
 
 @dataclass(frozen=True, repr=False)
-class MashupReport:
+class MashupReport(JupyterMixin):
     """
     What a mashup found, did and why.
 
@@ -150,7 +151,10 @@ class MashupReport:
     @classmethod
     def from_json(cls, text: str) -> "MashupReport":
         """Reads a report; raises `ValueError` where the text is none, or one of another version."""
-        values = parsed(text)
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
         if not isinstance(values, dict) or not {"decision", "reason"} <= set(values):
             raise ValueError("This is not a mashup report: expected a JSON object with `decision` and `reason`.")
         if values.get("schema") != SCHEMA:
@@ -222,9 +226,6 @@ class MashupReport:
 
     def __repr__(self) -> str:
         return f"<MashupReport: {self.summary()}>"
-
-    def _repr_html_(self) -> str:
-        return display.html(self)
 
 
 def environment() -> dict[str, Any]:

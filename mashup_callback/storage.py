@@ -52,12 +52,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def prepare(directory: str | os.PathLike) -> None:
-    """
-    Puts back an earlier merge that a killed run had moved aside, and refuses other files than this package's.
-
-    Raises:
-        StorageError: The directory would not be replaced.
-    """
+    """Puts back an earlier merge that a killed run had moved aside; `StorageError` for other files than ours."""
     target = Path(os.path.realpath(directory))
     with _locked(target.parent):
         _put_back(target)
@@ -134,7 +129,11 @@ def unwound_by_sigterm() -> Iterator[None]:
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def stop(*args: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except _Terminated:
@@ -146,10 +145,6 @@ def unwound_by_sigterm() -> Iterator[None]:
 
 class _Terminated(BaseException):
     """SIGTERM came; no stage takes it for a failure of its own."""
-
-
-def _terminate(*args: object) -> None:
-    raise _Terminated
 
 
 def _swap_in(draft: Path, target: Path) -> None:

@@ -12,13 +12,9 @@ from .model import stream_parameters, write_parameters
 
 def swap(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Callable[[], None]) -> None:
     """
-    Fills parameters on every process, and reads them back.
+    Fills parameters on every process, and reads them back; a whole tensor is looked up when its turn comes.
 
     If the write fails on any process, or what a process reads is not what the others read, all of them call `undo`.
-    Whole tensors are looked up by the names of the parameters, each when its turn comes.
-
-    Raises:
-        RuntimeError: The parameters do not hold what was written, or differ between processes.
     """
     try:
         with failing_together():

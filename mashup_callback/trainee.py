@@ -30,19 +30,15 @@ class Update(Protocol):
 
 
 class Source(Protocol):
-    """
-    A candidate on disk that fits the model.
-
-    Attributes:
-        rank (`int`, *optional*): Largest rank over the layers; None for a full checkpoint.
-        warnings (`tuple[str, ...]`): What is worth knowing but no reason to reject it.
-    """
+    """A candidate on disk that fits the model."""
 
     @property
-    def rank(self) -> int | None: ...
+    def rank(self) -> int | None:
+        """Largest rank over the layers; None for a full checkpoint."""
 
     @property
-    def warnings(self) -> tuple[str, ...]: ...
+    def warnings(self) -> tuple[str, ...]:
+        """What is worth knowing but no reason to reject it."""
 
     def load(self, device: torch.device | str = "cpu") -> Update:
         """Returns what it changes; raises `AdapterError` where its files changed or hold unusable values."""
@@ -59,14 +55,11 @@ class Trainee(Protocol):
     What is trained: a LoRA adapter, or the model's own weights.
 
     Every process of a distributed run calls each method at the same point.
-
-    Attributes:
-        relations (`tuple[str, ...]`): Relations to the base model that a Hub search lists, `"adapter"` and
-            `"finetune"`.
     """
 
     @property
-    def relations(self) -> tuple[str, ...]: ...
+    def relations(self) -> tuple[str, ...]:
+        """Relations to the base model that a Hub search lists, `"adapter"` and `"finetune"`."""
 
     def check(self, description: Any) -> Any:
         """Returns a candidate's description as it fits the model, by its headers alone; raises `AdapterError`."""
@@ -105,15 +98,8 @@ def find_trainee(
     model: nn.Module, config: MashupConfig | None = None, directory: str | os.PathLike[str] = "mashup"
 ) -> Trainee:
     """
-    Finds what is trained, a LoRA adapter or the model's own weights, and checks that a merge can be written into it.
-
-    Args:
-        model (`torch.nn.Module`):
-            A `PeftModel`, a model with an adapter added by transformers' `add_adapter`, or one without adapters.
-        config (`MashupConfig`, *optional*):
-            The settings; the defaults if None.
-        directory (`str` or `os.PathLike`, *optional*, defaults to `"mashup"`):
-            Where the mashup will be written; temporary files go beside it.
+    Finds what is trained, a LoRA adapter or the model's own weights, and checks that a merge can be written into it;
+    temporary files go beside the `directory` of the mashup.
 
     Raises:
         ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialization
@@ -136,10 +122,7 @@ def find_trainee(
 
 
 def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candidate], Source]:
-    """
-    Returns what makes of a candidate on disk something to score on any model, trained or not: an adapter is added to
-    its layers, a full checkpoint takes the place of its weights.
-    """
+    """Returns what makes of a candidate on disk something to score on any model, trained or not."""
     base, weights = BaseModel.of(model, base_model), BaseWeights(model)
     sources: dict[str, Callable[[Any], Source]] = {
         "adapter": lambda found: AdapterSource(found, weights),

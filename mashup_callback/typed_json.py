@@ -1,23 +1,10 @@
 """JSON from elsewhere as dataclasses, with every value checked against the type of its field."""
 
-import json
 import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
-
-
-def parsed(text: str) -> Any:
-    """Returns what JSON holds, None where the text is not JSON or has numbers that JSON does not know."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(constant)
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return None
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 def made(cls: Any, values: Mapping[str, Any], what: str) -> Any:

@@ -14,19 +14,12 @@ from .scoring import Metric, RowLosses, SampleRows, evaluate
 
 @dataclass(frozen=True)
 class SwapCheck:
-    """
-    Losses on one held-out batch.
-
-    Args:
-        loss (`float`): Loss of the model after the swap, as it is trained.
-        expected (`float`): What the guard found for what was written.
-        fresh (`float`): What it found for the fresh initialization.
-        tolerance (`float`): Difference that rounding explains.
-    """
+    """Losses on one held-out batch: after the swap, what the guard found, and what it found for the fresh start."""
 
     loss: float
     expected: float
     fresh: float
+    # Difference that rounding explains.
     tolerance: float
 
     @property

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,23 @@ from .storage import refuse_foreign, refuse_overlap
 logger = logging.getLogger(__name__)
 
 
-def model_shapes(model: str) -> dict[str, tuple[int, int]]:
-    """Returns (in_features, out_features) of a causal language model's linear layers, without loading its weights."""
+def base_of(model: str, name: str | None) -> BaseModel:
+    """Returns what an adapter of a causal language model must fit, without loading the model's weights."""
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise FileNotFoundError(f"There is no model directory {model!r}. Give a directory, or a name on the Hub.")
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(config)
-    return layer_shapes(net)
+    return BaseModel(layer_shapes(net), name=name or model)
 
 
-def describe_candidate(candidate: Candidate, shapes: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+def describe_candidate(candidate: Candidate, check: Callable[[Any], Any]) -> dict[str, Any]:
     """Returns a candidate's fields with its rank, warnings and the reason why it does not fit, if it is on disk."""
     row = asdict(candidate) | {"path": candidate.path and str(candidate.path), "rank": None, "warnings": []}
     if candidate.reason or candidate.path is None:
         return row
     try:
-        found = read_source(candidate, BaseModel(shapes, name=base_model).check)
+        found = read_source(candidate, check)
     except AdapterError as error:
         return row | {"reason": str(error)}
     return row | {"rank": getattr(found, "rank", None), "warnings": list(found.warnings)}
@@ -121,12 +121,19 @@ def _report(
     config: MashupConfig,
     base_model: str | None,
 ) -> MashupReport:
-    rows = []
-    for found, adapter, weight in zip(candidates, adapters, merged.weights, strict=True):
-        about: dict[str, Any] = {"revision": found.revision, "license": found.license, "bytes": found.bytes}
-        rows.append(
-            CandidateRow(found.name, "unscored", weight=weight, rank=adapter.rank, warnings=adapter.warnings, **about)
+    rows = [
+        CandidateRow(
+            found.name,
+            "unscored",
+            revision=found.revision,
+            weight=weight,
+            rank=adapter.rank,
+            license=found.license,
+            bytes=found.bytes,
+            warnings=adapter.warnings,
         )
+        for found, adapter, weight in zip(candidates, adapters, merged.weights, strict=True)
+    ]
     return MashupReport(
         decision="merged" if len(rows) > 1 else "single",
         reason="merged without data: nothing was scored",

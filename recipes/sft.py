@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = ["mashup-callback[cli,plot]"]
 #
 # [tool.uv.sources]
@@ -42,12 +42,13 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
+    if quantization := get_quantization_config(model):
+        training.model_init_kwargs["quantization_config"] = quantization
     trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         callbacks=[callback] if callback else [],
     )
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.end()
+    # Without it a process that saves nothing can hang in gloo's destructor (pytorch/pytorch#56297).
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return trainer
 
 

@@ -23,7 +23,7 @@ ROWS = (
     ("lora/", "full/", "sharing/"),
     ("trainee",),
     ("scoring/",),
-    ("selection", "initialization", "guard", "verification"),
+    ("selection", "guard", "verification"),
     ("pipeline",),
     ("callback", "arguments", "integrations/", "without_trainer", "cli_rows", "cli_output", "cli"),
     ("__init__",),

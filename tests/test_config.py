@@ -132,6 +132,14 @@ def test_a_choice_that_the_command_line_does_not_have(capsys):
     assert "delta" in capsys.readouterr().err
 
 
+def test_help_says_what_the_docstring_says(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser([MashupArguments]).parse_args_into_dataclasses(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "within 5% of the run's own forward and backward work" in shown
+    assert all(field.metadata["help"] for field in fields(MashupArguments))
+
+
 def test_arguments_are_the_settings():
     names = {field.name for field in fields(MashupConfig)} - {"guard_dataset"} | {"candidates"}
     assert {field.name for field in fields(MashupArguments)} == {f"mashup_{name}" for name in names}

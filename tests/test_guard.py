@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mashup_callback import MashupCallback, MashupConfig, score_candidates
 from mashup_callback import pipeline as run
-from mashup_callback.guard import _decide, _reason
-from mashup_callback.initialization import Init
+from mashup_callback.guard import Init, _decide, _reason
 from mashup_callback.scoring import RowLosses, paired_gain
 from mashup_callback.selection import Selection
 from tests.full_model import full_trainer, save_models

@@ -94,11 +94,6 @@ def test_first_reach(values, goal, up, expected):
     assert tables.first_reach([0, 10, 20], values, goal, up) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("where", "expected"), [(1.0, math.nan), (2.0, 0.2), (3.0, 0.3), (6.0, 0.6), (99.0, 0.8)])
-def test_value_at(where, expected):
-    assert tables.value_at([2.0, 4.0, 8.0], [0.2, 0.4, 0.8], where) == pytest.approx(expected, nan_ok=True)
-
-
 def made_up(arm, values, task="a", seed=1, overhead=0.0, settings=(), learning_rate=0.1, chosen=()) -> dict:
     """A result with points at steps 0, 10 and 20, one second for each step."""
     job = Job("hand", task, arm, seed, learning_rate, 20, 10, 0, settings)
@@ -157,6 +152,16 @@ def test_parity_of_a_metric_where_lower_is_better():
     assert row["gain"] == pytest.approx(0.5)
     # From 2.0 to 0.5 in ten steps: 1.0 after two thirds of them.
     assert row["steps_to_parity"] == pytest.approx(20 / 3 / 20)
+
+
+@pytest.mark.parametrize(
+    ("overhead", "expected"), [(0.0, 0.7), (5.0, 0.6), (15.0, 0.3), (20.0, 0.1), (20.5, math.nan), (-9.0, 0.9)]
+)
+def test_the_value_at_which_scratch_ends(overhead, expected):
+    results = [made_up("scratch", [0.0, 0.0, 0.5]), made_up("mashup", [0.1, 0.5, 0.7], overhead=overhead)]
+    results[1]["curve"].append({"step": 30, "seconds": 25.0, "value": 0.9})
+    found = tables.runs(tables.curves(results))["equal_seconds"].iloc[1]
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_sweep_is_left_out_of_the_main_table():
@@ -465,13 +470,19 @@ def test_sources_of_the_base_and_of_the_packages_are_disjoint():
         assert not base & (train | unseen)
 
 
-def test_a_uniform_model_has_the_nll_per_byte_of_its_vocabulary(tmp_path):
+@pytest.mark.parametrize("name", ["stdlib", "smollm2-code"])
+def test_a_uniform_model_has_the_nll_per_byte_of_its_vocabulary(name, tmp_path):
     """Every token costs log V: the world's number is that, over bytes a token."""
-    world = load_world("stdlib", tmp_path, fast=True)
-    tokenizer = stdlib.train_tokenizer(sources.source_files("http"))
-    world.tokenizer = tokenizer
-    model = LlamaForCausalLM(stdlib.model_config(tokenizer))
+    world = load_world(name, tmp_path, fast=True)
+    tokenizer = world.tokenizer = stdlib.train_tokenizer(sources.source_files("http"))
+    model = stdlib.small_llama(tokenizer)
     torch.nn.init.zeros_(model.lm_head.weight)
-    tokens, size = stdlib.unseen_blocks(tokenizer, "http", world.test_blocks)
-    expected = math.log(len(tokenizer)) * tokens[:, 1:].numel() / size
-    assert world.evaluate(model, "http") == pytest.approx(expected, rel=1e-5)
+    for split in ("test", "validation") if name == "smollm2-code" else ("test",):
+        tokens, size = world.unseen_blocks("asyncio", split)
+        # A byte-level token has one character for each byte.
+        named = [tokenizer.convert_ids_to_tokens(block[1:]) for block in tokens.tolist()]
+        assert size == sum(len(text) for block in named for text in block if text != world.end)
+        expected = math.log(len(tokenizer)) * tokens[:, 1:].numel() / size
+        assert world.nll(model, "asyncio", split) == pytest.approx(expected, rel=1e-5)
+    assert world.evaluate(model, "asyncio") == pytest.approx(world.nll(model, "asyncio", "test"))
+    assert world.final(model, "asyncio") in ({}, {"validation": pytest.approx(expected, rel=1e-5)})

@@ -186,43 +186,37 @@ def _killing_at_second(stage):
     return lambda directory, name=None: kill() if name is not None and "mashup" in str(name) else None
 
 
-# Directories that may not be replaced, each made from a trained adapter `c` or an earlier merge `m`.
+# What makes of a copy of the earlier merge a directory that may not be replaced.
 
 
-def trained_over_a_merge(home):
+def trained_over_a_merge(target):
     """The user trains the earlier merge on and saves it where it was: peft leaves the report of the merge there."""
-    shutil.copytree(home / "m", home / "target")
-    model = PeftModel.from_pretrained(llama(), home / "target", is_trainable=True)
-    model.save_pretrained(home / "target", save_embedding_layers=False)
-    return home / "target"
+    PeftModel.from_pretrained(llama(), target, is_trainable=True).save_pretrained(target, save_embedding_layers=False)
 
 
-def with_a_thesis(home):
-    shutil.copytree(home / "m", home / "target")
-    (home / "target/thesis.txt").write_text("years of work")
-    return home / "target"
+def with_a_thesis(target):
+    (target / "thesis.txt").write_text("years of work")
 
 
-def with_a_directory(home):
-    shutil.copytree(home / "m", home / "target")
-    (home / "target/README.md").unlink()
-    (home / "target/README.md").mkdir()
-    return home / "target"
+def with_a_directory(target):
+    (target / "README.md").unlink()
+    (target / "README.md").mkdir()
 
 
-def anothers_report(home):
-    (home / "target").mkdir()
-    (home / "target/report.json").write_text(json.dumps({"decision": "merged", "reason": "mine"}))
-    return home / "target"
+def anothers_report(target):
+    shutil.rmtree(target)
+    target.mkdir()
+    (target / "report.json").write_text(json.dumps({"decision": "merged", "reason": "mine"}))
 
 
-def trained_adapter(home):
-    return home / "c"
+def trained_adapter(target):
+    shutil.rmtree(target)
+    shutil.copytree(target.with_name("c"), target)
 
 
-def linked(home):
-    (home / "target").symlink_to(home / "c")
-    return home / "target"
+def linked(target):
+    shutil.rmtree(target)
+    target.symlink_to(target.with_name("c"))
 
 
 FOREIGN = [trained_adapter, linked, trained_over_a_merge, with_a_thesis, with_a_directory, anothers_report]
@@ -245,7 +239,8 @@ def run_merge(output, *inputs):
 
 @pytest.mark.parametrize("make", FOREIGN)
 def test_what_is_not_ours_is_not_replaced(shelf, make):
-    target = make(shelf)
+    target = shutil.copytree(shelf / "m", shelf / "target")
+    make(target)
     before = owned(shelf)
     assert run_merge(target, shelf / "a", shelf / "b") == 1
     assert owned(shelf) == before

@@ -26,7 +26,7 @@ def names(selection):
 def test_one_checkpoint_of_a_run():
     scores = [score("a-1", 1.0, "a"), score("a-2", 0.5, "a"), score("b", 2.0), score("c", 3.0)]
     assert names(select(scores, 2)) == ["a-2", "b"]
-    assert names(select(scores, None)) == ["a-2", "b", "c"]
+    assert names(select(scores, "auto")) == ["a-2", "b", "c"]
     assert names(select(scores, 9)) == ["a-2", "b", "c"]
 
 

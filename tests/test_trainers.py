@@ -49,42 +49,14 @@ COMMON = {
 }
 
 
-def dpo(output_dir, callbacks=()):
-    arguments = DPOConfig(str(output_dir), max_length=32, **COMMON)
-    return DPOTrainer(
-        llama(),
-        args=arguments,
-        train_dataset=preferences(),
-        processing_class=tokenizer(),
-        peft_config=lora(),
-        callbacks=list(callbacks),
-    )
-
-
-def kto(output_dir, callbacks=()):
-    rows = [
-        {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
-        for row in preferences()
-        for kind in ("chosen", "rejected")
-    ]
-    return KTOTrainer(
-        llama(),
-        args=KTOConfig(str(output_dir), max_length=32, **COMMON),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        peft_config=lora(),
-        callbacks=list(callbacks),
-    )
-
-
-def without_reference(trainer_class, config_class):
-    """Returns what makes a trainer of preferences that compares the model with no other."""
+def maker(trainer_class, config_class, data=preferences):
+    """Returns what makes a trainer of preferences."""
 
     def make(output_dir, callbacks=()):
         return trainer_class(
             llama(),
             args=config_class(str(output_dir), max_length=32, **COMMON),
-            train_dataset=preferences(),
+            train_dataset=data(),
             processing_class=tokenizer(),
             peft_config=lora(),
             callbacks=list(callbacks),
@@ -93,7 +65,22 @@ def without_reference(trainer_class, config_class):
     return make
 
 
-orpo, cpo = without_reference(ORPOTrainer, ORPOConfig), without_reference(CPOTrainer, CPOConfig)
+def labelled():
+    """The preferences row by row, as KTO takes them."""
+    kinds = ("chosen", "rejected")
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": row[k], "label": k == kinds[0]}
+            for row in preferences()
+            for k in kinds
+        ]
+    )
+
+
+MAKERS = {"kto": maker(KTOTrainer, KTOConfig, labelled), "dpo": maker(DPOTrainer, DPOConfig)}
+# These compare the model with no other.
+MAKERS |= {"orpo": maker(ORPOTrainer, ORPOConfig), "cpo": maker(CPOTrainer, CPOConfig)}
+dpo = MAKERS["dpo"]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +95,7 @@ def preferring(tmp_path_factory):
     return directory / "runs"
 
 
-@pytest.mark.parametrize("make", [dpo, kto, orpo, cpo], ids=["dpo", "kto", "orpo", "cpo"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_bound_trainer_ranks_by_its_own_loss(tmp_path, preferring, make):
     callback = MashupCallback(str(preferring / "*"), top_k=1, on_error="raise")
     trainer = make(tmp_path / "out", [callback])

@@ -4,28 +4,5 @@ from .candidate import Candidate
 from .download import arriving, download_candidate
 from .find import as_candidate, check_specs, find_candidates, read_source
 from .hub import HTTP_ERROR, Hub, describe, is_transient, retry_after
-from .local import WEIGHTS_NAME
 from .provenance import same_data, stated_datasets
 from .spec import Spec, hub_name, parse_spec
-
-
-__all__ = [
-    "HTTP_ERROR",
-    "WEIGHTS_NAME",
-    "Candidate",
-    "Hub",
-    "Spec",
-    "arriving",
-    "as_candidate",
-    "check_specs",
-    "describe",
-    "download_candidate",
-    "find_candidates",
-    "hub_name",
-    "is_transient",
-    "parse_spec",
-    "read_source",
-    "retry_after",
-    "same_data",
-    "stated_datasets",
-]

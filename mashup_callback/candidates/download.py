@@ -53,7 +53,7 @@ def arriving(candidates: Sequence[Candidate], hub: Hub) -> Iterator[Iterator[Can
     """
     pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="mashup-download")
     # The main process found them: where they are in its machine's cache says nothing of other machines.
-    here = candidates if is_main_process() else [_without_path(item) for item in candidates]
+    here = [item if is_main_process() or not item.repo_id else replace(item, path=None) for item in candidates]
     coming = _ahead(here, hub, pool)
     try:
         _, processes = process_index_and_count()
@@ -89,10 +89,6 @@ def snapshot(repo_id: str, revision: str | None) -> Path | None:
 
 def _is_remote(item: Candidate) -> bool:
     return item.repo_id is not None and item.path is None and item.reason is None
-
-
-def _without_path(item: Candidate) -> Candidate:
-    return replace(item, path=None) if item.repo_id else item
 
 
 def _ahead(candidates: Sequence[Candidate], hub: Hub, pool: ThreadPoolExecutor) -> Generator[Candidate, None, None]:
@@ -184,6 +180,5 @@ def _is_genuine(path: Path) -> bool:
 
 def _discard(path: Path) -> None:
     """Removes a file from the Hub's cache: its name in the snapshot and its content, wherever the links lead."""
-    linked = [path.parent / os.readlink(path)] if path.is_symlink() else []
-    for item in (Path(os.path.realpath(path)), *linked, path):
+    for item in (path.resolve(), path):
         item.unlink(missing_ok=True)

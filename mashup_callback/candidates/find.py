@@ -14,13 +14,13 @@ from typing import Any
 from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import AdapterError
-from ..formats import is_checkpoint, quote, read_adapter, read_checkpoint
+from ..formats import CONFIG_NAME, is_checkpoint, quote, read_adapter, read_checkpoint
 from .candidate import Candidate
 from .download import cached, snapshot
 from .hub import RECOVERABLE, Hub, describe
-from .local import find_locally, is_file, reject_duplicates
-from .search import COMMIT, RemoteFiles, files_of, held_candidates, list_repositories, repository_info, stated_license
-from .spec import FORMS, Spec, parse_spec
+from .local import find_locally, reject_duplicates
+from .search import COMMIT, RemoteFiles, held_candidates, list_repositories, stated
+from .spec import FORMS, Spec, is_glob, parse_spec
 
 
 # Repositories that are looked at, and candidates that are checked, at the same time.
@@ -84,7 +84,7 @@ def find_candidates(
     excluded = [os.path.realpath(os.path.expanduser(path)) for path in exclude]
     lookup = _HubLookup(hub or Hub(), base_model, relations, check, allow_licenses, allow_authors)
     named: list[_Named] = []
-    for spec in map(_resolved, _entries(specs)):
+    for spec in _parsed(_entries(specs)):
         if spec.kind == "path":
             named += [(item, partial(_checked_here, item, check)) for item in find_locally(spec, excluded)]
         else:
@@ -97,12 +97,7 @@ def check_specs(specs: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple
     entries = _entries(specs)
     if not entries:
         raise ValueError(f"There are no candidates, expected at least one of: {FORMS}.")
-    for spec in map(_resolved, entries):
-        path = os.path.expanduser(spec.path or "")
-        if spec.kind == "path" and not spec.is_glob and not os.path.lexists(path):
-            raise ValueError(f"{str(spec)!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
-        if spec.kind == "path" and os.path.isfile(path):
-            raise is_file(Path(path))
+    _parsed(entries)
     return entries
 
 
@@ -131,6 +126,19 @@ def as_candidate(source: Candidate | str | os.PathLike) -> Candidate:
     path = Path(source)
     kind = "model" if is_checkpoint(path) else "adapter"
     return Candidate(os.fspath(source), kind, path, run=os.path.realpath(path))
+
+
+def _parsed(entries: Iterable[str | os.PathLike]) -> list[Spec]:
+    """Parses entries of the grammar; raises where one is wrong, or a literal path that is not there or a file."""
+    specs = [_resolved(entry) for entry in entries]
+    for path in (spec.path for spec in specs if spec.path is not None):
+        here = os.path.expanduser(path)
+        if os.path.isfile(here):
+            expected = f"expected the directory that holds {CONFIG_NAME}: {os.path.dirname(here)}"
+            raise ValueError(f"{path!r} is a file, {expected}.")
+        if not is_glob(path) and not os.path.lexists(here):
+            raise ValueError(f"{path!r} does not exist on this machine, and is not on the Hub; expected {FORMS}.")
+    return specs
 
 
 def _resolved(entry: str | os.PathLike) -> Spec:
@@ -193,12 +201,11 @@ class _HubLookup:
         return [_judged(item, self.check) for item in found if item.name == repository.name]
 
     def _stated(self, repository: Candidate, info: ModelInfo | None) -> list[Candidate]:
-        info = info or repository_info(repository, self.hub)
-        paths, license = files_of(info), stated_license(info)
+        commit, paths, license = stated(repository, info, self.hub)
         if not _allowed(license, self.allow_licenses):
-            stated = quote(license) if license else "(none stated)"
-            raise AdapterError(f"its license {stated} is not in allow_licenses")
-        held = held_candidates(repository, info.sha, paths, license)
+            named = quote(license) if license else "(none stated)"
+            raise AdapterError(f"its license {named} is not in allow_licenses")
+        held = held_candidates(repository, commit, paths, license)
         return [self._checked(candidate, paths) for candidate in held]
 
     def _checked(self, candidate: Candidate, paths: Sequence[str]) -> Candidate:
@@ -242,7 +249,7 @@ def _first_usable(named: Sequence[_Named], max_candidates: int | None) -> list[C
     """Checks candidates in their order, several at a time, until enough can be used and are not the same."""
     bound = sys.maxsize if max_candidates is None else max_candidates
     found: dict[object, Candidate] = {}
-    contents: dict[Path, tuple[str, str] | None] = {}
+    contents: dict[Path, str | None] = {}
     waiting = list(named)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="mashup-find") as pool:
         while True:

@@ -39,7 +39,7 @@ MAX_FAILURES = 8
 # A call may take this long, and a download as much longer as this speed allows.
 DEADLINE_SECONDS = 20.0
 MIN_BYTES_PER_SECOND = 32_768
-_TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0
 _SIGN_IN = "sign in with `hf auth login` or set HF_TOKEN"
 
 Result = TypeVar("Result")
@@ -51,20 +51,12 @@ class Hub:
 
     `huggingface_hub` itself has no timeout on some calls and waits for as long as a `Retry-After` says, which would
     let a Hub that is down or busy hold up training.
-
-    Args:
-        asks (`bool`, *optional*, defaults to `True`):
-            Whether this process may ask the Hub. In a distributed run one process of each machine does, and the
-            others, called after it, take what it has downloaded.
-
-    Attributes:
-        requests (`int`): Calls made, retries included.
-        bytes (`int`): Bytes of files received.
-        seconds (`float`): Time in which at least one call was under way.
     """
 
     def __init__(self, asks: bool = True) -> None:
+        # In a distributed run one process of each machine asks; the others, called after it, take what it downloaded.
         self.asks = asks
+        # Calls made, retries included; bytes of files received; time in which at least one call was under way.
         self.requests, self.bytes, self.seconds = 0, 0, 0.0
         self._lock = threading.RLock()
         self._running, self._began = 0, 0.0
@@ -195,7 +187,7 @@ def _read_range(url: str, start: int, stop: int) -> tuple[bytes, int]:
     # Identity: the size of a compressed reply says nothing about the file.
     headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     data = bytearray()
-    with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
+    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response:
         if response.status_code >= 400:
             response.read()
         hf_raise_for_status(response)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -15,16 +14,15 @@ from ..errors import AdapterError
 from ..formats import (
     CONFIG_NAME,
     INDEX_NAME,
-    MAX_CONFIG_BYTES,
     MODEL_CONFIG_NAME,
     MODEL_WEIGHTS_NAME,
     WEIGHTS_NAME,
+    adapter_hash,
     open_regular,
-    parse_config,
-    read_limited,
+    read_adapter,
 )
 from .candidate import Candidate
-from .spec import FORMS, Spec, is_glob
+from .spec import Spec, is_glob
 
 
 logger = logging.getLogger(__name__)
@@ -43,13 +41,9 @@ def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
     path = Path(os.path.expanduser(spec.path))
     if os.path.lexists(path) and _skip(path, excluded):
         return [_candidate(path, reason="it is this run's own output or that of a mashup")]
-    if os.path.isfile(path):
-        raise is_file(path)
     if os.path.lexists(path):
         reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
         return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
-    if not spec.is_glob:
-        raise ValueError(f"{str(spec)!r} does not exist here and is no name of a Hub repository, expected {FORMS}.")
     found = [item for match in _glob(path) if not _skip(match, excluded) for item in _expand(match, excluded)]
     if not found:
         logger.warning("No adapter matches %s (yet): nothing to start from there.", spec)
@@ -110,11 +104,6 @@ def _expand(directory: Path, excluded: Sequence[str], depth: int = _DEPTH) -> It
             yield from _expand(child, excluded, depth - 1)
 
 
-def is_file(path: Path) -> ValueError:
-    """Returns the error for a path that is the file of an adapter and not its directory."""
-    return ValueError(f"{str(path)!r} is a file, expected the directory that holds {CONFIG_NAME}: {path.parent}.")
-
-
 def _describe(directory: Path, entries: Iterable[str]) -> Candidate | None:
     if CONFIG_NAME in entries and WEIGHTS_NAME in entries:
         return _candidate(directory, bytes=_size(directory / WEIGHTS_NAME))
@@ -169,7 +158,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def reject_duplicates(found: Sequence[Candidate], known: dict[Path, tuple[str, str] | None]) -> list[Candidate]:
+def reject_duplicates(found: Sequence[Candidate], known: dict[Path, str | None]) -> list[Candidate]:
     """
     Rejects all but one of the adapters with the same content, and keeps a run's final one over its checkpoints.
 
@@ -179,9 +168,9 @@ def reject_duplicates(found: Sequence[Candidate], known: dict[Path, tuple[str, s
     here = [index for index, item in enumerate(found) if _is_adapter_here(item)]
     here.sort(key=lambda index: _is_checkpoint(found[index].path))
     # Trained files of one size differ at their ends: only those that do not are read as a whole.
-    ends = {index: (found[index].bytes, _read(found[index].path, _END_BYTES)) for index in here}
+    ends = {index: (found[index].bytes, _end(found[index].path)) for index in here}
     counts = Counter(ends.values())
-    kept: dict[tuple[str, str], str] = {}
+    kept: dict[str, str] = {}
     for index in here:
         path, content = found[index].path, None
         if counts[ends[index]] > 1:
@@ -193,28 +182,23 @@ def reject_duplicates(found: Sequence[Candidate], known: dict[Path, tuple[str, s
     return found
 
 
-def _read(directory: Path, end: int | None = None) -> str:
-    """Returns a hash of an adapter's weights, or of their last bytes; empty where they cannot be read."""
-    digest = hashlib.sha256()
+def _end(directory: Path) -> str:
+    """Returns a hash of the last bytes of an adapter's weights; empty where they cannot be read."""
     try:
         with os.fdopen(open_regular(directory / WEIGHTS_NAME), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - end) if end else 0)
-            while chunk := file.read(2**20):
-                digest.update(chunk)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
+            return hashlib.sha256(file.read(_END_BYTES)).hexdigest()
     except (AdapterError, OSError):
         return ""
-    return digest.hexdigest()
 
 
 def _is_adapter_here(candidate: Candidate) -> bool:
     return candidate.kind == "adapter" and candidate.path is not None and candidate.reason is None
 
 
-def _content(directory: Path) -> tuple[str, str] | None:
-    """Returns what decides what an adapter computes: its tensors and the effective part of its configuration."""
+def _content(directory: Path) -> str | None:
+    """Returns a hash of what an adapter computes; None where it cannot be read."""
     try:
-        config = parse_config(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES))
-    except AdapterError:
+        return adapter_hash(read_adapter(directory))
+    except (AdapterError, OSError):
         return None
-    digest = _read(directory)
-    return (digest, json.dumps(config.effective())) if digest else None

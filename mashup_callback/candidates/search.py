@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ..formats import (
     read_limited,
 )
 from .candidate import Candidate
-from .hub import RECOVERABLE, Hub, describe
+from .hub import RECOVERABLE, TIMEOUT_SECONDS, Hub, describe
 from .local import why_unusable
 from .provenance import card_metadata
 from .spec import Spec, hub_name
@@ -48,8 +49,6 @@ _ROW_BYTES = 1000
 # Enough for the headers of nearly all adapters, so that one request reads them.
 HEADER_BYTES = 2**17
 COMMIT = re.compile("[0-9a-f]{40}")
-_TIMEOUT_SECONDS = 10.0
-_MAX_NAME_BYTES = 2**20
 # Without the cards, which may be broken: all that is needed of them is in the tags that the Hub derives from them.
 _PROPERTIES = ["sha", "siblings", "tags"]
 _NOTHING = (
@@ -77,23 +76,19 @@ def list_repositories(
     return [(_repository(repo_id), info) for repo_id, info in named[:limit]]
 
 
-def repository_info(repository: Candidate, hub: Hub) -> ModelInfo:
-    """Returns what the Hub states for a repository at the revision asked for."""
-    at = repository.revision or "main"
-    return hub.call(HfApi().model_info, repository.repo_id, revision=at, expand=_PROPERTIES, timeout=_TIMEOUT_SECONDS)
-
-
-def stated_license(info: ModelInfo) -> str | None:
-    """Returns the license that a repository's tags state."""
-    tags = [tag for tag in info.tags or () if isinstance(tag, str)]
-    return next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
-
-
-def files_of(info: ModelInfo) -> tuple[str, ...]:
-    """Returns the paths of a repository's files, without those that would lead out of the cache's folder for it."""
+def stated(repository: Candidate, info: ModelInfo | None, hub: Hub) -> tuple[str, tuple[str, ...], str | None]:
+    """Returns a repository's commit, files and license as a listing says, or else as the Hub does when asked."""
+    if info is None:
+        at = repository.revision or "main"
+        asked = partial(HfApi().model_info, revision=at, expand=_PROPERTIES, timeout=TIMEOUT_SECONDS)
+        info = hub.call(asked, repository.repo_id)
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise HubError("the Hub does not say which commit it is at")
-    return tuple(file.rfilename for file in info.siblings or () if _is_safe(file.rfilename))
+    # Without those that would lead out of the cache's folder for the repository.
+    paths = tuple(file.rfilename for file in info.siblings or () if _is_safe(file.rfilename))
+    tags = [tag for tag in info.tags or () if isinstance(tag, str)]
+    license = next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
+    return info.sha, paths, license
 
 
 def held_candidates(
@@ -174,7 +169,7 @@ def base_model_names(base_model: str | None, hub: Hub) -> tuple[str, ...]:
     if name != base_model:
         logger.info("%s is searched for on the Hub as %s; set `base_model` if it is another.", base_model, name)
     try:
-        tags = hub.call(HfApi().model_info, name, expand=["tags"], timeout=_TIMEOUT_SECONDS).tags or ()
+        tags = hub.call(HfApi().model_info, name, expand=["tags"], timeout=TIMEOUT_SECONDS).tags or ()
     except RECOVERABLE as error:
         if hub.down:
             raise
@@ -224,7 +219,7 @@ def _recorded_names(base_model: str | None) -> Iterator[str | None]:
 
 def _name_in_config(directory: Path) -> Any:
     try:
-        return json.loads(read_limited(directory / MODEL_CONFIG_NAME, _MAX_NAME_BYTES)).get("_name_or_path")
+        return json.loads(read_limited(directory / MODEL_CONFIG_NAME, MAX_CONFIG_BYTES)).get("_name_or_path")
     except (ValueError, AttributeError, RecursionError):
         # A broken file does not say where the model is from.
         return None

@@ -43,11 +43,6 @@ class Spec:
     sort: str | None = None
     collection: str | None = None
 
-    @property
-    def is_glob(self) -> bool:
-        """Whether this is a local path with glob characters."""
-        return self.path is not None and is_glob(self.path)
-
     def __str__(self) -> str:
         if self.kind == "path":
             return str(self.path)

@@ -67,18 +67,17 @@ def adapter_modules(
     # Where adapters are added by other means than peft's own model, the names of all tensors lack the prefix.
     prefix = _KEY_PREFIX if any(key.startswith(_KEY_PREFIX) for key in tensors) else ""
     keys: dict[str, dict[str, str]] = {}
-    copies = {}
+    copies: dict[str, str] = {}
     for key in tensors:
         name, part = _place(key, prefix, config)
-        if part == _WHOLE:
-            copies[name] = key
-        elif keys.setdefault(name, {}).setdefault(part, key) != key:
-            raise AdapterError(f"{quote(key)} and {quote(keys[name][part])} are one tensor under two names")
+        held, place = (copies, name) if part == _WHOLE else (keys.setdefault(name, {}), part)
+        if held.setdefault(place, key) != key:
+            raise AdapterError(f"{quote(key)} and {quote(held[place])} are one tensor under two names")
     if not keys:
         raise AdapterError("the weights file holds no tensors, expected pairs of lora_A.weight and lora_B.weight")
-    for pattern in ("rank_pattern", "alpha_pattern"):
+    for pattern in ("rank_pattern", "alpha_pattern", "target_parameters"):
         if (count := len(getattr(config, pattern))) * len(keys) > _MAX_LOOKUPS:
-            raise AdapterError(f"`{pattern}` has {count:,} keys for {len(keys):,} modules, far more than it needs")
+            raise AdapterError(f"`{pattern}` has {count:,} entries for {len(keys):,} modules, far more than it needs")
     modules = {name: _module_shape(name, own, config, tensors) for name, own in keys.items() if _is_used(own, tensors)}
     if config.modules_to_save and not any(shape.form.whole for shape in modules.values()):
         named = quote(", ".join(config.modules_to_save))
@@ -196,9 +195,11 @@ def _module_shape(
         form = find_form(config.peft_type, config.use_dora, keys)
         parts = {part: torch.empty(tensors[key].shape, device="meta") for part, key in keys.items()}
         factors = form.factors(parts)
-    except (AdapterError, RuntimeError, IndexError) as error:
+    except (AdapterError, RuntimeError, IndexError, TypeError) as error:
         raise AdapterError(f"the tensors of {quote(name)} make no update: {quote(error)}") from error
     stack = _stack(name, config)
+    if stack and form.of_weight:
+        raise AdapterError(f"{quote(name)} has the magnitudes of DoRA, expected none for experts in one parameter")
     layer = name.removesuffix(".bias")
     rank = config.rank_of(layer)
     if stack is None and not form.whole:
@@ -211,7 +212,9 @@ def _stack(name: str, config: AdapterConfig) -> Stack | None:
     module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
     targets = [target.rpartition(".") for target in config.target_parameters]
     found = tuple(leaf for holder, _, leaf in targets if f".{module}".endswith(f".{holder}" if holder else ""))
-    return Stack(found, depth) if found and module.endswith("experts") else None
+    # Elsewhere in the name, it would make a second name of the same factors.
+    whole = name == module + depth * ".base_layer" and module.endswith("experts")
+    return Stack(found, depth) if found and whole else None
 
 
 def _check_rank(name: str, rank: int, parts: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:

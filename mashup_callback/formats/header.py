@@ -76,7 +76,7 @@ def parse_header(start: bytes, file_size: int) -> dict[str, TensorInfo]:
             with safe_open(file.name, "pt") as tensors:
                 slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
                 found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    except (SafetensorError, OSError, OverflowError) as error:
+    except (SafetensorError, OSError, OverflowError, RuntimeError) as error:
         raise AdapterError(f"the weights file is truncated, padded or no safetensors: {quote(error)}") from error
     for key, (dtype, _) in found.items():
         if dtype not in DTYPES:

@@ -47,14 +47,16 @@ class Form:
 
     def update(self, parts: Parts, scaling: float, weight: Callable[[], torch.Tensor] | None = None) -> LoraFactors:
         """Returns the update; `weight` gives the base model's weight, on which some depend."""
-        factors = self.factors(parts)
-        shape = factors.out_features, factors.in_features
+        # Outlined first: factors of products may be very many more numbers than the parts.
+        outline = self.factors({name: part.to("meta") for name, part in parts.items()})
+        shape = outline.out_features, outline.in_features
         if of_weight := self.of_weight:
             if weight is None:
                 raise AdapterError(f"{self.why}, and there is no base model here to read")
             return DenseUpdate(parts, lambda own: of_weight(own, scaling, weight()), shape, self.whole)
-        if (dense := self.dense) and factors.rank * sum(shape) > _MAX_SHARE * shape[0] * shape[1]:
+        if (dense := self.dense) and outline.rank * sum(shape) > _MAX_SHARE * shape[0] * shape[1]:
             return DenseUpdate(parts, lambda own: scaling * dense(own), shape, self.whole)
+        factors = self.factors(parts)
         return LoraFactors(factors.A, factors.B, scaling)
 
 

@@ -49,29 +49,16 @@ def merge_models(
     seed: int = 42,
 ) -> str:
     """
-    Merge full models of one architecture with mergekit.
+    Merges full models of one architecture with mergekit, into a directory that must not exist, nor does if it fails.
 
-    Tensors are read one at a time, merged in float32 and written in shards of 2 GB, so that no model is ever in memory
-    as a whole, except where an adapter is merged into its base first: mergekit then loads the base. These merged
-    bases go to a cache of this merge alone, which is removed afterwards; mergekit would take a half-written one of an
-    interrupted merge for a whole one.
-
-    `output_dir` must not exist, and does not if the merge fails. `parameters` are mergekit's, one value for all inputs
-    or a sequence with one for each.
-
-    Returns:
-        `str`: mergekit's configuration of the merge, as YAML.
-
-    Raises:
-        ValueError: The settings do not fit together.
-        OSError: There is not enough space on the disk.
+    Tensors are read one at a time, merged in float32 and written in shards of 2 GB, but for the bases that adapters
+    are merged into first: these are loaded, and kept in a cache of this merge alone, since mergekit would take a
+    half-written one of an interrupted merge for a whole one. Returns mergekit's configuration, as YAML.
     """
     rule = MergeRule.create(method, parameters)
     rule.check_count(len(inputs))
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists, expected a path that nothing has yet. Choose another path.")
-    if rule.needs_base and not rule.interpolates and base is None:
-        raise ValueError(f"{rule.method} merges updates of a base model, and no `base` is given.")
     config = mergekit_config(
         rule,
         [model.reference() for model in inputs],

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,9 @@ from ..model import base_model_name, stream_parameters
 from ..report import MergeInfo
 from ..storage import Workspace
 from ..swap import swap
-from .merge import check_space, merge_models
-from .sources import AdapterOnBase, CheckpointSource
-from .weights import CheckpointTensors, FullUpdate, restore_weights, save_weights
+from .merge import ModelInput, check_space, merge_models
+from .weights import CheckpointSource, CheckpointTensors, FullUpdate, restore_weights, save_weights
 from .writer import is_model_on_disk, save_model
-
-
-Source = CheckpointSource | AdapterOnBase
 
 
 class FullTrainee:
@@ -63,34 +59,36 @@ class FullTrainee:
         if self.base.refusal:
             raise ValueError(self.base.refusal)
         self.tensors = self.base.tensors
-        self._sources: dict[str, Callable[[Any], Source]] = {
-            "adapter": lambda found: _on_base(found, adapter_source),
-            "model": CheckpointSource,
-        }
-        self._adapters: dict[Path, Path] = {}
-        self._hub_names: dict[str, str] = {}
+        self._adapter_source = adapter_source
+        self._sources = {"adapter": self._adapter, "model": self._checkpoint}
+        self._checkpoints: dict[Any, Checkpoint] = {}
+        self._copies: dict[Path, Path] = {}
+        # What others know the inputs of a merge by, not where they were for it.
+        self._public_names: dict[str, str] = {}
         self._before: dict[str, Any] | None = None
 
     def check(self, description: Description) -> Description:
         return description.fit(self.base)
 
-    def admit(self, candidate: Candidate) -> Source:
+    def admit(self, candidate: Candidate) -> Any:
         source = self._sources[candidate.kind](read_source(candidate, self.check))
         if candidate.repo_id and not candidate.subfolder:
-            self._hub_names[str(candidate.path)] = f"{candidate.repo_id}@{candidate.revision}"
+            self._public_names[str(candidate.path)] = f"{candidate.repo_id}@{candidate.revision}"
         return source
 
     def merge(
-        self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+        self, sources: Sequence[Any], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
     ) -> tuple[FullUpdate, MergeInfo]:
         """Merges candidates on disk; a single checkpoint is taken as it is."""
         if len(sources) == 1:
             method, parameters = "linear", {}
-        if len(sources) == 1 and (checkpoint := sources[0].alone()) is not None:
-            update = FullUpdate(checkpoint, self.names & frozenset(checkpoint.tensors))
+        if len(sources) == 1 and sources[0] in self._checkpoints:
+            checkpoint, recipe = self._unchanged(sources[0]), ""
         else:
-            update = self._merged(sources, weights, method, parameters)
-        return update, self._info(update.checkpoint, method, parameters)
+            checkpoint, recipe = self._merged(sources, weights, method, parameters)
+        names = self.names & frozenset(checkpoint.tensors)
+        update = FullUpdate(checkpoint, names, recipe, owned=bool(recipe))
+        return update, self._info(checkpoint, method, parameters)
 
     def written(self, update: FullUpdate) -> AbstractContextManager[None]:
         return update.applied(self.model)
@@ -107,7 +105,7 @@ class FullTrainee:
         if update.owned:
             return update
         path = self.workspace.new("copy")
-        on_main_process(partial(check_space, self.workspace.path(), self.tensors.bytes))
+        self._check_space(1)
         on_main_process(lambda: _copy_model(update.checkpoint, path))
         return replace(update, checkpoint=read_checkpoint(path).fit(self.base), owned=True)
 
@@ -129,35 +127,55 @@ class FullTrainee:
         self._before = None
         self.workspace.close()
 
-    def base_directory(self) -> Path:
-        """Returns where the model is on disk as it is in memory now; it is written there if need be."""
-        return self._base[0]
-
     def adapter_directory(self, adapter: Adapter, load: Callable[[], Any]) -> Path:
         """Returns a copy of an adapter, written from checked tensors as mergekit has peft load it."""
-        if adapter.path not in self._adapters:
+        if adapter.path not in self._copies:
             path = self.workspace.new("adapter")
             on_main_process(lambda: write_adapter(path, load().factors, base_model=None))
-            self._adapters[adapter.path] = path
-        return self._adapters[adapter.path]
+            self._copies[adapter.path] = path
+            self._public_names[str(path)] = self._public_names.get(str(adapter.path), str(adapter.path))
+        return self._copies[adapter.path]
+
+    def _adapter(self, adapter: Any) -> Any:
+        # Merged into a full model, an embedding would change the head that is tied to it too.
+        adapter.refuse_special()
+        return self._adapter_source(adapter)
+
+    def _checkpoint(self, checkpoint: Any) -> CheckpointSource:
+        source = CheckpointSource(checkpoint)
+        self._checkpoints[source] = checkpoint
+        return source
+
+    def _unchanged(self, source: Any) -> Checkpoint:
+        check_unchanged(self._checkpoints[source])
+        return self._checkpoints[source]
 
     @cached_property
-    def _base(self) -> tuple[Path, bool]:
-        """Where the model is on disk, and whether it was written there by this run."""
+    def _base_directory(self) -> Path:
+        """Where the model is on disk as it is in memory now; it is written there if need be."""
         found = on_main_process(lambda: _directory_of(base_model_name(self.model)))
-        if found is not None and is_model_on_disk(self.model, found):
-            return found, False
-        on_main_process(partial(check_space, self.workspace.path(), self.tensors.bytes))
-        return save_model(self.model, self.workspace.new("base")), True
+        if found is not None and is_model_on_disk(self.model, self.base, found):
+            return found
+        self._check_space(1)
+        path = save_model(self.model, self.tensors, self.workspace.new("base"))
+        self._public_names[str(path)] = self.base.name or "path/to/the/base/model"
+        return path
+
+    def _input(self, source: Any) -> ModelInput:
+        """Returns a candidate in mergekit's terms: a checkpoint, or the base with an adapter on it."""
+        if source in self._checkpoints:
+            return ModelInput(self._unchanged(source).path)
+        return ModelInput(self._base_directory, self.adapter_directory(source.adapter, source.load))
 
     def _merged(
-        self, sources: Sequence[Source], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
-    ) -> FullUpdate:
-        on_base = sum(source.needs_base for source in sources)
+        self, sources: Sequence[Any], weights: Sequence[float], method: str, parameters: Mapping[str, Any]
+    ) -> tuple[Checkpoint, str]:
+        """Merges on disk; returns the merge and mergekit's configuration of it."""
+        on_base = sum(source not in self._checkpoints for source in sources)
         output = self.workspace.new("merge")
-        on_main_process(partial(check_space, self.workspace.path(), self.tensors.bytes * (1 + on_base)))
-        base = self.base_directory() if on_base or MergeRule.create(method).needs_base else None
-        inputs = [source.merge_input(self) for source in sources]
+        self._check_space(1 + on_base)
+        base = self._base_directory if on_base or MergeRule.create(method).needs_base else None
+        inputs = [self._input(source) for source in sources]
         recipe = on_main_process(
             lambda: merge_models(
                 inputs,
@@ -170,18 +188,13 @@ class FullTrainee:
                 seed=self.config.seed,
             )
         )
-        checkpoint = read_checkpoint(output).fit(self.base)
-        return FullUpdate(checkpoint, self.names & frozenset(checkpoint.tensors), self._named(recipe), owned=True)
-
-    def _named(self, recipe: str) -> str:
-        """Returns mergekit's configuration with what others know the inputs by, not where they were for this merge."""
-        names = {str(copy): str(path) for path, copy in self._adapters.items()}
-        names |= self._hub_names
-        if "_base" in vars(self) and self._base[1]:
-            names[str(self._base[0])] = self.base.name or "path/to/the/base/model"
-        for path, name in names.items():
+        for path, name in self._public_names.items():
             recipe = recipe.replace(path, name)
-        return recipe
+        return read_checkpoint(output).fit(self.base), recipe
+
+    def _check_space(self, copies: int) -> None:
+        directory = self.workspace.path()
+        on_main_process(lambda: check_space(directory, self.tensors.bytes * copies))
 
     def _info(self, checkpoint: Checkpoint, method: str, parameters: Mapping[str, Any]) -> MergeInfo:
         frozen = tuple(name for name in checkpoint.tensors if name not in self.names)
@@ -206,12 +219,6 @@ class FullTrainee:
             value = value.cpu()
             total += (read_tensor(checkpoint, name).double() - value.double()).square().sum().item()
         return total
-
-
-def _on_base(adapter: Adapter, adapter_source: Callable[[Adapter], Any]) -> AdapterOnBase:
-    # Merged into a full model, an embedding would change the head that is tied to it too.
-    adapter.refuse_special()
-    return AdapterOnBase(adapter, adapter_source(adapter))
 
 
 def _copy_model(checkpoint: Checkpoint, directory: Path) -> None:

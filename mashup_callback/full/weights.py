@@ -1,14 +1,14 @@
 """A checkpoint's weights in the place of the live model's: for a while, or for good."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..formats import Checkpoint, read_tensor
+from ..formats import Checkpoint, check_unchanged, read_tensor
 from ..model import clean_name, fill_master, local_part, regather, reshard, write_parameters
 
 
@@ -25,39 +25,48 @@ class FullUpdate:
     recipe: str = ""
     owned: bool = False
 
-    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Returns a context in which the model has these weights."""
-        return replaced(model, self)
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """
+        Context in which the model has these weights; afterwards every bit is as it was.
+
+        Beside the model there are in memory at most one copy of what is replaced (this process's share of it, on the
+        CPU) and one tensor of the checkpoint, from a memory-mapped shard.
+        """
+        saved = save_weights(model, self.names)
+        try:
+            write_parameters(model, CheckpointTensors(self), masters=False)
+            yield
+        finally:
+            restore_weights(model, saved)
 
     def warnings(self, model: nn.Module) -> tuple[str, ...]:
         return ()
 
 
-def find_trained_weights(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the weights that are trained; none where an adapter of any kind is on the model."""
-    bare = extract_model_from_parallel(model)
-    if getattr(bare, "peft_config", None):
-        return frozenset()
-    return frozenset(clean_name(name) for name, parameter in bare.named_parameters() if parameter.requires_grad)
+@dataclass(frozen=True, eq=False)
+class CheckpointSource:
+    """A full checkpoint that fits the model, with its tensors named as the model names them."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def rank(self) -> None:
+        return None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.checkpoint.warnings
+
+    def load(self, device: torch.device | str = "cpu") -> FullUpdate:
+        check_unchanged(self.checkpoint)
+        return FullUpdate(self.checkpoint, frozenset(self.checkpoint.tensors))
+
+    def fingerprint(self) -> str | None:
+        return None
 
     def release(self) -> None:
-        """Nothing is kept: tensors are read one at a time."""
-
-
-@contextmanager
-def replaced(model: nn.Module, update: FullUpdate) -> Iterator[None]:
-    """
-    Context in which the model has a checkpoint's weights; afterwards every bit is as it was.
-
-    Beside the model there are in memory at most one copy of what is replaced (this process's share of it, on the CPU)
-    and one tensor of the checkpoint, from a memory-mapped shard. Tied weights stay tied, buffers are left alone.
-    """
-    saved = save_weights(model, update.names)
-    try:
-        write_parameters(model, CheckpointTensors(update), masters=False)
-        yield
-    finally:
-        restore_weights(model, saved)
+        """Does nothing: a checkpoint is read a tensor at a time."""
 
 
 class CheckpointTensors(Mapping[str, torch.Tensor]):
@@ -77,6 +86,14 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._update.names)
+
+
+def find_trained_weights(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the weights that are trained; none where an adapter of any kind is on the model."""
+    bare = extract_model_from_parallel(model)
+    if getattr(bare, "peft_config", None):
+        return frozenset()
+    return frozenset(clean_name(name) for name, parameter in bare.named_parameters() if parameter.requires_grad)
 
 
 def save_weights(model: nn.Module, names: frozenset[str]) -> dict[str, torch.Tensor]:

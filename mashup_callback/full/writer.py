@@ -12,20 +12,14 @@ from torch import nn
 from ..distributed import is_main_process
 from ..errors import CheckpointError
 from ..formats import INDEX_NAME, MODEL_WEIGHTS_NAME, BaseModel, read_checkpoint, read_tensor
-from ..model import ModelTensors, describe_model, read_parameters, stream_parameters
+from ..model import ModelTensors, read_parameters, stream_parameters, unwrapped
 
 
 MAX_SHARD_BYTES = 2_000_000_000
 
 
-def save_model(model: nn.Module, directory: Path) -> Path:
-    """
-    Writes a model's configuration and weights, without the adapters on it.
-
-    Every process must call it, the main one writes. A shard's parameters are gathered at a time, so that the whole
-    model is in no process.
-    """
-    tensors = describe_model(model)
+def save_model(model: nn.Module, tensors: ModelTensors, directory: Path) -> Path:
+    """Writes a model's configuration and weights; every process must call it, as a shard is gathered at a time."""
     shards = list(_shards(tensors))
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
@@ -44,15 +38,14 @@ def save_model(model: nn.Module, directory: Path) -> Path:
     return directory
 
 
-def is_model_on_disk(model: nn.Module, directory: Path) -> bool:
+def is_model_on_disk(model: nn.Module, base: BaseModel, directory: Path) -> bool:
     """Whether a directory holds exactly the model's weights, in its precision; every process must call it."""
-    tensors = describe_model(model)
     try:
-        checkpoint = read_checkpoint(directory).fit(BaseModel({}, tensors))
+        checkpoint = read_checkpoint(directory).fit(base)
     except CheckpointError:
         return False
     same = True
-    for name, value in stream_parameters(model, tensors.shapes):
+    for name, value in stream_parameters(model, base.tensors.shapes):
         same = same and bool((read_tensor(checkpoint, name).to(value) == value).all())
     return same
 
@@ -71,8 +64,7 @@ def _shards(tensors: ModelTensors) -> Iterator[list[str]]:
 
 
 def _save_config(model: nn.Module, tensors: ModelTensors, directory: Path) -> None:
-    model = extract_model_from_parallel(model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = unwrapped(extract_model_from_parallel(model))
     config = copy.deepcopy(model.config)
     # FSDP2 gives the model's class another name.
     config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]

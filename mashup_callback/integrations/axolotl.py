@@ -20,7 +20,7 @@ from ..callback import MashupCallback
 
 logger = logging.getLogger(__name__)
 
-_FIELDS = {item.name: item for item in fields(MashupArguments)}
+_FIELDS = [item.name for item in fields(MashupArguments)]
 # What a YAML may hold is checked by `MashupConfig`, and what is not set keeps that class's default.
 _SETTINGS: dict[str, Any] = dict.fromkeys(_FIELDS, (Any, None))
 MashupArgs = create_model("MashupArgs", __doc__="The settings of a mashup in axolotl's YAML.", **_SETTINGS)
@@ -34,20 +34,8 @@ class MashupPlugin(BasePlugin):
         return f"{__name__}.{MashupArgs.__name__}"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[MashupCallback]:
-        """
-        Returns the callback, bound to the trainer, so that its own loss ranks and its trackers hear of the mashup.
-
-        Args:
-            cfg (`DictDefault`):
-                axolotl's configuration.
-            trainer (`transformers.Trainer`):
-                The trainer that axolotl has built.
-
-        Raises:
-            ValueError: A setting is wrong.
-        """
-        settings = {name: cfg.get(name) for name in _FIELDS}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        """Returns the callback, bound to axolotl's trainer: its own loss ranks, its trackers hear of the mashup."""
+        settings = {name: cfg.get(name) for name in _FIELDS if cfg.get(name) is not None}
         candidates = settings.pop("mashup_candidates", None)
         if not candidates:
             logger.info("There are no `mashup_candidates`: training starts as without the plugin.")

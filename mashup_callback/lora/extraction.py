@@ -12,7 +12,7 @@ from ..distributed import is_main_process, on_main_process
 from ..errors import AdapterError, CheckpointError
 from ..formats import Adapter, Checkpoint, read_adapter, read_tensor, write_adapter
 from ..lowrank import LoraFactors, truncate_dense
-from ..model import linear_layers, stream_parameters
+from ..model import linear_layers, random_state, stream_parameters
 
 
 def extract(
@@ -57,7 +57,8 @@ def low_rank_update(
         if layer in ranks and energy > 0 and is_main_process():
             # Conv1D keeps its weight the other way round.
             update = update.T if isinstance(layers[layer], Conv1D) else update
-            truncated = truncate_dense(update, ranks[layer], width=ranks[layer])
+            with random_state(0):
+                truncated = truncate_dense(update, ranks[layer], width=ranks[layer])
             factors[layer] = truncated.factors
             kept += truncated.kept_energy * energy
     factors, kept = on_main_process(lambda: (factors, kept))

@@ -64,7 +64,16 @@ def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
     They get the merge's singular vectors, with the roots of the singular values on either side, and A as large as the
     fresh A: how A and B of the candidates were balanced has no effect on training. Ranks that the merge does not fill
     keep the fresh rows of A and get zero columns of B: with both zero they would never learn.
+
+    Raises:
+        ValueError: A layer of the merge has a larger rank than the trained adapter's.
     """
+    for name, target in adapter.targets.items():
+        if name in merged and merged[name].rank > target.A.shape[1 if target.reverse else 0]:
+            raise ValueError(
+                f"The merge has rank {merged[name].rank} in layer {name}, the trained adapter {adapter.ranks[name]}. "
+                "Merge with `ranks=adapter.ranks`."
+            )
     wholes = {name: update for name, update in merged.items() if name in adapter.wholes}
     return wholes | {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}
 
@@ -72,20 +81,15 @@ def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
 def _fit_layer(update: LoraFactors | None, target: Target) -> LoraFactors:
     fresh = LoraFactors(target.A, target.B, target.scaling)
     if target.reverse:
-        return _transposed(_fit_factors(update and _transposed(update), _transposed(fresh), target.name))
-    return _fit_factors(update, fresh, target.name)
+        return _transposed(_fit_factors(update and _transposed(update), _transposed(fresh)))
+    return _fit_factors(update, fresh)
 
 
 def _transposed(update: LoraFactors) -> LoraFactors:
     return LoraFactors(update.B.T, update.A.T, update.scaling)
 
 
-def _fit_factors(update: LoraFactors | None, fresh: LoraFactors, name: str) -> LoraFactors:
+def _fit_factors(update: LoraFactors | None, fresh: LoraFactors) -> LoraFactors:
     if update is None:
         return LoraFactors(fresh.A.clone(), torch.zeros_like(fresh.B), fresh.scaling)
-    if update.rank > fresh.rank:
-        raise ValueError(
-            f"The merge has rank {update.rank} in layer {name}, the trained adapter {fresh.rank}. Merge with "
-            "`ranks=adapter.ranks`."
-        )
     return trainable(update, fresh)

@@ -8,8 +8,9 @@ from operator import itemgetter
 
 import torch
 
-from ..lowrank import DenseUpdate, LoraFactors, Truncation, private_rng, shared_cores, truncate_core, truncate_dense
+from ..lowrank import DenseUpdate, LoraFactors, Truncation, shared_cores, truncate_core, truncate_dense
 from ..methods import MergeRule
+from ..model import random_state
 
 
 # Directions of a randomized SVD for each update of full rank, besides the wanted rank.
@@ -34,7 +35,7 @@ class ModuleMerge:
         rank = max(f.rank for f in owned) if rank is None else rank
         present = [f for f in owned if f.norm() > 0]
         try:
-            with private_rng(zlib.crc32(f"{self.seed}:{name}".encode()), owned[0].A.device):
+            with random_state(zlib.crc32(f"{self.seed}:{name}".encode())):
                 return self._merge(inputs, present, rank) if present else _zero_update(owned[0])
         except ValueError as error:
             raise ValueError(f"Cannot merge module {name!r}: {error}") from error
@@ -53,7 +54,7 @@ class ModuleMerge:
 
     def _truncate(self, update: LoraFactors, rank: int) -> Truncation:
         if update.dense:
-            return truncate_dense(update.delta(), rank, _DENSE_WIDTH, self.seed)
+            return truncate_dense(update.delta(), rank, _DENSE_WIDTH)
         basis, (core,) = shared_cores([update])
         return truncate_core(basis, core, rank)
 
@@ -75,7 +76,7 @@ class ModuleMerge:
 
     def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         width = sum(_DENSE_WIDTH if f.dense else f.rank for f in present)
-        return truncate_dense(self._dense(inputs, present), rank, width, self.seed)
+        return truncate_dense(self._dense(inputs, present), rank, width)
 
     def _is_alone(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> bool:
         return len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0])

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ class LoraTrainee:
     def __init__(self, model: nn.Module, adapter: TrainedAdapter, config: MashupConfig, workspace: Workspace) -> None:
         self.model, self.adapter, self.config, self.workspace = model, adapter, config, workspace
         self.base = BaseModel.of(model, config.base_model)
+        self._weights = BaseWeights(model)
         self._sources = {"adapter": self._adapter_source, "model": self._extracted}
 
     def check(self, description: Description) -> Description:
@@ -90,10 +90,6 @@ class LoraTrainee:
 
     def close(self) -> None:
         self.workspace.close()
-
-    @cached_property
-    def _weights(self) -> BaseWeights:
-        return BaseWeights(self.model)
 
     def _adapter_source(self, adapter: Any) -> AdapterSource:
         return AdapterSource(adapter, self._weights)

@@ -26,36 +26,3 @@ from .parameters import (
 from .tensors import ModelTensors, describe_model
 from .weights import BaseWeights
 from .whole import WholeParameter, replaced, whole_parameters
-
-
-__all__ = [
-    "BaseWeights",
-    "ModelTensors",
-    "WholeParameter",
-    "adapter_host",
-    "base_model_name",
-    "clean_name",
-    "compute_device",
-    "describe_model",
-    "expert_parameters",
-    "fill_master",
-    "is_sharded",
-    "layer_shape",
-    "layer_shapes",
-    "linear_layers",
-    "local_part",
-    "output_head",
-    "quantized_layers",
-    "random_state",
-    "read_parameters",
-    "regather",
-    "replaced",
-    "reshard",
-    "stream_parameters",
-    "undisturbed",
-    "unwrapped",
-    "whole_parameters",
-    "with_adapters",
-    "without_adapters",
-    "write_parameters",
-]

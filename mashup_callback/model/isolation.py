@@ -18,18 +18,14 @@ from .layers import adapter_host
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """
-    Context in which `model` is in evaluation mode without gradients, and after which everything is as it was.
-
-    Restored are the random number generators (python, numpy, torch on the CPU and on every accelerator), the
-    training flag of every module, `requires_grad` of every parameter and whether the key-value cache is used. The
-    quantized layers of bitsandbytes compute what they compute in training, see [`quantized_layers`].
-    """
+    """Context in which `model` is in evaluation mode without gradients, and after which everything is as it was."""
     training = [(module, module.training) for module in model.modules()]
     try:
         # What is compiled would be compiled again for each candidate's hooks, up to a limit that training needs.
         with random_state(), torch.no_grad(), _no_cache(model), torch.compiler.set_stance("force_eager"):
             model.eval()
+            # In evaluation mode on a CPU, 4-bit ones repack their weights and round their scales for good, and have
+            # no gradient from then on; 8-bit ones round their inputs too.
             for layer in quantized_layers(model):
                 layer.training = True
             yield
@@ -39,18 +35,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
-    """
-    Returns the linear layers that bitsandbytes quantized.
-
-    In evaluation mode on a CPU, they are not what they are in training: 4-bit layers repack their weights and round
-    their scales for good where the CPU has AVX512-BF16, and have no gradient from then on; 8-bit layers round their
-    inputs to 8 bits too.
-    """
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:
-        # No model has such layers before their package is imported.
-        return []
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    """Returns the linear layers that bitsandbytes quantized; none where its package was never imported."""
+    library = sys.modules.get("bitsandbytes")
+    kinds = (library.nn.Linear4bit, library.nn.Linear8bitLt) if library else ()
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 

@@ -6,16 +6,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .parameters import clean_name
+from .parameters import clean_name, whole_shape
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """
-    Returns the layers that a LoRA adapter can change, by their name in the base model.
-
-    Layers that already carry adapters are given as their base layer: what a hook on it adds is added with the
-    adapters switched off.
-    """
+    """Returns the layers that LoRA can change, without the adapters on them, by their name in the base model."""
     layers = {}
     for name, module in extract_model_from_parallel(model).named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -26,13 +21,10 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """
-    Returns (in_features, out_features) of a model's linear layers, by their name in the base model, and of experts
-    that are parts of one parameter, by its name and their number in it.
-    """
+    """Returns (in_features, out_features) of linear layers, and of experts by their parameter's name and number."""
     shapes = {name: layer_shape(layer) for name, layer in linear_layers(model).items()}
     for name, (module, parameter) in expert_parameters(model).items():
-        count, rows, columns = _whole_shape(module._parameters[parameter])
+        count, rows, columns = whole_shape(module._parameters[parameter])
         sizes = (rows, columns) if getattr(module, "is_transposed", False) else (columns, rows)
         shapes |= {f"{name}.{index}": sizes for index in range(count)}
     return shapes
@@ -46,21 +38,12 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for name, module in modules
         if "experts" in name.split(".")
         for key, value in module._parameters.items()
-        if value is not None and len(_whole_shape(value)) == 3 and value.dtype.is_floating_point
+        if value is not None and len(whole_shape(value)) == 3 and value.dtype.is_floating_point
     }
 
 
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # ZeRO-3 keeps an empty tensor in the place of the parameter.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """
-    Returns (in_features, out_features) of a layer that low-rank updates fit; None for other layers.
-
-    These are linear layers of any kind, quantized ones too, and embeddings, which take a token as an input.
-    """
+    """Returns (in_features, out_features) of a linear layer or embedding, quantized too; None for other layers."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     if isinstance(layer, nn.Embedding):

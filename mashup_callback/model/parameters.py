@@ -47,24 +47,22 @@ def stream_parameters(model: nn.Module, names: Container[str]) -> Iterator[tuple
         yield from ((name, _whole(parameter)) for name, parameter in parameters.items() if name in names)
 
 
-def fill_master(parameter: nn.Parameter) -> None:
-    """Gives the fp32 master that ZeRO keeps of a parameter the parameter's own values, where there is one."""
-    if _has_master(parameter):
+def fill_master(parameter: nn.Parameter, value: torch.Tensor | None = None) -> None:
+    """Gives the fp32 master that ZeRO keeps of a parameter, if any, a value: by default the parameter's own."""
+    if _is_partitioned(parameter) or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, _whole(parameter).float())
+        value = _whole(parameter) if value is None else value
+        safe_set_full_fp32_param(parameter, value.float().to(parameter.device))
 
 
 @torch.no_grad()
 def write_parameters(model: nn.Module, values: Mapping[str, torch.Tensor], masters: bool = True) -> None:
     """
-    Fills parameters, and the fp32 masters that ZeRO keeps of them. Every process must call it with the same values.
+    Fills parameters in place, and the fp32 masters from which ZeRO would undo that in its first step.
 
-    The parameters that the optimizer holds are filled, never replaced. ZeRO would otherwise undo the write in its
-    first step, and FSDP2 loses what is written into parameters that a forward pass has gathered.
-
-    Each value is looked up by its clean name once, when its turn comes. What is put back before the next step needs no
-    `masters`.
+    Every process must call it with the same values, each looked up once, when its turn comes. What is put back before
+    the next step needs no `masters`.
     """
     for parameters in _gathered(model, writeback=True):
         for name, parameter in parameters.items():
@@ -108,6 +106,11 @@ def flattened_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
     return {id(p): tuple(shape) for item in flat for p, shape in zip(item._params, item._shapes, strict=True)}
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Returns a parameter's shape, also under ZeRO-3, which keeps an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Returns what this process holds of a tensor (FSDP2, ZeRO-3): all of one that is not sharded."""
     if hasattr(tensor, "ds_tensor"):
@@ -117,12 +120,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def regather(parameter: nn.Parameter) -> None:
-    """
-    Makes the whole of a parameter that ZeRO-3 gathered agree with its shards again, or lets go of it.
-
-    Small parameters are kept whole between the steps, and neither a forward nor a backward pass would look at the
-    shards of these. Every process must call it.
-    """
+    """Makes a parameter that ZeRO-3 keeps whole between steps agree with its shards; every process must call it."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:
@@ -133,10 +131,6 @@ def regather(parameter: nn.Parameter) -> None:
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
-
-
-def _has_master(parameter: nn.Parameter) -> bool:
-    return _is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
@@ -165,7 +159,5 @@ def _fill(parameter: nn.Parameter, value: torch.Tensor, masters: bool) -> None:
         parameter.to_local().copy_(shard.to_local())
     else:
         parameter.copy_(value)
-    if masters and _has_master(parameter):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.float().to(parameter.device))
+    if masters:
+        fill_master(parameter, value)

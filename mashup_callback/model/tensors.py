@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .parameters import clean_name, flattened_shapes
+from .layers import unwrapped
+from .parameters import clean_name, flattened_shapes, whole_shape
 
 
 # Parameters of adapters, which are no part of the model.
@@ -16,19 +17,17 @@ _ADAPTERS = ("lora_", "modules_to_save", "original_module")
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """
-    Names and shapes of a model's weights; the shape of a shared parameter is there once.
-
-    `aliases` lead from its further names to that one. `embeddings` have one row for each token, `buffers` are left
-    alone by a swap, and `dtype` is the widest where the parameters differ.
-    """
+    """Names and shapes of a model's weights; the shape of a shared parameter is there once."""
 
     model_type: str
     tied: bool
     shapes: Mapping[str, tuple[int, ...]]
+    # From the further names of a shared parameter to the one in `shapes`.
     aliases: Mapping[str, str]
+    # One row for each token.
     embeddings: frozenset[str]
     buffers: frozenset[str]
+    # The widest where the parameters differ.
     dtype: torch.dtype
 
     @property
@@ -42,13 +41,7 @@ class ModelTensors:
 
 
 def describe_model(model: nn.Module) -> ModelTensors:
-    """
-    Describes the weights of a model, wrapped or sharded in any way, without the adapters on it.
-
-    Raises:
-        ValueError: It is no model of transformers, or its parameters are quantized, so that no checkpoint's weights
-            can take their place.
-    """
+    """Describes the weights of a model, wrapped or sharded in any way, without its adapters; `ValueError` why not."""
     # FSDP1's outermost unit is a wrapper like any other, and gone after the next line.
     flattened = flattened_shapes(model)
     model = extract_model_from_parallel(model)
@@ -59,12 +52,10 @@ def describe_model(model: nn.Module) -> ModelTensors:
             continue
         known = names.setdefault(id(parameter), [])
         known.append(clean_name(name))
-        # ZeRO-3 keeps an empty tensor in the place of the parameter.
-        whole = getattr(parameter, "ds_shape", parameter.shape)
-        shapes[known[0]] = flattened.get(id(parameter)) or tuple(whole)
+        shapes[known[0]] = flattened.get(id(parameter)) or whole_shape(parameter)
         dtypes.append(parameter.dtype)
     _refuse_quantized(dtypes)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     _refuse_other_libraries(base)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     ends = [getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())]

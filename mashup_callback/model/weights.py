@@ -1,6 +1,7 @@
 """The weights of the model's base: some updates are computed of them, and all are compared with them."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -10,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import AdapterError
 from ..lowrank import Factors
 from .layers import expert_parameters, is_plain, layer_shape, linear_layers
+from .parameters import is_sharded, stream_parameters
 from .whole import whole_parameters
 
 
@@ -61,11 +63,22 @@ class BaseWeights:
 
 @torch.no_grad()
 def _norms(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, float]:
-    """Returns the Frobenius norms of layers and experts, without those that are quantized, sharded or zero."""
-    weights = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
-    found = {name: torch.linalg.vector_norm(w.data, dtype=torch.float32) for name, w in weights.items() if is_plain(w)}
-    for name, (module, key) in expert_parameters(model).items():
-        if is_plain(weight := module._parameters[key]) and weight.ndim == 3:
-            norms = torch.linalg.vector_norm(weight.data, dim=(1, 2), dtype=torch.float32)
-            found |= {f"{name}.{index}": norm for index, norm in enumerate(norms)}
-    return {name: norm.item() for name, norm in found.items() if norm > 0}
+    """
+    Returns the Frobenius norms of layers and experts, without those that are quantized, offloaded or zero.
+
+    Where the model is sharded, every process must call it.
+    """
+    own = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
+    own |= {name: module._parameters[key] for name, (module, key) in expert_parameters(model).items()}
+    weights: Iterable[tuple[str, torch.Tensor | None]] = own.items()
+    if is_sharded(model):
+        whole = stream_parameters(model, {f"{name}.weight" for name in layers} | own.keys())
+        weights = ((name.removesuffix(".weight"), weight) for name, weight in whole)
+    norms: dict[str, torch.Tensor] = {}
+    for name, weight in weights:
+        if is_plain(weight) and weight.ndim == 3:
+            each = torch.linalg.vector_norm(weight.data, dim=(1, 2), dtype=torch.float32)
+            norms |= {f"{name}.{index}": norm for index, norm in enumerate(each)}
+        elif is_plain(weight):
+            norms[name] = torch.linalg.vector_norm(weight.data, dtype=torch.float32)
+    return {name: norm.item() for name, norm in norms.items() if norm > 0}

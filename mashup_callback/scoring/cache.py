@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,8 @@ class ScoreCache:
     Losses of candidates row by row, one small JSON file each, in a directory that several runs may share.
 
     A file is written to a temporary name and moved, so that nobody reads half of it; one that cannot be read counts as
-    missing, and a directory that cannot be written is no reason to stop.
-
-    Args:
-        directory (`str` or `Path`, *optional*):
-            Where the files are. By default the environment variable `MASHUP_CACHE`, then `mashup_callback` in
-            `$XDG_CACHE_HOME`, then `~/.cache/mashup_callback`. With `MASHUP_CACHE=` (empty) nothing is kept.
+    missing, and a directory that cannot be written is no reason to stop. The directory is `MASHUP_CACHE` by default,
+    none where that is empty, then `mashup_callback` in `$XDG_CACHE_HOME` or `~/.cache`.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None) -> None:
@@ -76,20 +73,16 @@ class ScoreCache:
         if self.directory is None or not torch.isfinite(losses.loss).all():
             return
         path = self._path(key)
-        text = json.dumps({name: getattr(losses, name).tolist() for name in _FIELDS})
-        draft = None
+        draft = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
+            draft.write_text(json.dumps({name: getattr(losses, name).tolist() for name in _FIELDS}))
             os.replace(draft, path)
         except OSError as error:
             logger.warning("Scores are not kept in %s: %s", self.directory, error)
             self.directory = None
-        finally:
-            if draft is not None:
-                Path(draft).unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
 
     def info(self) -> CacheInfo:
         """Returns how much the cache holds."""

@@ -36,21 +36,7 @@ def evaluate(
 
     To be called inside [`undisturbed`], and inside [`Metric.base`] unless the model's own adapters are meant.
     Batches are halved for good when memory runs out, except on a sharded model, whose processes go in step.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-        rows (`SampleRows`):
-            What to evaluate on.
-        metric (`str`, `Callable` or `Metric`, *optional*, defaults to `"loss"`):
-            As in [`score_candidates`].
-        update (`Update`, *optional*):
-            What the candidate changes.
-        share (`bool`, *optional*, defaults to `False`):
-            Split the rows: every process calls this, looks at its share, and gets the losses of all rows.
-
-    Raises:
-        OutOfStepError: A process failed in the middle of a forward pass of a sharded model.
+    With `share` the rows are split: every process calls this, looks at its share, and gets the losses of all rows.
     """
     metric = make_metric(metric)
     mine = rows.share(*process_index_and_count()) if share else rows
@@ -63,9 +49,8 @@ def evaluate(
                 break
             # Once more, with the updates of these layers applied in another way.
             note_bypassed(model, bypassed)
-    if share:
-        for values, found in gather((sums, seen)):
-            sums[:, found] = values[:, found]
+    for values, found in gather((sums, seen)) if share else ():
+        sums[:, found] = values[:, found]
     return RowLosses(*sums)
 
 
@@ -92,31 +77,40 @@ def _sums(
 def _alone(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, metric: Metric) -> RowLosses | None:
     """Returns the losses of a batch; None where memory ran out and its halves come next."""
     try:
-        return metric.losses(model, on_device(batch, model))
+        return metric.losses(model, _on_device(batch, model))
     except RuntimeError as error:
-        if not halved(rows, indices, error):
+        if not should_reduce_batch_size(error) or not rows.halve(indices):
             raise
-        return None
-
-
-def halved(rows: SampleRows, indices: list[int], error: RuntimeError) -> bool:
-    """Halves a batch for good where an error is a lack of memory; returns whether it did."""
-    if not should_reduce_batch_size(error) or not rows.halve(indices):
-        return False
     clear_device_cache(garbage_collection=True)
     logger.info("Out of memory with %d rows; the batch is halved.", len(indices))
-    return True
+    return None
 
 
 def _in_step(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, metric: Metric) -> RowLosses:
     """Returns the losses of a batch, with every process in the same forward pass and as many calls of the head."""
     chunks = max(gather(head_chunks(model, batch)))
-    with _Passes(model) as passes:
-        try:
-            return metric.losses(model, on_device(batch, model), chunks)
-        except Exception as error:
-            passes.make_up(lambda: _dummy_pass(model, batch, metric, chunks), error)
-            raise
+    # The wrapper of a sharded model is left out of some passes; the model within never is.
+    inner, begun, ended = extract_model_from_parallel(model), [], []
+    hooks = [
+        inner.register_forward_pre_hook(lambda *args: begun.append(1)),
+        inner.register_forward_hook(lambda *args: ended.append(1)),
+    ]
+    try:
+        return metric.losses(model, _on_device(batch, model), chunks)
+    except Exception as error:
+        if len(begun) != len(ended):
+            rank, _ = process_index_and_count()
+            raise OutOfStepError(
+                f"A forward pass of the sharded model failed on process {rank} ({type(error).__name__}: {error})"
+                ", and the other processes cannot finish it alone. If memory ran out, set a smaller `batch_size`."
+            ) from error
+        if not begun:
+            # So that the other processes can leave theirs.
+            _dummy_pass(model, batch, metric, chunks)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _add_batch(losses: RowLosses, indices: list[int], sums: torch.Tensor, seen: torch.Tensor) -> None:
@@ -129,45 +123,8 @@ def _add_batch(losses: RowLosses, indices: list[int], sums: torch.Tensor, seen: 
         sums[:, indices[0]] = values.sum(1)
 
 
-class _Passes:
-    """Counts the forward passes of a model, so that a process that failed before one can still join the others."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # The wrapper of a sharded model is left out of some passes; the model within never is.
-        self.model = extract_model_from_parallel(model)
-        self.begun = self.ended = 0
-
-    def __enter__(self) -> "_Passes":
-        self.handles = [
-            self.model.register_forward_pre_hook(self._begin),
-            self.model.register_forward_hook(self._end),
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _begin(self, *args: object) -> None:
-        self.begun += 1
-
-    def _end(self, *args: object) -> None:
-        self.ended += 1
-
-    def make_up(self, dummy: Callable[[], None], error: Exception) -> None:
-        """Runs a dummy forward pass where none was run, so that the other processes can leave theirs."""
-        if self.begun != self.ended:
-            rank, _ = process_index_and_count()
-            raise OutOfStepError(
-                f"A forward pass of the sharded model failed on process {rank} ({type(error).__name__}: {error})"
-                ", and the other processes cannot finish it alone. If memory ran out, set a smaller `batch_size`."
-            ) from error
-        if not self.begun:
-            dummy()
-
-
 def _dummy_pass(model: nn.Module, batch: Any, metric: Metric, chunks: int) -> None:
-    batch = on_device(batch, model)
+    batch = _on_device(batch, model)
     if metric.labeled and "labels" in batch:
         # With its calls of the head, which may be sharded on its own.
         language_model_losses(model, batch, chunks)
@@ -175,8 +132,7 @@ def _dummy_pass(model: nn.Module, batch: Any, metric: Metric, chunks: int) -> No
         model(**{name: value for name, value in batch.items() if name != "labels"})
 
 
-def on_device(batch: Any, model: nn.Module) -> Any:
-    """Returns a copy of a batch on the model's device."""
+def _on_device(batch: Any, model: nn.Module) -> Any:
     # A copy: a BatchEncoding is moved in place, and trainers take the labels out of their inputs.
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     return send_to_device(batch, next(model.parameters()).device)

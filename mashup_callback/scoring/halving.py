@@ -1,4 +1,4 @@
-"""Successive halving: which candidates are worth more rows."""
+"""Successive halving: which candidates are worth more rows, and how many rows a run can afford."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,11 @@ FIRST_ROUND = 16
 REDUCTION, FEW = 3, 10
 # A candidate counts as worse when its paired difference exceeds so many of its standard errors.
 CERTAIN = 2.0
+# Share of the run's own forward and backward work that scoring and guarding may take.
+SHARE = 0.05
+FEWEST, MOST = 32, 512
+# A forward pass and a backward pass, which costs at least as much.
+PASSES_OF_A_TRAINED_ROW = 2
 
 
 def round_sizes(rows: int, search: str) -> list[int]:
@@ -65,3 +70,28 @@ def _worse(losses: RowLosses, other: RowLosses, metric: Metric) -> bool:
     difference = metric.compared(losses) - metric.compared(other)
     error = sum_error(difference) if len(difference) > 1 else 0.0
     return bool(difference.sum() > CERTAIN * error)
+
+
+def affordable_size(trained_rows: int, candidates: int, judged: int, search: str, keep: int) -> int:
+    """
+    Returns the largest even sample size, from 32 to 512, by which scoring and guarding stay within 5% of the run's
+    own forward and backward work on `trained_rows`, or 32 where none does; `judged` initializations are guarded.
+    """
+    sizes = range(MOST, FEWEST, -2)
+    costs = ((size, _most_passes(size // 2, candidates, search, keep) + judged * size // 2) for size in sizes)
+    return next((size for size, cost in costs if share_of_run(cost, trained_rows) <= SHARE), FEWEST)
+
+
+def share_of_run(passes: float, trained_rows: int) -> float:
+    """Returns forward passes of a row as a share of the run's own forward and backward work."""
+    return passes / (PASSES_OF_A_TRAINED_ROW * trained_rows)
+
+
+def _most_passes(rows: int, candidates: int, search: str, keep: int) -> int:
+    """Returns the forward passes of a row in a search in which all candidates tie."""
+    passes = seen = 0
+    for size in round_sizes(rows, search):
+        passes += candidates * (size - seen)
+        candidates = min(candidates, max(keep, FEW, math.ceil(candidates / REDUCTION)))
+        seen = size
+    return passes

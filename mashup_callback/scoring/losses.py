@@ -9,7 +9,6 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..distributed import gather
 from ..errors import UsageError
@@ -27,14 +26,7 @@ _UNKNOWN_HEADS: WeakSet[nn.Module] = WeakSet()
 
 @dataclass(frozen=True, eq=False)
 class RowLosses:
-    """
-    Sums over the label tokens of each row.
-
-    Args:
-        loss (`torch.Tensor` of shape `(rows,)`): Negative log-likelihood in nats, float64.
-        correct (`torch.Tensor` of shape `(rows,)`): Label tokens that were the most likely ones, float64.
-        tokens (`torch.Tensor` of shape `(rows,)`): Label tokens, float64.
-    """
+    """Sums over the label tokens of each row: nats, tokens that were the most likely ones, and all; in float64."""
 
     loss: torch.Tensor
     correct: torch.Tensor
@@ -84,11 +76,10 @@ def paired_gain(losses: RowLosses, base: RowLosses) -> tuple[float, float]:
 
 def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: int | None = None) -> RowLosses:
     """
-    Returns the negative log-likelihood of the labels of a batch, summed over each row.
+    Returns the negative log-likelihood of the labels of a batch, summed over each row; to be called without gradients.
 
-    The sum over rows divided by the number of label tokens is the loss that the Trainer reports for the batch. Only
-    the positions that have a label reach the language model head, in chunks (of a sharded model so many as `chunks`
-    says), so the logits of the batch, (rows, length, vocabulary), never exist.
+    Only the positions that have a label reach the language model head, in chunks (of a sharded model so many as
+    `chunks` says), so the logits of the batch, (rows, length, vocabulary), never exist.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
@@ -111,8 +102,7 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
 def head_chunks(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Returns into how many parts the labels of a batch are split so that their logits fit."""
     labels = batch.get("labels")
-    count = int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0
-    return max(1, -(-count // _chunk_size(output_head(model))))
+    return _chunks_of(int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0, output_head(model))
 
 
 def _is_masked(model: nn.Module) -> bool:
@@ -130,10 +120,10 @@ class _LabelPositions:
     """
     Context in which the language model head sees the label positions only.
 
-    A pre-hook gives the model's own code these positions only. Where their logits would be too many, or have a
-    gradient, it runs the head on them itself, chunk by chunk, and lets a single position through to the model's own
-    code. What that code does to the head's output is read from the configuration and checked at that position. Where
-    the check fails, the head is remembered as unknown and the model's own logits are used from then on.
+    A pre-hook gives the model's own code these positions only. Where their logits would be too many, it runs the head
+    on them itself, chunk by chunk, and lets a single position through to the model's own code. What that code does to
+    the head's output is read from the configuration and checked at that position. Where the check fails, the head is
+    remembered as unknown and the model's own logits are used from then on.
     """
 
     def __init__(self, model: nn.Module, labels: torch.Tensor, chunks: int | None) -> None:
@@ -158,32 +148,22 @@ class _LabelPositions:
         if self.inside or not args or args[0].shape[:2] != self.mask.shape:
             return None
         hidden = args[0][self.mask.to(args[0].device)]
-        if head in _UNKNOWN_HEADS or (self._chunks(hidden) == 1 and not torch.is_grad_enabled()):
+        chunks = self.chunks or _chunks_of(len(hidden), head)
+        if head in _UNKNOWN_HEADS or chunks == 1:
             self.reduced = True
             # A batch without labels still needs a position for the model's own code.
             return (hidden[None] if len(hidden) else args[0][:1, :1], *args[1:])
         self.inside = True
         try:
-            self.sums, self.probe = self._in_chunks(hidden), head(args[0][:1, :1])
+            self.sums, self.probe = self._in_chunks(hidden, chunks), head(args[0][:1, :1])
         finally:
             self.inside = False
         return (args[0][:1, :1], *args[1:])
 
-    def _chunks(self, hidden: torch.Tensor) -> int:
-        return self.chunks or max(1, -(-len(hidden) // _chunk_size(self.head)))
-
-    def _in_chunks(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chunks = self._chunks(hidden)
+    def _in_chunks(self, hidden: torch.Tensor, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = zip(hidden.tensor_split(chunks), self.targets.tensor_split(chunks), strict=True)
-        losses = [self._part(part, targets) for part, targets in pairs]
+        losses = [_token_losses(self.postprocess(self.head(part)), targets) for part, targets in pairs]
         return tuple(torch.cat(values) for values in zip(*losses, strict=True))
-
-    def _part(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        def run(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return _token_losses(self.postprocess(self.head(part)), targets)
-
-        # Computed again in the backward pass: kept, the parts would add up to the logits of the batch.
-        return checkpoint(run, hidden, use_reentrant=False) if torch.is_grad_enabled() else run(hidden)
 
     def finish(self, outputs: Any) -> RowLosses | None:
         logits = getattr(outputs, "logits", None)
@@ -192,23 +172,20 @@ class _LabelPositions:
         if self.sums is None:
             at_labels = logits.flatten(0, 1) if self.reduced else logits[self.mask.to(logits.device)]
             self.sums = _token_losses(at_labels[: len(self.targets)], self.targets)
-        elif not self._agreed(_agree(self.postprocess(self.probe), logits)):
-            _UNKNOWN_HEADS.add(self.head)
-            return None
-        return self._by_row(*self.sums)
-
-    def _agreed(self, agrees: bool) -> bool:
-        # The model is run again where they disagree, and a sharded one by all processes or none.
-        return agrees if self.chunks is None else all(gather(agrees))
-
-    def _by_row(self, loss: torch.Tensor, correct: torch.Tensor) -> RowLosses:
+        else:
+            agrees = _agree(self.postprocess(self.probe), logits)
+            # The model is run again where they disagree, and a sharded one by all processes or none.
+            if not (agrees if self.chunks is None else all(gather(agrees))):
+                _UNKNOWN_HEADS.add(self.head)
+                return None
+        loss, correct = self.sums
         rows = self.mask.nonzero()[:, 0].cpu()
         values = torch.stack([loss, correct, torch.ones_like(loss)]).double().cpu()
         return RowLosses(*torch.zeros(3, len(self.mask), dtype=torch.float64).index_add_(1, rows, values))
 
 
 def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns what a model does to its head's output: scaling, then soft-capping; in place without gradients."""
+    """Returns what a model does to its head's output, in place: scaling, then soft-capping."""
     config = config.get_text_config()
     scale = next((value for name in _SCALES if (value := getattr(config, name, None)) is not None), 1.0)
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
@@ -216,27 +193,21 @@ def logit_postprocessing(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
 
     def apply(logits: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            logits = logits if scale == 1 else logits * scale
-            return cap * torch.tanh(logits / cap) if cap else logits
         logits = logits if scale == 1 else logits.mul_(scale)
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     return apply
 
 
-def _chunk_size(head: nn.Module | None) -> int:
+def _chunks_of(positions: int, head: nn.Module | None) -> int:
     # Sharded heads (ZeRO-3) hide their shape; any vocabulary is at least assumed to be a large one.
-    return max(1, CHUNK_ELEMENTS // max(getattr(head, "out_features", 0), 2**12))
+    size = max(1, CHUNK_ELEMENTS // max(getattr(head, "out_features", 0), 2**12))
+    return max(1, math.ceil(positions / size))
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss of each position and whether it is predicted; without gradients, `logits` is used up."""
-    targets = targets.to(logits.device)
-    if torch.is_grad_enabled():
-        correct = (logits.argmax(-1) == targets).float()
-        return F.cross_entropy(logits.float(), targets, reduction="none"), correct
-    logits = logits.float()
+    """Returns the loss of each position and whether it is predicted; `logits` is used up."""
+    targets, logits = targets.to(logits.device), logits.float()
     largest, predicted = logits.max(-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0]
     # In place: with a large vocabulary, each copy of the logits takes as long as a layer.

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,69 +21,38 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-@runtime_checkable
-class Metric(Protocol):
-    """
-    What candidates are measured by; lower is better.
+class Metric(ABC):
+    """What candidates are measured by, lower is better; by default on the base model with a candidate added."""
 
-    Attributes:
-        name (`str`, *optional*): Under which its losses are cached; None where they are measured each time.
-        labeled (`bool`): Whether it is the loss of a language model, which needs rows with labels.
-        repeatable (`bool`): Whether it gives the same numbers twice.
-        collective (`bool`): Whether all processes of a run must measure the same candidate at the same time.
-    """
+    # Under which its losses are cached; None where they are measured each time.
+    name: str | None = None
+    # Whether it is the loss of a language model, which needs rows with labels.
+    labeled = False
+    # Whether it gives the same numbers twice.
+    repeatable = False
+    # Whether all processes of a run must measure the same candidate at the same time.
+    collective = False
 
-    @property
-    def name(self) -> str | None: ...
-
-    @property
-    def labeled(self) -> bool: ...
-
-    @property
-    def repeatable(self) -> bool: ...
-
-    @property
-    def collective(self) -> bool: ...
-
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Any, chunks: int | None = None) -> RowLosses:
         """Returns the losses on a batch; with `chunks`, the head of a sharded model is called so many times."""
 
     def base(self, model: nn.Module) -> AbstractContextManager[None]:
         """Returns the context in which candidates are applied: with the model's own adapters switched off, or not."""
-
-    def applied(self, model: nn.Module, update: Update | None) -> AbstractContextManager[None]:
-        """Returns a context in which the model is what a candidate makes of it; without one it stays as it is."""
-
-    def compared(self, losses: RowLosses) -> torch.Tensor:
-        """Returns what candidates are compared by, row by row; lower is better."""
-
-
-class _OnBaseModel:
-    """A metric of the base model with a candidate added to it."""
-
-    name: str | None = None
-    labeled = repeatable = collective = False
-
-    def base(self, model: nn.Module) -> AbstractContextManager[None]:
         return without_adapters(model)
 
     def applied(self, model: nn.Module, update: Update | None) -> AbstractContextManager[None]:
+        """Returns a context in which the model is what a candidate makes of it; without one it stays as it is."""
         return nullcontext() if update is None else update.applied(model)
 
     def compared(self, losses: RowLosses) -> torch.Tensor:
+        """Returns what candidates are compared by, row by row; lower is better."""
         return losses.loss
 
 
 @dataclass(frozen=True)
-class LossMetric(_OnBaseModel):
-    """
-    The language model's loss on the labels.
-
-    Args:
-        name (`str`, *optional*, defaults to `"loss"`):
-            `"loss"`: negative log-likelihood in nats per label token; `"token_accuracy"`: share of the label tokens
-            predicted ranks the candidates.
-    """
+class LossMetric(Metric):
+    """The language model's loss on the labels, or `"token_accuracy"`, which ranks by the share of them predicted."""
 
     name: str = "loss"
     labeled = repeatable = True
@@ -98,7 +67,7 @@ class LossMetric(_OnBaseModel):
 LOSS = LossMetric()
 
 
-class _SumAndCount(_OnBaseModel, ABC):
+class _SumAndCount(Metric):
     """A metric that is called with the model and a batch, and returns a sum and what to divide it by."""
 
     @abstractmethod
@@ -116,14 +85,7 @@ class _SumAndCount(_OnBaseModel, ABC):
 
 @dataclass(frozen=True, eq=False)
 class CallableMetric(_SumAndCount):
-    """
-    A function as a metric.
-
-    Args:
-        function (`Callable`):
-            Called with the model that has the candidate applied, and a batch; returns a loss summed over the batch
-            and what to divide it by.
-    """
+    """A user's function that returns a loss summed over the batch and what to divide it by."""
 
     function: Callable[[nn.Module, Any], tuple[float, float]]
 
@@ -133,13 +95,7 @@ class CallableMetric(_SumAndCount):
 
 @dataclass(frozen=True, eq=False)
 class ScoreMetric(_SumAndCount):
-    """
-    A user's score, higher is better, as a metric.
-
-    Args:
-        score (`Callable`):
-            Called with the model that has the candidate applied, and a batch; returns a number.
-    """
+    """A user's function that returns a score of the batch, higher is better."""
 
     score: Callable[[nn.Module, Any], float]
 
@@ -150,16 +106,10 @@ class ScoreMetric(_SumAndCount):
 @dataclass(frozen=True, eq=False)
 class TrainerLoss(_SumAndCount):
     """
-    A Trainer's own loss as a metric, for trainers whose batches have no labels (DPO, KTO, reward modelling, ...).
+    A Trainer's own loss, for trainers whose batches have no labels (DPO, KTO, reward modelling, ...).
 
     A candidate is judged as what training would start from, written into the trainee's parameters. Hooks would not do:
     these trainers compare the model with itself without its adapter, and hooks would change both.
-
-    Args:
-        trainer (`transformers.Trainer`):
-            Whose `compute_loss` is used.
-        trainee (`Trainee`):
-            What it trains.
     """
 
     trainer: "Trainer"
@@ -185,17 +135,7 @@ def make_metric(
     trainer: "Trainer | None" = None,
     trainee: Trainee | None = None,
 ) -> Metric:
-    """
-    Returns what a setting says as a metric.
-
-    Args:
-        value (`str`, `Callable` or `Metric`):
-            `"loss"`, `"token_accuracy"`, a function, see [`CallableMetric`], or a metric, which is returned as it is.
-        trainer (`transformers.Trainer`, *optional*):
-            Whose own loss is used instead.
-        trainee (`Trainee`, *optional*):
-            What that trainer trains.
-    """
+    """Returns what a setting says as a metric, or the loss of a trainer on what it trains."""
     if trainer is not None:
         return TrainerLoss(trainer, trainee)
     if isinstance(value, str):

@@ -105,9 +105,10 @@ def score_candidates(
         undisturbed(model),
         metric.base(model),
         structure_kept(model),
-        _Race(model, metric, max_seconds, hub) as race,
+        ThreadPoolExecutor(1, thread_name_prefix="mashup-read") as reader,
         arriving(found, hub) as coming,
     ):
+        race = _Race(model, metric, max_seconds, hub, reader)
         scores: Iterable[Score] = (_admitted(candidate, admit, metric) for candidate in coming)
         if process_index_and_count()[1] > 1:
             scores = _on_all_processes([*scores])
@@ -149,18 +150,14 @@ def _told_apart(scores: list[Score]) -> list[Score]:
 
 def _on_all_processes(scores: list[Score]) -> list[Score]:
     """Returns the main process's candidates, and rejects those that another process lacks or cannot read."""
-
-    def key(score: Score) -> tuple[str, str | None]:
-        return score.candidate.name, score.candidate.revision
-
-    here = {key(score): score for score in scores}
-    everywhere = gather({name: (score.candidate.run, score.reason) for name, score in here.items()})
+    here = {score.candidate.key: score for score in scores}
+    everywhere = gather({key: (score.candidate.run, score.reason) for key, score in here.items()})
     # Where a file system is not shared, an adapter's path and what is recorded with it are each process's own.
     found = []
-    for (name, revision), (run, _) in everywhere[0].items():
-        score = here.get((name, revision)) or Score(Candidate(name=name, revision=revision), "rejected")
+    for key, (run, _) in everywhere[0].items():
+        score = here.get(key) or Score(Candidate(name=key[0], revision=key[1]), "rejected")
         score = replace(score, candidate=replace(score.candidate, run=run))
-        reasons = [known.get((name, revision), (None, "it is not found there"))[1] for known in everywhere]
+        reasons = [known.get(key, (None, "it is not found there"))[1] for known in everywhere]
         refusing = [rank for rank, reason in enumerate(reasons) if reason is not None]
         if refusing:
             where = "" if len(refusing) == len(reasons) else f"process {refusing[0]}: "
@@ -172,21 +169,16 @@ def _on_all_processes(scores: list[Score]) -> list[Score]:
 class _Race:
     """The rounds of a race; a thread reads the tensors of the next candidate while one is scored."""
 
-    def __init__(self, model: nn.Module, metric: Metric, max_seconds: float | None, hub: Hub) -> None:
-        self.model, self.metric, self.hub = model, metric, hub
+    def __init__(
+        self, model: nn.Module, metric: Metric, max_seconds: float | None, hub: Hub, reader: ThreadPoolExecutor
+    ) -> None:
+        self.model, self.metric, self.hub, self.reader = model, metric, hub, reader
         self.device = next(model.parameters()).device
         self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
         self.in_step = is_sharded(model) or metric.collective
         self.cache, self.base = ScoreCache(), None
         self.cached = metric.name is not None and self.cache.directory is not None
         self.rows_hash = ""
-
-    def __enter__(self) -> "_Race":
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="mashup-read")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.reader.shutdown(cancel_futures=True)
 
     def round(self, scores: Iterable[Score], rows: SampleRows) -> list[Score]:
         """Returns the scores after one more part of the sample, of which every candidate sees the same rows."""

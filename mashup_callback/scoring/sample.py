@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,25 +25,18 @@ logger = logging.getLogger(__name__)
 # Tokens of a forward pass without gradients. More make a CPU slower again, as their activations are beyond what the
 # allocator reuses; an accelerator needs more to be busy.
 CPU_TOKENS, TOKENS = 1024, 8192
+# Of long rows, fewer tell as much: so many in each half, if they have so many label tokens.
+FEWEST_LONG, ENOUGH_TOKENS = 8, 1024
 
 
 @dataclass(frozen=True, eq=False)
 class SampleRows:
     """
-    Rows of a data set with the collator that makes batches of them.
+    Rows of a data set with the collator that makes batches of them: of `batch_size` rows, or of more up to so many
+    `tokens` with the padding.
 
     Every batch is collated once and kept, so that a collator that draws random numbers (masked language modelling)
     gives every candidate the same batch.
-
-    Args:
-        rows (`Sequence`):
-            What the collator takes a list of.
-        collate (`Callable`):
-            Makes a batch (a mapping of tensors) from a list of rows.
-        batch_size (`int`, *optional*, defaults to `1`):
-            Rows in a batch.
-        tokens (`int`, *optional*, defaults to `0`):
-            Tokens, with the padding, up to which a batch has more rows than that.
     """
 
     rows: Sequence[Any]
@@ -123,18 +116,11 @@ class SampleRows:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """
-    Rows of the training data.
-
-    Args:
-        selection (`SampleRows`): Those that select.
-        held_out (`SampleRows`): Those that are held out for the guard; no row of the selection is among them.
-        duplicates (`int`): Rows that had been drawn before with the same content.
-        unlabeled (`int`): Rows that were left out as none of their tokens has a label.
-    """
+    """Rows of the training data that select and others that are held out for the guard, and what was left out."""
 
     selection: SampleRows
     held_out: SampleRows
+    # Rows that had been drawn before with the same content, and rows without any label.
     duplicates: int = 0
     unlabeled: int = 0
 
@@ -159,27 +145,14 @@ def draw_sample(
     labeled: bool = True,
 ) -> Sample:
     """
-    Draws the rows that select and the rows that are held out for the guard.
+    Draws `size` rows, of which one half selects and the other, or the `guard_rows`, is held out for the guard.
 
     The data loader is never iterated: its sampler would draw random numbers and change the order of training. Rows of
     a map-style data set are drawn at random without replacement, those of an iterable one are its first ones, read
     from a private copy. The main process reads them and every process gets them, so that a data set that is split over
     the processes gives the same sample to all. Rows with the same content are in the same half. The collator is a
     private copy too; the global random number generators start from the same seed at every batch and everywhere.
-
-    Args:
-        dataloader (`DataLoader`):
-            The Trainer's own; its data set and collator are used.
-        size (`int`):
-            Rows in all; one half selects, the other is held out.
-        batch_size (`int`):
-            Rows in a forward pass; of short rows with labels there may be more, see [`token_budget`].
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of a private generator.
-        guard_rows (`Sequence`, *optional*):
-            Rows to hold out instead; then all `size` rows select.
-        labeled (`bool`, *optional*, defaults to `True`):
-            Leave out rows whose labels are all -100, where batches have `labels`.
+    Where `labeled`, rows whose labels are all -100 are left out, and short rows share batches, see [`token_budget`].
 
     Raises:
         ValueError: The data set has fewer than two different rows, or is a stream that can be read once, or no row has
@@ -253,54 +226,62 @@ def token_budget() -> int:
     return CPU_TOKENS if PartialState().device.type == "cpu" else TOKENS
 
 
-def label_counts(rows: SampleRows) -> Iterator[tuple[list[int], list[int] | None]]:
-    """Yields the indices of each batch with the label tokens of its rows; None for these where it has no labels."""
+def _label_counts(rows: SampleRows) -> dict[int, int] | None:
+    """Returns the label tokens of each row; None where a batch has none, or is one row itself (padding-free)."""
+    counts: dict[int, int] = {}
     for indices, batch in rows.batches():
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        known = isinstance(labels, torch.Tensor) and labels.ndim == 2
-        yield indices, (labels != IGNORE).sum(1).tolist() if known else None
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != len(indices):
+            return None
+        counts.update(zip(indices, (labels != IGNORE).sum(1).tolist(), strict=True))
+    return counts
 
 
 def _labeled(rows: SampleRows) -> SampleRows:
     """Returns the rows that have a label, the same object if all have one."""
-    without, total, seen = [], 0, False
-    # A batch that is one row (padding-free) is one difference of the guard's, and many small ones tell more.
-    small = SampleRows(rows.rows, rows.collate, rows.batch_size) if rows.tokens else rows
-    for indices, counts in label_counts(rows):
-        if counts is None:
-            return small
-        seen = True
-        total += sum(counts)
-        if len(counts) == len(indices):
-            without += [index for index, count in zip(indices, counts, strict=True) if not count]
-        elif rows.tokens:
-            return _labeled(small)
-    if seen and not total:
+    counts = _label_counts(rows)
+    if counts is None:
+        # A batch that is one row is one difference of the guard's, and many small ones tell more.
+        return _labeled(SampleRows(rows.rows, rows.collate, rows.batch_size)) if rows.tokens else rows
+    if not any(counts.values()):
         raise ValueError(
             f"None of the {len(rows)} rows looked at has a label: all `labels` of all batches are {IGNORE}, so there "
             "is no loss. Look at a batch of `trainer.get_train_dataloader()`: either truncation (`max_length`) cuts "
             "off what is to be learned, or the masks of prompts or turns cover everything, or the response template "
             "was not found."
         )
-    left = [row for index, row in enumerate(rows.rows) if index not in set(without)]
-    return SampleRows(left, rows.collate, rows.batch_size, rows.tokens) if without else rows
+    left = [row for index, row in enumerate(rows.rows) if counts[index]]
+    return rows if len(left) == len(rows) else SampleRows(left, rows.collate, rows.batch_size, rows.tokens)
+
+
+def shortened(sample: Sample, held_out: bool = True) -> Sample:
+    """Returns a sample that costs too much with as few long rows in each half as have 1,024 label tokens."""
+    kept = _enough(sample.held_out) if held_out else sample.held_out
+    return replace(sample, selection=_enough(sample.selection), held_out=kept)
+
+
+def _enough(rows: SampleRows) -> SampleRows:
+    counts = _label_counts(rows) or {}
+    for size in range(FEWEST_LONG, len(counts) + 1):
+        if sum(counts[index] for index in range(size)) >= ENOUGH_TOKENS:
+            return rows.part(0, size)
+    return rows
 
 
 def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
     rows = [rows[index] for index in range(len(rows))]
     if not rows:
         raise UsageError("`guard_dataset` is empty, expected rows in the form of the training rows.")
-    missing = set(example) - set(rows[0]) if isinstance(example, Mapping) and isinstance(rows[0], Mapping) else set()
-    if missing:
+    if not isinstance(example, Mapping) or not isinstance(rows[0], Mapping):
+        return rows
+    if missing := set(example) - set(rows[0]):
         raise UsageError(
             f"The rows of `guard_dataset` have the columns {sorted(rows[0])} and lack {sorted(missing)}. They must be "
             "in the form of the Trainer's own training rows: take them from `trainer.train_dataset` or from "
             "`trainer.eval_dataset`, after the Trainer has prepared it."
         )
-    if isinstance(example, Mapping) and isinstance(rows[0], Mapping):
-        # The Trainer drops the columns that the model does not take in its data loader only.
-        rows = [{name: row[name] for name in example} for row in rows]
-    return rows
+    # The Trainer drops the columns that the model does not take in its data loader only.
+    return [{name: row[name] for name in example} for row in rows]
 
 
 def _length(row: Any) -> int:

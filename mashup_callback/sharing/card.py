@@ -18,7 +18,6 @@ CARD_NAME = "README.md"
 PICTURE_NAME = "ranking.png"
 TITLE = "# Mashup"
 """Of the card, until the name of the repository is known."""
-TAGS = ("mashup", "merge", "lora")
 ADAPTER_PLACEHOLDER = "path/to/this/adapter"
 """Stands in the card for the name of the repository until that is known."""
 BASE_PLACEHOLDER = "path/to/the/base/model"
@@ -72,15 +71,9 @@ def hub_source(row: CandidateRow) -> Spec | None:
 
 def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture: bool = False) -> str:
     """
-    Returns the model card of a merge. Whatever comes from a stranger (names, licenses, reasons) is inert code in it.
+    Returns the model card of a merge; whatever comes from a stranger (names, licenses, reasons) is inert code in it.
 
-    Args:
-        report (`MashupReport`):
-            The report.
-        adapter (`Mapping[str, Any]`, *optional*):
-            What `adapter_config.json` holds; None for a full model.
-        picture (`bool`, *optional*, defaults to `False`):
-            Whether the picture of the ranking lies beside the card.
+    `adapter` is what `adapter_config.json` holds, None for a full model; `picture` says that the ranking's is there.
     """
     base_model, sources = base_name(report), merged_rows(report)
     license, warning = shared_license(sources)
@@ -100,7 +93,7 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
         _decision(report, adapter),
     ]
     if sources:
-        parts.append(_source_table(sources, [share for share in report.shares() if share is not None]))
+        parts.append(_source_table(report))
     if report.base_loss is not None:
         parts += ["### Held-out result", _result_table(report)]
     if report.merge is not None and sources:
@@ -118,10 +111,7 @@ def is_license(name: str) -> bool:
 
 
 def shared_license(sources: Sequence[CandidateRow]) -> tuple[str | None, str | None]:
-    """
-    Returns the license for a card's metadata and a warning: `"other"` with one where the sources do not agree, one of
-    them is unknown or it is no identifier; None where none is stated.
-    """
+    """Returns the license for a card's metadata, if any is stated, and a warning where the sources share none."""
     stated = [(row.license or "").strip().lower() for row in sources]
     if not any(stated):
         return None, None
@@ -146,7 +136,7 @@ def _metadata(
         "license": license,
         "pipeline_tag": task,
         "datasets": list(dict.fromkeys(names)) or None,
-        "tags": list(TAGS[:2] if adapter is None else TAGS),
+        "tags": ["mashup", "merge"] if adapter is None else ["mashup", "merge", "lora"],
     }
     loss = report.single_loss if report.decision == "single" else report.merged_loss
     if loss is not None and report.config.get("metric", "loss") == "loss":
@@ -156,7 +146,7 @@ def _metadata(
             dataset_name="held-out rows of the training data",
             metric_type="loss",
             metric_name="loss per label token, before training",
-            metric_value=round(float(loss), 4),
+            metric_value=round(loss, 4),
         )
         values |= {"model_name": ADAPTER_PLACEHOLDER, "eval_results": [result]}
     return ModelCardData(**values)
@@ -182,22 +172,25 @@ def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
 def _decision(report: MashupReport, adapter: Mapping[str, Any] | None) -> str:
     if report.decision == "scratch":
         return f"Start of training: a fresh initialization ({_code(report.reason)})."
-    merge = report.merge
-    start = "a merge of past adapters" if report.decision == "merged" else "the best past adapter"
-    text = f"Start of training: {start}."
-    if merge is None or report.decision == "single":
+    if report.decision == "single":
+        return "Start of training: the best past adapter."
+    merge, text = report.merge, "Start of training: a merge of past adapters."
+    if merge is None:
         return text
     parameters = f" with {_code(_json(merge.parameters))}" if merge.parameters else ""
     text += f" Method: {_code(merge.method)} of mergekit {_code(merge.mergekit_version)}{parameters}"
     if adapter is not None:
-        kept = f"{float(merge.kept_energy):.1%}"
-        text += f" on {_code(merge.space)} updates, rank {int(merge.rank)}, which keeps {kept} of the energy"
+        text += (
+            f" on {_code(merge.space)} updates, rank {merge.rank}, which keeps {merge.kept_energy:.1%} of the energy"
+        )
     return f"{text}."
 
 
-def _source_table(sources: Sequence[CandidateRow], shares: Sequence[float]) -> str:
+def _source_table(report: MashupReport) -> str:
     rows = []
-    for row, share in zip(sources, shares, strict=True):
+    for row, share in zip(report.candidates, report.shares(), strict=True):
+        if share is None:
+            continue
         spec, name = hub_source(row), _code(row.name)
         if spec is not None:
             folder = f"/{spec.subfolder}" if spec.subfolder else ""
@@ -222,25 +215,20 @@ def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: M
     if local:
         verb = "is" if len(local) == 1 else "are"
         return f"{', '.join(local)} {verb} not on the Hub: only their owner can repeat this."
-    return _command(report, sources, adapter)
-
-
-def _command(report: MashupReport, sources: Sequence[CandidateRow], adapter: Mapping[str, Any] | None) -> str:
-    merge = report.merge
+    merge, seed = report.merge, report.config.get("seed", 42)
     if adapter is None:
         # The configuration beside the card; a single model as it is needs none.
-        return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={report.config.get('seed', 42)}\n```"
-    names = [f"{row.name}@{row.revision}" if hub_source(row) else row.name for row in sources]
+        return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={seed}\n```"
     weights = [row.weight for row in sources]
-    equal = all(weight == 1 / len(weights) for weight in weights)
     options = {
-        "weights": "equal" if equal else ",".join(map(repr, weights)),
+        "weights": ",".join(map(repr, weights)) if set(weights) != {1 / len(weights)} else "equal",
         "method": merge.method,
         "space": merge.space,
-        "rank": max(int(merge.rank), 1),
+        "rank": max(merge.rank, 1),
         **({"parameters": _json(merge.parameters)} if merge.parameters else {}),
-        "seed": report.config.get("seed", 42),
+        "seed": seed,
     }
+    names = [f"{row.name}@{row.revision}" for row in sources]
     words = ["mashup", "merge", *names, *(f"--{key}={value}" for key, value in options.items()), "-o", "merged"]
     return "```bash\n" + " ".join(shlex.quote(printable(word)) for word in words) + "\n```"
 
@@ -263,7 +251,7 @@ def _code(text: object) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{float(value):.4f}"
+    return "" if value is None else f"{value:.4f}"
 
 
 def _json(parameters: Mapping[str, Any]) -> str:

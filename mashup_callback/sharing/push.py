@@ -8,13 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..candidates import WEIGHTS_NAME, describe, hub_name, is_transient, retry_after
+from ..candidates import describe, hub_name, is_transient, retry_after
+from ..distributed import is_main_process
 from ..errors import AdapterError
-from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
+from ..formats import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    MODEL_CONFIG_NAME,
+    WEIGHTS_NAME,
+    parse_object,
+    read_adapter,
+    read_checkpoint,
+    read_limited,
+)
 from ..report import FAILED_NAME, REPORT_NAME, MashupReport
 from .card import ADAPTER_PLACEHOLDER, CARD_NAME, PICTURE_NAME, TITLE, is_license, mashup_card
 from .save import MERGEKIT_NAME, mergekit_recipe
@@ -26,7 +35,6 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
-MODEL_CONFIG_NAME = "config.json"
 _NAME_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 _SETTINGS = (CONFIG_NAME, MODEL_CONFIG_NAME, "generation_config.json", "tokenizer_config.json")
 _LONGEST_WAIT = 60.0
@@ -73,21 +81,16 @@ def push_mashup(
         HfHubHTTPError: The Hub refused.
     """
     folder = Path(directory)
-    _check(folder, base_model)
-    if license is not None and not is_license(license):
-        raise ValueError(f"`license` is {license!r}, expected an identifier of the Hub such as 'apache-2.0'.")
-    # Imported here because it imports torch, which a wrong directory should not wait for.
-    from ..distributed import is_main_process
-
+    _check(folder, base_model, license)
     if not is_main_process():
         return repo_id
     api = HfApi(library_name="mashup_callback")
-    files = _files(folder, base_model)
+    texts = shared_texts(folder, base_model)
+    files: dict[str, bytes | Path] = {name: texts.get(name, folder / name) for name in _names(folder)}
+    refuse_paths(files, MashupReport.load(folder), folder)
     repository = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     repo_id = repository.repo_id
-    card = files[CARD_NAME]
-    if isinstance(card, bytes):
-        files[CARD_NAME] = _named_card(card.decode(), repo_id, license).encode()
+    files[CARD_NAME] = _named_card(texts[CARD_NAME].decode(), repo_id, license).encode()
     _announce(repo_id, _retried(lambda: api.model_info(repo_id)).private, files)
     commit = _retried(
         lambda: api.create_commit(
@@ -119,15 +122,13 @@ def shared_texts(folder: Path, base_model: str | None = None) -> dict[str, bytes
     paths = [folder / name for name in _SETTINGS if (folder / name).is_file()]
     settings = {path.name: parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) for path in paths}
     adapter, card = settings.get(CONFIG_NAME), folder / CARD_NAME
-    anew = base_model is not None or not card.is_file()
-    files = {
-        CARD_NAME: mashup_card(shared, adapter, (folder / PICTURE_NAME).is_file())
-        if anew
-        else card.read_bytes().decode("utf-8")
-    }
+    if base_model is None and card.is_file():
+        files = {CARD_NAME: card.read_bytes().decode("utf-8")}
+    else:
+        files = {CARD_NAME: mashup_card(shared, adapter, (folder / PICTURE_NAME).is_file())}
     if (folder / MERGEKIT_NAME).is_file():
         recipe = None if adapter is None else mergekit_recipe(shared, shared=True)
-        files[MERGEKIT_NAME] = recipe or _clean_yaml(folder / MERGEKIT_NAME, report)
+        files[MERGEKIT_NAME] = recipe or without_paths((folder / MERGEKIT_NAME).read_text(encoding="utf-8"), report)
     for name, values in settings.items():
         own = {"base_model_name_or_path": base_model or shared.base_model} if name == CONFIG_NAME else {}
         files[name] = _named(folder / name, values, own)
@@ -138,8 +139,10 @@ def shared_texts(folder: Path, base_model: str | None = None) -> dict[str, bytes
     return {name: text.encode() for name, text in files.items()}
 
 
-def _check(folder: Path, base_model: str | None) -> None:
+def _check(folder: Path, base_model: str | None, license: str | None) -> None:
     """Raises `ValueError` unless the directory is that of a mashup with an adapter or a model that can be read."""
+    if license is not None and not is_license(license):
+        raise ValueError(f"`license` is {license!r}, expected an identifier of the Hub such as 'apache-2.0'.")
     if base_model is not None and hub_name(base_model) is None:
         raise ValueError(f"`base_model` is {base_model!r}, expected its name on the Hub such as 'org/name'.")
     if not (folder / REPORT_NAME).is_file():
@@ -154,9 +157,6 @@ def _check(folder: Path, base_model: str | None) -> None:
             f"{str(folder)!r} holds no {WEIGHTS_NAME}: the decision was {report.decision!r} ({report.reason}). There "
             "is no merged adapter to push."
         )
-    # Imported here because they import torch.
-    from ..formats import read_adapter, read_checkpoint
-
     try:
         (read_checkpoint if is_model else read_adapter)(folder)
     except AdapterError as error:
@@ -164,15 +164,12 @@ def _check(folder: Path, base_model: str | None) -> None:
         raise ValueError(f"The {kind} in {str(folder)!r} cannot be pushed: {error}.") from error
 
 
-def _files(folder: Path, base_model: str | None) -> dict[str, bytes | Path]:
-    """Returns what is pushed of a mashup's directory: its texts rewritten, the other files as they are."""
+def _names(folder: Path) -> list[str]:
+    """Returns which files of a mashup's directory are pushed."""
     names = {path.name for path in folder.iterdir() if path.is_file()} - {FAILED_NAME} | {CARD_NAME}
     if not (folder / MODEL_CONFIG_NAME).is_file():
         names &= {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, MERGEKIT_NAME, PICTURE_NAME}
-    texts = shared_texts(folder, base_model)
-    files = {name: texts.get(name, folder / name) for name in sorted(names)}
-    refuse_paths(files, MashupReport.load(folder), folder)
-    return files
+    return sorted(names)
 
 
 def _named_card(text: str, repo_id: str, license: str | None) -> str:
@@ -200,14 +197,6 @@ def _named(path: Path, values: dict[str, Any], own: dict[str, Any]) -> str:
     if all(values.get(key) == name for key, name in names.items()):
         return path.read_text(encoding="utf-8")
     return json.dumps(values | names, indent=2, sort_keys=True) + "\n"
-
-
-def _clean_yaml(path: Path, report: MashupReport) -> str:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not YAML: {error}") from error
-    return yaml.safe_dump(without_paths(values, report), sort_keys=False)
 
 
 def _retried(request: Callable[[], Result]) -> Result:

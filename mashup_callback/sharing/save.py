@@ -28,17 +28,7 @@ _HEADER = """\
 
 
 def save_mashup(directory: Path, report: MashupReport, write: Callable[[Path], object] | None = None) -> None:
-    """
-    Replaces a mashup's directory at once: `report.json`, `ranking.png`, and the merge with its card and configuration.
-
-    Args:
-        directory (`Path`):
-            Where to; an earlier mashup there is replaced.
-        report (`MashupReport`):
-            The report.
-        write (`Callable`, *optional*):
-            Called with an empty directory, to write the weights of the merge there, if there is one.
-    """
+    """Replaces a mashup's directory at once; `write` is given an empty one for the weights of the merge, if any."""
     with replacing(directory) as draft:
         if write is not None:
             write(draft)

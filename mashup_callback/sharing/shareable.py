@@ -27,7 +27,7 @@ def shareable(report: MashupReport) -> MashupReport:
 
 
 def without_paths(value: Any, report: MashupReport) -> Any:
-    """Returns what JSON or YAML holds with short names in place of the local paths in its texts."""
+    """Returns a text, or what JSON holds, with short names in place of the local paths in its texts."""
     pairs = zip(report.candidates, report.short_names(), strict=True)
     known = {row.name: f"./{name}" for row, name in pairs if row.is_local}
     known = {path: name for path, name in known.items() if os.sep in path.removeprefix("./")}

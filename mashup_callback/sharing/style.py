@@ -52,27 +52,3 @@ def bars(
     axes.invert_yaxis()
     # Room for the notes.
     axes.set_xlim(least, 1.35 * most or 1.0)
-
-
-def label_ends(axes: Any, ends: Sequence[tuple[str, float, str, str]]) -> None:
-    """Writes the name of each line to the right of the axes, at its last value or as near as the others let it."""
-    low, high = axes.get_ylim()
-    placed = spread([(value - low) / (high - low) for _, value, _, _ in ends], 0.054)
-    over = max(0.0, max(placed) - 1)
-    for (name, _, color, line), height in zip(ends, placed, strict=True):
-        place = [height - over] * 2
-        axes.plot((1.01, 1.06), place, line, color=color, linewidth=2, transform=axes.transAxes, clip_on=False)
-        axes.annotate(name, (1.07, place[0]), xycoords="axes fraction", va="center", fontsize=9, color=color)
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Moves places apart until any two have the gap between them, and none further than it must."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    found = [places[index] for index in order]
-    for _ in range(200):
-        for lower in range(len(found) - 1):
-            missing = gap - (found[lower + 1] - found[lower])
-            if missing > 0:
-                found[lower] -= missing / 2
-                found[lower + 1] += missing / 2
-    return [found[order.index(index)] for index in range(len(places))]

@@ -21,10 +21,10 @@ what is there is not run again.
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import cycle, islice, product
@@ -34,19 +34,19 @@ import pandas as pd
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup, set_seed
+from transformers import Trainer, set_seed
 
 from mashup_callback import score_candidates
 from mashup_callback.lora import LoraUpdate, applied, fit, merge_factors
 from mashup_callback.lowrank import Factors, LoraFactors, shared_cores
 from mashup_callback.methods import MergeRule
 from mashup_callback.model import linear_layers, undisturbed
-from mashup_callback.scoring import SampleRows, draw_sample, evaluate
+from mashup_callback.scoring import SampleRows, evaluate
 from mashup_callback.trainee import find_trainee
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.leave_one_out.worlds import World, load_world, quickstart
+from recipes.benchmarks.samples import sample_of
+from recipes.leave_one_out.worlds import World, load_world
+from recipes.leave_one_out.worlds.quickstart import TEST_SEED
+from recipes.quickstart import world as quickstart
 
 
 # A user has no scores of the target yet.
@@ -68,20 +68,24 @@ class Start:
 
 
 class Case:
-    """A held-out task and a seed: its batches, its sample, its candidates with their losses."""
+    """A held-out task and a seed: its sample, its candidates with their losses."""
 
     def __init__(self, world: World, task: str, seed: int, steps: int) -> None:
         self.world, self.task, self.seed, self.steps = world, task, seed, steps
         self.base = world.base_model()
-        with tempfile.TemporaryDirectory() as directory:
-            trainer = world.trainer(
-                world.base_model(), task, seed, Path(directory), steps=steps, learning_rate=world.budget.learning_rate
-            )
+        with self.trainer(world.base_model()) as trainer:
             set_seed(seed)
-            loader = trainer.get_train_dataloader()
-            self.batches = list(islice(loader, steps))
-            self.sample = draw_sample(loader, SAMPLE_ROWS, batch_size=trainer.args.train_batch_size, seed=seed)
-        self.rows = len(next(iter(self.batches[0].values())))
+            self.sample = sample_of(trainer, SAMPLE_ROWS, seed=seed)
+            self.rows = trainer.args.train_batch_size
+
+    @contextmanager
+    def trainer(self, model: nn.Module) -> Iterator[Trainer]:
+        """The world's Trainer for a model, the same for every arm."""
+        rate = self.world.budget.learning_rate
+        with tempfile.TemporaryDirectory() as directory:
+            yield self.world.trainer(
+                model, self.task, self.seed, Path(directory), steps=self.steps, learning_rate=rate
+            )
 
     @cached_property
     def scores(self) -> list:
@@ -108,18 +112,6 @@ class Case:
     def forwards(self, rows: int) -> float:
         """The cost of forward passes over rows, in training steps: backward takes twice as long as forward."""
         return rows / self.rows / 3
-
-
-def default(case: Case) -> Start:
-    return Start(case.merged(case.best))
-
-
-def scratch(case: Case) -> Start:
-    return Start()
-
-
-def single(case: Case) -> Start:
-    return Start(case.merged(case.best[:1]))
 
 
 def merged_by(case: Case, method: str, space: str) -> Start:
@@ -152,12 +144,8 @@ def _subspaces(cores: torch.Tensor, rank: int, rounds: int = 5) -> tuple[torch.T
     return U, V
 
 
-def scaled_by(update: LoraFactors, scale: float) -> LoraFactors:
-    return LoraFactors(update.A, update.B, update.scaling * scale)
-
-
 def scaled(factors: Factors, scale: float) -> Factors:
-    return {name: scaled_by(update, scale) for name, update in factors.items()}
+    return {name: LoraFactors(one.A, one.B, one.scaling * scale) for name, one in factors.items()}
 
 
 def scale(case: Case) -> Start:
@@ -207,30 +195,13 @@ def fitted(case: Case) -> Start:
                 best, best_loss = weights.clone(), loss
             if waited == PATIENCE:
                 break
-    update = merge_weighted(case, best)
-    return Start(update, cost=cost, note=f"{taken} steps, weights {best.min():.2f} to {best.max():.2f}")
-
-
-def merge_weighted(case: Case, weights: torch.Tensor) -> Factors:
-    """The merge with a weight of its own for each candidate and layer, cut to the trainee's rank."""
-    inputs = [
-        {name: scaled_by(one[name], K * w.item()) for name, w in zip(one, column, strict=True)}
-        for one, column in zip(case.best, weights.T, strict=True)
-    ]
-    return case.merged(inputs)
+    note = f"{taken} steps, weights {best.min():.2f} to {best.max():.2f}"
+    return Start(case.merged([weighted(case.best, best)]), cost=cost, note=note)
 
 
 def more_steps(case: Case) -> Start:
     cost = fitted(case).cost
     return Start(case.merged(case.best), cost=cost, more_steps=round(cost))
-
-
-def exact_frozen(case: Case) -> Start:
-    return Start(frozen=case.merged(case.best, ranks=K * case.world.rank))
-
-
-def cut_frozen(case: Case) -> Start:
-    return Start(frozen=case.merged(case.best))
 
 
 def screen(case: Case) -> Start:
@@ -248,9 +219,9 @@ def screen(case: Case) -> Start:
 
 
 ARMS: dict[str, Callable[[Case], Start]] = {
-    "default": default,
-    "scratch": scratch,
-    "single": single,
+    "default": lambda case: Start(case.merged(case.best)),
+    "scratch": lambda case: Start(),
+    "single": lambda case: Start(case.merged(case.best[:1])),
     "fitted": fitted,
     "more_steps": more_steps,
     "scale": scale,
@@ -260,8 +231,8 @@ ARMS: dict[str, Callable[[Case], Start]] = {
         # Linear merging is the same in the first two.
         if method != "linear" or space == "shared"
     },
-    "exact_frozen": exact_frozen,
-    "cut_frozen": cut_frozen,
+    "exact_frozen": lambda case: Start(frozen=case.merged(case.best, ranks=K * case.world.rank)),
+    "cut_frozen": lambda case: Start(frozen=case.merged(case.best)),
     "screen": screen,
 }
 
@@ -289,18 +260,15 @@ def trainee(case: Case, start: Start) -> nn.Module:
     return model
 
 
-def train(case: Case, model: nn.Module, steps: int) -> None:
-    """The Trainer's own loop: AdamW, a cosine schedule with a tenth of warm-up, gradients clipped at 1."""
-    parameters = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, case.world.budget.learning_rate, weight_decay=0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
-    model.train()
-    for batch in islice(cycle(case.batches), steps):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+def train(case: Case, model: nn.Module, more_steps: int) -> float:
+    """Trains on the arm's batches, and again on some of them where it has more steps; returns seconds a step."""
+    with case.trainer(model) as trainer:
+        trainer.args.max_steps += more_steps
+        trainer.args.warmup_steps = max(1, trainer.args.max_steps // 10)
+        set_seed(case.seed)
+        started = time.perf_counter()
+        trainer.train()
+        return (time.perf_counter() - started) / trainer.args.max_steps
 
 
 def run(case: Case, arm: str) -> dict:
@@ -310,27 +278,16 @@ def run(case: Case, arm: str) -> dict:
     seconds = time.perf_counter() - started
     model = trainee(case, start)
     before = letter_loss(model, case.task)
-    started = time.perf_counter()
-    train(case, model, case.steps + start.more_steps)
-    trained = (time.perf_counter() - started) / (case.steps + start.more_steps)
+    trained = train(case, model, start.more_steps)
     row = {"world": case.world.name, "task": case.task, "seed": case.seed, "arm": arm, "steps": case.steps}
     values = {"start": before, "final": letter_loss(model, case.task), "cost": start.cost}
     return row | values | {"seconds": seconds, "step_seconds": trained, "note": start.note}
 
 
-@torch.no_grad()
 def letter_loss(model: nn.Module, task: str) -> float:
     """The NLL of the answer's letter on the test rows."""
-    tokenizer, rows = quickstart._tokenizer(), quickstart._test_rows(task)
-    losses = []
-    model.eval()
-    for start in range(0, len(rows), 128):
-        batch = rows[start : start + 128]
-        inputs = tokenizer(batch["prompt"], padding=True, padding_side="left", return_tensors="pt")
-        logits = model(inputs.input_ids, attention_mask=inputs.attention_mask, logits_to_keep=1).logits[:, -1]
-        answers = torch.tensor(tokenizer.convert_tokens_to_ids(batch["completion"]))
-        losses.append(nn.functional.cross_entropy(logits, answers, reduction="none"))
-    return torch.cat(losses).mean().item()
+    rows = quickstart.rows(task, quickstart.TEST_ROWS, TEST_SEED, "test")
+    return nn.functional.cross_entropy(*quickstart.answered(model, quickstart.load_tokenizer(), rows)).item()
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:

@@ -1,53 +1,21 @@
 """
-Peak memory while full checkpoints are scored, against the bound that `mashup_callback.full.weights.replaced` states.
+Peak memory while full checkpoints are scored, against the bound that `FullUpdate.applied` states.
 
     python recipes/benchmarks/full_memory.py --candidates 8 --hidden 768 --layers 12 --vocabulary 20000
 
-Prints one line of JSON. Bytes are those of this process alone (RssAnon); mapped shards (RssFile) are given apart.
+Prints one line of JSON. Bytes are those of this process alone; mapped shards are given apart.
 """
 
 import argparse
 import json
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mashup_callback import score_candidates
-
-
-NAMES = ("RssAnon", "RssFile")
-
-
-def memory() -> dict[str, int]:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields[name].split()[0]) * 1024 for name in NAMES}
-
-
-class Peak:
-    """Samples this process's memory in a thread and keeps the largest values above the first ones."""
-
-    def __enter__(self) -> "Peak":
-        self.done, self.first, self.largest = threading.Event(), memory(), memory()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.done.set()
-        self.thread.join()
-        self.left = memory()["RssAnon"] - self.first["RssAnon"]
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.001):
-            found = memory()
-            self.largest = {name: max(value, found[name]) for name, value in self.largest.items()}
-
-    def extra(self, name: str) -> int:
-        return self.largest[name] - self.first[name]
+from recipes.benchmarks.memory import Peak, resident
 
 
 def main() -> None:
@@ -72,6 +40,7 @@ def main() -> None:
             model(**batches[0])
         with Peak() as peak:
             scores = score_candidates(model, paths, batches)
+        left = resident()["own"] - peak.first["own"]
     assert all(score.status == "scored" for score in scores), scores[0].reason
     tensors = [value.nbytes for value in model.parameters()]
     found = {
@@ -80,9 +49,9 @@ def main() -> None:
         "model_bytes": sum(tensors),
         "largest_tensor_bytes": max(tensors),
         "bound_bytes": sum(tensors) + max(tensors),
-        "peak_extra_bytes": peak.extra("RssAnon"),
-        "peak_extra_mapped_bytes": peak.extra("RssFile"),
-        "left_bytes": peak.left,
+        "peak_extra_bytes": peak.added("own"),
+        "peak_extra_mapped_bytes": peak.added("mapped"),
+        "left_bytes": left,
     }
     print(json.dumps(found))
 

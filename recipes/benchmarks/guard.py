@@ -12,11 +12,9 @@ study that was killed goes on.
 """
 
 import argparse
-import csv
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,15 +22,14 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
+import pandas as pd
 from transformers import TrainerCallback, set_seed
-from trl import SFTTrainer
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from mashup_callback.model.isolation import undisturbed
-from mashup_callback.scoring import SampleRows, draw_sample, evaluate
+from mashup_callback.scoring import SampleRows, evaluate
+from recipes.benchmarks.samples import quickstart_rows, sample_of
+from recipes.leave_one_out.protocol import Begin, Job, train
 from recipes.leave_one_out.worlds import World, load_world
-from recipes.quickstart import world as quickstart
 
 
 HOME = Path("~/.cache/mashup_callback_recipes/leave_one_out").expanduser()
@@ -42,6 +39,7 @@ WATCHED = (0, 2, 4, 8, 16)
 # The control: what is ahead before training, trained for as many steps more as sixteen steps from each start cost.
 LONGER, MORE = "30% more steps", 1.3
 TEST_ROWS = 512
+RULE = ["world", "learning_rate", "guard_steps", "rule"]
 
 # What is kept of the runs of one task and seed, by their start.
 Starts = dict[str, dict]
@@ -49,14 +47,14 @@ Choice = Callable[[Starts], str]
 
 
 class Watch(TrainerCallback):
-    """Keeps the held-out loss after the first steps, and the time of a step and of an evaluation."""
+    """Keeps the held-out loss after the first steps, and the seconds that this took after the first time."""
 
     def __init__(self, rows: SampleRows) -> None:
         self.rows, self.losses, self.spent = rows, {}, 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._look(model, 0)
-        self.started, self.spent = time.monotonic(), 0.0
+        self.spent = 0.0
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if state.global_step in WATCHED:
@@ -64,73 +62,55 @@ class Watch(TrainerCallback):
 
     def _look(self, model, step: int) -> None:
         started = time.monotonic()
-        with undisturbed(model):
-            self.losses[step] = evaluate(model, self.rows).mean_loss
+        self.losses[step] = loss(model, self.rows)
         self.spent += time.monotonic() - started
+
+
+def loss(model, rows: SampleRows) -> float:
+    with undisturbed(model):
+        return evaluate(model, rows).mean_loss
 
 
 def run(world: World, task: str, seed: int, rate: float, start: str, steps: int) -> dict:
     """Trains from one start to the end."""
-    count = STARTS[start]
+    watch, count = Watch(held_out_rows(world, task)), STARTS[start]
     with tempfile.TemporaryDirectory() as directory:
-        watch = Watch(held_out_rows(world, task))
         settings = {"top_k": count, "guard": False, "search": "exhaustive", "report_dir": directory}
         mashups = [world.mashup(task, **settings)] if count else []
-        trainer = trainer_for(world, task, seed, directory, steps, rate, [*mashups, watch])
-        trainer.train()
-        seconds = (time.monotonic() - watch.started - watch.spent) / steps
-        return {
-            "world": world.name,
-            "task": task,
-            "seed": seed,
-            "learning_rate": rate,
-            "start": start,
-            "steps": steps,
-            "losses": watch.losses,
-            "end": test_loss(world, trainer.model, task),
-            # Of one evaluation, in training steps.
-            "evaluation": watch.spent / (len(WATCHED) - 1) / seconds,
-            "chosen": [Path(row.name).name for row in mashups[0].report.candidates if row.weight] if mashups else [],
-        }
-
-
-def trainer_for(world: World, task: str, seed: int, directory: str, steps: int, rate: float, callbacks: list):
-    """Makes the world's Trainer; the same fresh adapter and order of the data for every start."""
-    set_seed(seed)
-    settings = {"steps": steps, "learning_rate": rate, "peft_config": world.lora_config(), "callbacks": callbacks}
-    trainer = world.trainer(world.base_model(), task, seed, Path(directory), **settings)
-    set_seed(seed)
-    return trainer
+        begin = Begin(world.base_model(), world.lora_config(), mashups, [*mashups, watch])
+        points, model = train(world, Job(world.name, task, start, seed, rate, steps, steps), begin)
+    # The quickstart's own measure is accuracy, which tells less than a loss.
+    is_loss = world.name != "quickstart"
+    seconds = (points[-1].seconds - watch.spent) / steps
+    return {
+        "world": world.name,
+        "task": task,
+        "seed": seed,
+        "learning_rate": rate,
+        "start": start,
+        "steps": steps,
+        "losses": watch.losses,
+        "end": points[-1].value if is_loss else loss(model, quickstart_test(task)),
+        # Of one evaluation, in training steps.
+        "evaluation": watch.spent / (len(WATCHED) - 1) / seconds,
+        "chosen": [Path(row.name).name for row in mashups[0].report.candidates if row.weight] if mashups else [],
+    }
 
 
 @cache
 def held_out_rows(world: World, task: str) -> SampleRows:
     """As many rows as the guard has by default, drawn apart from those that are trained on."""
     with tempfile.TemporaryDirectory() as directory:
-        trainer = trainer_for(world, task, 1000, directory, world.steps(task), 1e-3, [])
-        batch_size = trainer.args.train_batch_size
-        return draw_sample(trainer.get_train_dataloader(), 256, batch_size=batch_size).held_out
-
-
-def test_loss(world: World, model, task: str) -> float:
-    """The world's own measure where that is a loss; accuracy tells less."""
-    if world.name != "quickstart":
-        return world.evaluate(model, task)
-    with undisturbed(model):
-        return evaluate(model, quickstart_test(task)).mean_loss
+        sizes = {"steps": world.steps(task), "learning_rate": 1e-3, "peft_config": world.lora_config()}
+        trainer = world.trainer(world.base_model(), task, 1000, Path(directory), **sizes)
+        set_seed(1000)
+        return sample_of(trainer, 256).held_out
 
 
 @cache
 def quickstart_test(task: str) -> SampleRows:
     """Test rows of the quickstart in the form that the Trainer gives them."""
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = SFTTrainer(
-            quickstart.load_model(),
-            args=quickstart.training_arguments(directory, 0),
-            train_dataset=quickstart.rows(task, 2 * TEST_ROWS, 0, "test"),
-            processing_class=quickstart.load_tokenizer(),
-        )
-        return draw_sample(trainer.get_train_dataloader(), 2 * TEST_ROWS, batch_size=64).held_out
+    return quickstart_rows(task, 2 * TEST_ROWS, "test").held_out
 
 
 def predicted(found: dict, steps: int, extrapolate: bool) -> float:
@@ -169,43 +149,41 @@ def rules() -> Iterator[tuple[int, str, Choice]]:
         yield 0, f"always {start}", lambda starts, start=start: start
 
 
-def table(results: list[dict]) -> list[dict]:
-    """One row for each world, learning rate and rule."""
-    worlds: dict[tuple, dict[tuple, Starts]] = {}
+def table(results: list[dict]) -> pd.DataFrame:
+    """One row for each world, learning rate and rule, over the runs that have a single candidate and a merge."""
+    groups: dict[tuple, Starts] = {}
     for found in results:
-        runs = worlds.setdefault((found["world"], found["learning_rate"]), {})
-        runs.setdefault((found["task"], found["seed"]), {})[found["start"]] = found
-    rows = []
-    for (world, rate), runs in worlds.items():
-        complete = [starts for starts in runs.values() if starts.keys() >= {"single", "merge"}]
-        for steps, rule, choice in rules():
-            measurable = [starts for starts in complete if choice(starts) in starts]
-            if measurable:
-                where = {"world": world, "learning_rate": rate, "guard_steps": steps, "rule": rule}
-                rows.append(where | measured(measurable, steps, choice))
-    return rows
+        key = tuple(found[name] for name in ("world", "learning_rate", "task", "seed"))
+        groups.setdefault(key, {})[found["start"]] = found
+    complete = {key: starts for key, starts in groups.items() if starts.keys() >= {"single", "merge"}}
+    choices = [
+        dict(zip((*RULE, "task"), (world, rate, steps, rule, task), strict=True)) | measured(starts, steps, chosen)
+        for steps, rule, choice in rules()
+        for (world, rate, task, _), starts in complete.items()
+        if (chosen := choice(starts)) in starts
+    ]
+    return summary(pd.DataFrame(choices))
 
 
-def measured(runs: list[Starts], steps: int, choice: Choice) -> dict:
-    """The regret of a rule, and its gain over a guard that trains none, with the standard error over tasks."""
-    regrets = [regret(starts, choice(starts)) for starts in runs]
-    costs = [cost(starts, steps) + starts[choice(starts)]["steps"] - starts["single"]["steps"] for starts in runs]
-    gains = [regret(starts, choose(starts, 0)) - value for starts, value in zip(runs, regrets, strict=True)]
-    by_task: dict[str, list[float]] = {}
-    for starts, gain in zip(runs, gains, strict=True):
-        by_task.setdefault(starts["single"]["task"], []).append(gain)
-    means = [statistics.mean(values) for values in by_task.values()]
-    return {
-        "runs": len(runs),
-        "best_chosen": sum(value == 0 for value in regrets),
-        "regret": round(statistics.mean(regrets), 4),
-        "gain": round(statistics.mean(means), 4),
-        "gain_se": round(statistics.stdev(means) / math.sqrt(len(means)), 4) if len(means) > 1 else math.nan,
-        "better": sum(gain > 0 for gain in gains),
-        "worse": sum(gain < 0 for gain in gains),
-        "cost_steps": round(statistics.mean(costs), 1),
-        "share_of_run": round(statistics.mean(costs) / runs[0]["single"]["steps"], 3),
-    }
+def measured(starts: Starts, steps: int, chosen: str) -> dict:
+    """The regret of a choice, its gain over a guard that trains none, and its cost."""
+    lost, own = regret(starts, chosen), starts["single"]["steps"]
+    spent = cost(starts, steps) + starts[chosen]["steps"] - own
+    return {"regret": lost, "gain": regret(starts, choose(starts, 0)) - lost, "cost": spent, "share": spent / own}
+
+
+def summary(choices: pd.DataFrame) -> pd.DataFrame:
+    """Means over runs; those of the gain, with their standard error, are over tasks."""
+    choices = choices.assign(best=choices["regret"] == 0, better=choices["gain"] > 0, worse=choices["gain"] < 0)
+    by_task = choices.groupby([*RULE, "task"])["gain"].mean().groupby(level=RULE)
+    columns = {"runs": ("regret", "size"), "best_chosen": ("best", "sum"), "regret": ("regret", "mean")}
+    columns |= {"better": ("better", "sum"), "worse": ("worse", "sum")}
+    columns |= {"cost_steps": ("cost", "mean"), "share_of_run": ("share", "mean")}
+    found = choices.groupby(RULE, sort=False).agg(**columns)
+    found.insert(3, "gain", by_task.mean())
+    found.insert(4, "gain_se", by_task.sem())
+    digits = {"regret": 4, "gain": 4, "gain_se": 4, "cost_steps": 1, "share_of_run": 3}
+    return found.round(digits).reset_index()
 
 
 def regret(starts: Starts, choice: str) -> float:
@@ -243,12 +221,9 @@ def main() -> None:
         print(task, seed, start, found["losses"], round(found["end"], 4), found["chosen"], flush=True)
     results = [json.loads(path.read_text()) for path in sorted(options.output.glob("*.json"))]
     rows = table(results)
-    print(*(", ".join(f"{name} {value}" for name, value in row.items()) for row in rows), sep="\n")
+    print(rows.to_string(index=False))
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        rows.to_csv(options.csv, index=False)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ do not change. Run on the CPU:
 import argparse
 import json
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 
 from mashup_callback.lora import merge_factors
 from mashup_callback.lowrank import LoraFactors
+from recipes.benchmarks.memory import Peak
 
 
 SHAPES = ("1024x1024", "2048x2048", "4096x2048")
@@ -53,25 +51,13 @@ def read_factors(layer, name: str) -> LoraFactors:
 
 def measured(function: Callable[[], object], repeats: int = 1) -> tuple[float, float, object]:
     """Median processor seconds of some calls, the megabytes that they added at the most, and the last result."""
-    process, times, stop = psutil.Process(), [], threading.Event()
-    before = most = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal most
-        while not stop.wait(0.005):
-            most = max(most, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    times = []
+    with Peak() as peak:
         for _ in range(repeats):
             start = time.process_time()
             result = function()
             times.append(time.process_time() - start)
-    finally:
-        stop.set()
-        watcher.join()
-    return statistics.median(times), (most - before) / 1e6, result
+    return statistics.median(times), peak.added("all") / 1e6, result
 
 
 def measure(shape: str, method: str, repeats: int) -> dict[str, float | str]:
@@ -104,26 +90,6 @@ def measure(shape: str, method: str, repeats: int) -> dict[str, float | str]:
     }
 
 
-def show(rows: list[dict[str, float | str]]) -> None:
-    """Print the measurements as a table."""
-    columns = ("shape", "method", "peft (s)", "mashup (s)", "speed-up", "peft (MB)", "mashup (MB)", "difference")
-    table = Table(*columns, "norms", "kept energy")
-    for row in rows:
-        table.add_row(
-            str(row["shape"]),
-            str(row["method"]),
-            f"{row['peft_seconds']:.2f}",
-            f"{row['mashup_seconds']:.4f}",
-            f"{row['speedup']:.1f}x",
-            f"{row['peft_megabytes']:.0f}",
-            f"{row['mashup_megabytes']:.0f}",
-            f"{row['relative_difference']:.1e}",
-            f"{row['norm_ratio']:.3f}",
-            f"{row['kept_energy']:.3f}",
-        )
-    Console().print(table)
-
-
 def main() -> None:
     """Parse the command line, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +99,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which merges")
     arguments = parser.parse_args()
     rows = [measure(shape, method, arguments.repeats) for shape in arguments.shapes for method in arguments.methods]
-    show(rows)
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format))
     if arguments.json:
         arguments.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n")
 

@@ -18,14 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mashup_callback import score_candidates
 
@@ -47,20 +40,9 @@ def llama(**settings: int) -> LlamaForCausalLM:
 def gemma() -> Gemma3ForCausalLM:
     """Three layers as Gemma-3-1B has 26, and 16,000 tokens instead of 262,144: 99 M parameters."""
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=16_000,
-        hidden_size=1152,
-        intermediate_size=6912,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    return Gemma3ForCausalLM(config).eval()
+    sizes = {"vocab_size": 16_000, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, bos_token_id=None)).eval()
 
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -101,7 +83,7 @@ def _round(model: str, ways: "Ways") -> list[float]:
 class Ways:
     """The ways to score the same adapters on the same batch; each returns seconds an adapter."""
 
-    def __init__(self, model: PreTrainedModel, directory: Path, clock: Callable[[], float]) -> None:
+    def __init__(self, model: nn.Module, directory: Path, clock: Callable[[], float]) -> None:
         self.model, self.clock, self.base = model, clock, directory / "base"
         model.save_pretrained(self.base)
         self.adapters = [directory / str(index) for index in range(ADAPTERS)]

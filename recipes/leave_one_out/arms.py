@@ -7,7 +7,7 @@ from typing import Any
 
 from mashup_callback import MashupCallback
 
-from .controls import RandomLikeMerge, eva_model, lora_ga_model
+from .controls import RandomLikeMerge, eva, lora_ga
 from .protocol import LIBRARY, Begin, Job, train
 from .worlds import World
 
@@ -63,18 +63,6 @@ def random(world: World, job: Job, directory: Path) -> Begin:
     control = RandomLikeMerge(world, job, directory)
     result.callbacks, result.mashups = [control], control.mashups
     return result
-
-
-def eva(world: World, job: Job, directory: Path) -> Begin:
-    """PEFT's EVA: A from the layers' inputs on the task's data."""
-    model, seconds = eva_model(world, job, directory)
-    return Begin(model, seconds=seconds)
-
-
-def lora_ga(world: World, job: Job, directory: Path) -> Begin:
-    """PEFT's LoRA-GA: A and B from the gradient on the task's data, the base changed to match."""
-    model, seconds = lora_ga_model(world, job, directory)
-    return Begin(model, seconds=seconds)
 
 
 def oracle(world: World, job: Job, directory: Path) -> Begin:

@@ -1,12 +1,12 @@
 """The controls that need more than a setting of the callback: a random adapter, and PEFT's data-driven inits."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
 import torch
-from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,7 +16,7 @@ from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import save_adapter
 from mashup_callback.lowrank import Factors, LoraFactors
 
-from .protocol import Job
+from .protocol import Begin, Job
 from .worlds import World
 
 
@@ -63,10 +63,8 @@ def _random_like(update: LoraFactors, generator: torch.Generator) -> LoraFactors
     return LoraFactors(root * A, root * B, update.scaling)
 
 
-def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float]:
-    """
-    Initialises the adapter with EVA (arXiv 2410.07170), without redistributing ranks.
-    """
+def eva(world: World, job: Job, directory: Path) -> Begin:
+    """PEFT's EVA (arXiv 2410.07170): A from the layers' inputs on the task's data, ranks as they are."""
     base, batches = _base_and_batches(world, job, directory)
     config = _resolved(world, base, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     started = time.perf_counter()
@@ -76,13 +74,11 @@ def eva_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float
     initialize_lora_eva_weights(model, list(islice(batches, INIT_BATCHES)), show_progress_bar=False)
     seconds = time.perf_counter() - started
     assert_initialized("EVA", before, model)
-    return model, seconds
+    return Begin(model, seconds=seconds)
 
 
-def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, float]:
-    """
-    Initialises the adapter with LoRA-GA (arXiv 2407.05000), from the gradient on a few batches.
-    """
+def lora_ga(world: World, job: Job, directory: Path) -> Begin:
+    """PEFT's LoRA-GA (arXiv 2407.05000): A and B from the gradient on the task's data, the base changed to match."""
     base, batches = _base_and_batches(world, job, directory)
     config = _resolved(world, base, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
@@ -91,13 +87,14 @@ def lora_ga_model(world: World, job: Job, directory: Path) -> tuple[PeftModel, f
             base(**batch).loss.backward()
 
     started = time.perf_counter()
+    set_seed(job.seed)
     preprocess_loraga(base, config, gradients)
     set_seed(job.seed)
     model = get_peft_model(base, config)
     seconds = time.perf_counter() - started
     plain = get_peft_model(world.base_model(), world.lora_config())
     assert_initialized("LoRA-GA", _values(plain, ".base_layer.weight"), model)
-    return model, seconds
+    return Begin(model, seconds=seconds)
 
 
 def assert_initialized(method: str, before: Mapping[str, torch.Tensor], model: nn.Module) -> None:
@@ -114,19 +111,11 @@ def _values(model: nn.Module, suffix: str) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if name.endswith(suffix)}
 
 
-def _base_and_batches(world: World, job: Job, directory: Path) -> tuple[nn.Module, Iterator[dict]]:
+def _base_and_batches(world: World, job: Job, directory: Path) -> tuple[nn.Module, DataLoader]:
     """The base model and batches of the task's training rows, in the Trainer's own form and on its device."""
     settings = {"steps": job.steps, "learning_rate": job.learning_rate, "peft_config": world.lora_config()}
     trainer = world.trainer(world.base_model(), job.task, job.seed, directory, **settings)
-    rows = DataLoader(
-        trainer.train_dataset,
-        batch_size=trainer.args.train_batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(job.seed),
-        collate_fn=trainer.data_collator,
-    )
-    batches = ({name: value.to(trainer.args.device) for name, value in batch.items()} for batch in rows)
-    return world.base_model().to(trainer.args.device), batches
+    return world.base_model().to(trainer.args.device), trainer.get_train_dataloader()
 
 
 def _resolved(world: World, base: nn.Module, **settings) -> LoraConfig:

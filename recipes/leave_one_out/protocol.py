@@ -163,9 +163,11 @@ def plan_library(world: World, model: str | None = None) -> Iterator[Job]:
         return
     for index, task in enumerate((*world.library_tasks, *world.controls())):
         if not world.adapter(task).is_dir():
-            job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, world.budget.learning_rate, {}, model)
+            rate = world.budget.library_rate or world.budget.learning_rate
+            job = make_job(world, task, LIBRARY, LIBRARY_SEED + index, rate, {}, model)
+            steps = world.budget.library_steps or job.steps
             # Nobody reads the curve of a library's adapter.
-            yield replace(job, eval_every=job.steps)
+            yield replace(job, steps=steps, eval_every=steps)
 
 
 def make_job(

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from .protocol import LIBRARY
@@ -51,17 +52,6 @@ def first_reach(x: Sequence[float], values: Sequence[float], goal: float, higher
     return math.inf
 
 
-def value_at(x: Sequence[float], values: Sequence[float], where: float) -> float:
-    """Returns a curve's value at a place, on straight lines between its points; NaN before the first of them."""
-    if where < x[0]:
-        return math.nan
-    for index in range(1, len(x)):
-        if where <= x[index]:
-            share = (where - x[index - 1]) / (x[index] - x[index - 1])
-            return values[index - 1] + share * (values[index] - values[index - 1])
-    return values[-1]
-
-
 def runs(points: pd.DataFrame, higher_is_better: bool = True, same_rate: bool = True) -> pd.DataFrame:
     """
     Returns one row for each run, compared with scratch on the same task, seed and learning rate.
@@ -91,13 +81,14 @@ def _compare(run: pd.DataFrame, scratch: pd.DataFrame, higher_is_better: bool) -
         "gain": difference if higher_is_better else -difference,
         "steps_to_parity": first_reach(run["step"].tolist(), values, goal, higher_is_better) / steps,
         "seconds_to_parity": first_reach(clock, values, goal, higher_is_better) / seconds,
-        "equal_seconds": value_at(clock, values, seconds),
+        "equal_seconds": np.interp(seconds, clock, values, left=math.nan),
     }
 
 
-def counted(parity: pd.Series, least: float = 1.0) -> pd.Series:
+def counted(table: pd.DataFrame) -> pd.DataFrame:
     """Counts what was never reached as 100%: a lower bound, marked with a plus where it is shown."""
-    return parity.replace(math.inf, least)
+    reached = table["steps_to_parity"] < math.inf
+    return table.assign(reached=reached, **{name: table[name].replace(math.inf, 1.0) for name in PARITY})
 
 
 def main_runs(table: pd.DataFrame, learning_rate: float | Mapping[str, float]) -> pd.DataFrame:
@@ -108,29 +99,24 @@ def main_runs(table: pd.DataFrame, learning_rate: float | Mapping[str, float]) -
 
 def summary(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """
-    Returns one row for each arm: `mean` and `std` over seeds of the mean over tasks; means over tasks and seeds of
-    `gain` and of both parities (never reached counts as 1); `gain_se`, the standard error of the mean of the paired
-    differences; `worse`, the number of runs that end worse than scratch.
+    Returns one row for each arm: the mean over tasks of the final value, with its standard deviation over seeds; the
+    mean gain over scratch, with its standard error over tasks and seeds, and the number of runs that end worse than
+    scratch.
     """
-    rows = []
-    for arm in [arm for arm in arms if arm in set(table["arm"])]:
-        part = table[table["arm"] == arm]
-        seeds = part.groupby("seed")["final"].mean()
-        values = {"arm": arm, "learning_rate": part["learning_rate"].iloc[0], "mean": seeds.mean(), "std": seeds.std()}
-        values |= {"gain": part["gain"].mean(), "gain_se": part["gain"].sem(), "worse": (part["gain"] < 0).sum()}
-        values |= {name: counted(part[name]).mean() for name in PARITY}
-        rows.append(values | {"tasks": part["task"].nunique(), "seeds": len(seeds)})
-    return pd.DataFrame(rows, columns=SUMMARY)
+    grouped, seeds = counted(table).assign(worse=table["gain"] < 0).groupby("arm"), table.groupby(["arm", "seed"])
+    columns = {"learning_rate": ("learning_rate", "first"), "gain": ("gain", "mean"), "gain_se": ("gain", "sem")}
+    columns |= {"worse": ("worse", "sum")} | {name: (name, "mean") for name in PARITY}
+    made = grouped.agg(**columns, tasks=("task", "nunique"), seeds=("seed", "nunique"))
+    values = seeds["final"].mean().groupby("arm")
+    made = made.assign(mean=values.mean(), std=values.std())
+    return made.reindex([arm for arm in arms if arm in made.index]).reset_index()[SUMMARY]
 
 
 def by_task(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Returns one row for each task and arm, means over seeds; `reached` is the share of runs that reach parity."""
-    table = table.assign(reached=table["steps_to_parity"] < math.inf)
-    for name in PARITY:
-        table = table.assign(**{name: counted(table[name])})
     columns = {name: (name, "mean") for name in ("gain", *PARITY, "reached")} | {"gain_se": ("gain", "sem")}
     columns |= {"equal_seconds": ("equal_seconds", "mean"), "overhead": ("overhead", "mean")}
-    grouped = table.groupby(["task", "arm"]).agg(mean=("final", "mean"), std=("final", "std"), **columns)
+    grouped = counted(table).groupby(["task", "arm"]).agg(mean=("final", "mean"), std=("final", "std"), **columns)
     order = {arm: index for index, arm in enumerate(arms)}
     return grouped.reset_index().sort_values(["task", "arm"], key=lambda c: c.map(order) if c.name == "arm" else c)
 
@@ -148,27 +134,18 @@ def learning_rates(table: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
 
 def selection_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the final value of mashup against the number of rows that select (half of `sample_size`)."""
-    settings = table["settings"].map(json.loads)
-    part = table[settings.map(lambda s: set(s) == {"sample_size"})].assign(rows=settings.map(_half_the_sample))
+    sizes = table["settings"].str.extract(r'^{"sample_size": (\d+)}$', expand=False).dropna().astype(int)
+    part = table.loc[sizes.index].assign(rows=sizes // 2)
     return part.groupby(["rows", "task"])["final"].mean().reset_index()
-
-
-def _half_the_sample(settings: dict) -> int:
-    return settings.get("sample_size", 0) // 2
 
 
 def method_ranks(table: pd.DataFrame, higher_is_better: bool = True) -> pd.DataFrame:
     """Returns the mean over tasks and seeds of the rank (1 is best) and of the value of each method and k."""
-    settings = table["settings"].map(json.loads)
-    chosen = settings.map(lambda s: "merge_method" in s)
-    part = table[chosen].assign(method=settings.map(lambda s: s.get("merge_method")), k=settings.map(_k))
+    found = table["settings"].str.extract(r'"merge_method": "(?P<method>\w+)", "top_k": (?P<k>\d+)').dropna()
+    part = table.join(found.astype({"k": int}), how="inner")
     ranks = part.groupby(["task", "seed"])["final"].rank(ascending=not higher_is_better)
     grouped = part.assign(rank=ranks).groupby(["method", "k"])
     return grouped.agg(mean_rank=("rank", "mean"), mean=("final", "mean")).reset_index()
-
-
-def _k(settings: dict) -> int:
-    return settings.get("top_k", 0)
 
 
 def above_chance(table: pd.DataFrame) -> pd.DataFrame:

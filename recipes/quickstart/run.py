@@ -7,6 +7,7 @@ Works offline on CPU. Writes the mashup's report and a plot of both accuracy cur
 """
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from trl import SFTTrainer
 
 from mashup_callback import MashupCallback
 from mashup_callback.sharing import style
+from recipes.leave_one_out.figures import label_ends
+from recipes.leave_one_out.tables import first_reach
 from recipes.quickstart import world
 
 
@@ -63,18 +66,6 @@ def train(target: str, seed: int, output_dir: Path, mashup: MashupCallback | Non
     return curve.points
 
 
-def step_to_reach(points: Points, accuracy: float) -> float | None:
-    """The first step at which the curve reaches `accuracy`, on straight lines between its points; None if never."""
-    before = None
-    for step, value in points:
-        if value >= accuracy:
-            if before is None:
-                return float(step)
-            return before[0] + (step - before[0]) * (accuracy - before[1]) / (value - before[1])
-        before = step, value
-    return None
-
-
 def mean(curves: list[Points]) -> Points:
     return [(points[0][0], fmean(value for _, value in points)) for points in zip(*curves, strict=True)]
 
@@ -84,28 +75,25 @@ def plot(scratch: list[Points], mashup: list[Points], target: str, path: Path) -
     finals = [mean(curves)[-1][1] for curves in (mashup, scratch)]
     title = f"Held-out task {target}: {finals[0]:.1%} from a mashup, {finals[1]:.1%} from scratch"
     figure, (axes,) = style.new_figure(title, (7.5, 4))
-    for curves, color in ((scratch, style.GRAY), (mashup, style.BLUE)):
-        steps, values = zip(*mean(curves), strict=True)
-        axes.plot(steps, values, color=color, linewidth=2.5, linestyle="-" if curves is mashup else "--")
-        if len(curves) > 1:
-            bounds = [
-                [bound(value for _, value in points) for points in zip(*curves, strict=True)] for bound in (min, max)
-            ]
-            axes.fill_between(steps, *bounds, color=color, alpha=0.2, linewidth=0)
+    for curves, color, line in ((scratch, style.GRAY, "--"), (mashup, style.BLUE, "-")):
+        steps, values = [step for step, _ in curves[0]], [[value for _, value in points] for points in curves]
+        axes.plot(*zip(*mean(curves), strict=True), line, color=color, linewidth=2.5)
+        lowest, highest = zip(*[(min(found), max(found)) for found in zip(*values, strict=True)], strict=True)
+        axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
     axes.axhline(finals[1], color=style.GRAY, linestyle=":", linewidth=1)
     seeds = f", mean and range of {len(mashup)} seeds" if len(mashup) > 1 else ""
     axes.set(xlabel="training step", ylabel=f"test accuracy{seeds}", ylim=(0, 1), xlim=(0, world.STEPS))
-    style.label_ends(
-        axes, [("from a mashup", finals[0], style.BLUE, "-"), ("from scratch", finals[1], style.GRAY, "--")]
-    )
+    ends = [("from a mashup", finals[0], style.BLUE, "-"), ("from scratch", finals[1], style.GRAY, "--")]
+    label_ends(axes, ends)
     style.save(figure, path)
 
 
 def summary(scratch: Points, mashup: Points) -> str:
     goal = scratch[-1][1]
     final = f"Final test accuracy: scratch {goal:.1%}, mashup {mashup[-1][1]:.1%} (chance 25%)."
-    step = step_to_reach(mashup, goal)
-    if step is None:
+    # On straight lines between evaluations.
+    step = first_reach(*zip(*mashup, strict=True), goal)
+    if step == math.inf:
         return f"{final}\nThe mashup run does not reach scratch's final accuracy in {world.STEPS} steps."
     return (
         f"{final}\nThe mashup run reaches scratch's final accuracy at step {step:.0f} of {world.STEPS} "

@@ -184,21 +184,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, model_max_length=CONTEXT)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCausalLM:
     """Builds the base model with fresh weights, drawn from the global generator."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=3 * HIDDEN_SIZE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    own = {"hidden_size": HIDDEN_SIZE, "intermediate_size": 3 * HIDDEN_SIZE, "num_hidden_layers": LAYERS}
+    own |= {"num_attention_heads": HEADS, "max_position_embeddings": CONTEXT, "vocab_size": len(tokenizer)}
+    own |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return LlamaForCausalLM(LlamaConfig(**(own | sizes), tie_word_embeddings=True))
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
@@ -238,24 +229,27 @@ def training_arguments(output_dir: str | Path, seed: int, **settings) -> SFTConf
 
 
 @torch.no_grad()
-def accuracy(
+def answered(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, batch_size: int = 128
-) -> float:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Share of rows whose answer letter is the model's most likely next token after the prompt; 0.25 is chance. The
-    training mode is restored, and no random number is drawn.
+    Returns the logits of the token after each prompt, and the token of the right letter. The training mode is
+    restored, and no random number is drawn.
     """
-    was_training = model.training
+    was_training, found = model.training, []
     model.eval()
-    right = 0
     for start in range(0, len(dataset), batch_size):
-        batch = dataset[start : start + batch_size]
-        inputs = tokenizer(batch["prompt"], padding=True, padding_side="left", return_tensors="pt")
-        logits = model(inputs.input_ids, attention_mask=inputs.attention_mask, logits_to_keep=1).logits[:, -1]
-        answers = torch.tensor(tokenizer.convert_tokens_to_ids(batch["completion"]))
-        right += (logits.argmax(-1) == answers).sum().item()
+        prompts = dataset[start : start + batch_size]["prompt"]
+        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        found.append(model(inputs.input_ids, attention_mask=inputs.attention_mask, logits_to_keep=1).logits[:, -1])
     model.train(was_training)
-    return right / len(dataset)
+    return torch.cat(found), torch.tensor(tokenizer.convert_tokens_to_ids(dataset["completion"]))
+
+
+def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, dataset: Dataset) -> float:
+    """Share of rows whose answer letter is the model's most likely next token after the prompt; 0.25 is chance."""
+    logits, answers = answered(model, tokenizer, dataset)
+    return (logits.argmax(-1) == answers).sum().item() / len(dataset)
 
 
 def quiet() -> None:

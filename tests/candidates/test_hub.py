@@ -18,6 +18,7 @@ from tests.hub.faults import BROKEN_CARD, safetensors_file
 
 hub, run_client = conftest.hub, conftest.run_client
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BROKEN = "truncated, padded or no safetensors"
 CARD = "---\nbase_model: {base}\nlibrary_name: peft\nlicense: {license}\ntags: [{tag}]\n---\n# An adapter\n"
 
 PRELUDE = """
@@ -170,7 +171,7 @@ def test_only_the_compatible_of_a_thousand_are_downloaded(hub, run_client, adapt
     kinds = [
         adapter(features=5),
         adapter(peft_type="IA3"),
-        adapter(lora_bias=True),
+        adapter(layer_replication=[[0, 1]]),
         {"README.md": adapter()["README.md"], CONFIG: adapter()[CONFIG], "adapter_model.bin": b"pickle"},
     ]
     fitting = {f"org-{number % 7}/adapter-{number:04d}" for number in range(13, 1000, 50)}
@@ -348,7 +349,7 @@ def test_every_fault_rejects_its_candidate_alone(hub, run_client, adapter, tmp_p
     hub.seed("f/good", files)
     names = [f"f/{name}" for name in [*repositories, *faults, "wrong", "once", "good"]]
     program = """
-hub_module.DEADLINE_SECONDS = 1.0
+hub_module.DEADLINE_SECONDS = 3.0
 hub_module.MAX_FAILURES = 100
 started = time.monotonic()
 found = find(sys.argv[1:], fetch=True)
@@ -357,8 +358,8 @@ finish(found=found, seconds=time.monotonic() - started)
     result = run_client(PRELUDE + program, *names, timeout=120)
     found, why = result["found"], reasons(result["found"])
     expected = {
-        "huge-header": "announces a header of", "long-tensor": "not fully covered", "not-a-header": "no safetensors",
-        "truncated": "not fully covered", "empty": "HTTP status 416", "huge-config": "expected a small file",
+        "huge-header": "announces a header of", "long-tensor": BROKEN, "not-a-header": BROKEN,
+        "truncated": BROKEN, "empty": "HTTP status 416", "huge-config": "expected a small file",
         "deep-config": "nested too deeply", "follows": "`peft_type` is XLORA", "pickle": "never opened",
         "refused": "gated", "unauthorized": "the token may be wrong", "vanished": "no such file",
         "teapot": "HTTP status 503", "cut": "connection to the Hub failed", "half": "connection to the Hub failed",
@@ -484,7 +485,7 @@ state.destroy_process_group()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, str(script), str(tmp_path)]
     environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (first, asked), (second, none) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     expected = {f"acme/{number}": [None, float(number)] for number in range(3)}
@@ -529,7 +530,7 @@ def test_a_search_is_ranked_merged_trained_pushed_and_repeated_offline(hub, run_
     rows = {row["name"]: row for row in report["candidates"]}
     assert report["decision"] in ("merged", "single")
     assert {name: row["revision"] for name, row in rows.items() if row["status"] != "rejected"} == shas
-    assert rows["acme/liar"]["status"] == "rejected" and "truncated, padded" in rows["acme/liar"]["reason"]
+    assert rows["acme/liar"]["status"] == "rejected" and BROKEN in rows["acme/liar"]["reason"]
     assert {row["license"] for row in rows.values() if row["weight"]} == {"mit"}
     assert all(name.startswith("acme/trained") for name, row in rows.items() if row["weight"])
     assert set(rows) == {*shas, "acme/liar"}

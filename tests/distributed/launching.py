@@ -99,7 +99,9 @@ class Launcher:
             values.append({"directory": str(directories[-1]), **self._places(each.library), **each.settings})
         self._launches += 1
         started = time.monotonic()
-        code, output = finish(start(torchrun(cases[0].mode, values, world)), 120 + 60 * len(cases))
+        # A machine that others load takes that much longer.
+        patience = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        code, output = finish(start(torchrun(cases[0].mode, values, world)), patience * (120 + 60 * len(cases)))
         for each, directory in zip(cases, directories, strict=True):
             ranks = read_ranks(directory)
             if len(ranks) < world:

@@ -8,6 +8,7 @@ The slow ones need packages that the others do not:
     python -m pytest -m slow tests/distributed
 """
 
+import importlib.util
 import math
 
 import pytest
@@ -20,6 +21,8 @@ CALLBACK = {"batch_size": 4}
 DPO = {"trains": "dpo", "callback": {**CALLBACK, "guard": False, "on_error": "raise"}}
 # bfloat16 keeps 8 bits, and the two runs round in different places.
 BFLOAT16 = {"callback": CALLBACK, "dtype": "bfloat16"}
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is missing")
 
 
 def plain(*modes, **settings):
@@ -103,6 +106,7 @@ def test_different_weights_on_the_processes_raise(run):
 
 
 @pytest.mark.slow
+@needs_deepspeed
 @plain("zero1", "zero2", "zero3")
 def test_zero(run, alone):
     assert run.ranks[0]["kind"] == "DEEPSPEED"
@@ -110,12 +114,14 @@ def test_zero(run, alone):
 
 
 @pytest.mark.slow
+@needs_deepspeed
 @pytest.mark.parametrize("run", [case("zero2", **BFLOAT16)], indirect=True, ids=str)
 def test_zero2_in_bfloat16(run, train_here):
     check_same(run, train_here(**BFLOAT16), tolerance=2e-2)
 
 
 @pytest.mark.slow
+@needs_deepspeed
 @plain("zero1", "zero3", fault="no_master")
 def test_zero_without_its_masters_is_seen_by_these_tests(run, alone):
     with pytest.raises(AssertionError):

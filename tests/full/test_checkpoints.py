@@ -13,7 +13,6 @@ from mashup_callback.errors import AdapterError, CheckpointError
 from mashup_callback.formats import BaseModel, load_factors, read_adapter, read_checkpoint, read_tensor
 from mashup_callback.full import FullUpdate
 from mashup_callback.full.merge import ModelInput, merge_models
-from mashup_callback.full.weights import replaced
 from mashup_callback.model import write_parameters
 from mashup_callback.trainee import find_trainee
 from tests.full.damage import BAD, pickled
@@ -59,7 +58,7 @@ def test_merges_are_mergekits_own_byte_for_byte(tmp_path, models, tied):
 def test_a_failure_within_gives_the_weights_back(untied):
     model = llama()
     before = weights(model)
-    with pytest.raises(KeyError), replaced(model, whole(model, untied / "model-0")):
+    with pytest.raises(KeyError), whole(model, untied / "model-0").applied(model):
         assert not same(before, weights(model))
         raise KeyError
     assert same(before, weights(model))
@@ -183,6 +182,6 @@ def test_checkpoint_that_changes_while_in_use(tmp_path, untied):
     shard.write_bytes(shard.read_bytes()[:-4])
     model = llama()
     before = weights(model)
-    with pytest.raises(CheckpointError, match="changed while it was in use"), replaced(model, update):
+    with pytest.raises(CheckpointError, match="changed while it was in use"), update.applied(model):
         pass
     assert same(before, weights(model))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.hostile.damage import (
     CARD,
@@ -42,6 +42,7 @@ from tests.hostile.damage import (
     tensors,
     without,
 )
+from tests.tiny import llama
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,9 @@ class Case:
         kind (`str`): Row of the table of outcomes.
         change (`Change`): Does it to a copy of a good one.
         reason (`str`, *optional*): What the reason for its rejection says; None where it is harmless.
-        base (`str`): What is copied: `adapter`, `model` (in shards) or `tied` (one file, the head is the embeddings).
+        base (`str`): What is copied: `adapter`, one of another kind, `model` (in shards) or `tied` (one file, the head
+            is the embeddings).
+        taker (`str`): Which trainee it is a candidate of where that does not follow from what is copied.
         either (`bool`): Whether it may as well be taken, and then computes what peft computes.
         own (`dict`): Fields that peft is given in the place of claims that it would run, or fail on.
         later (`Change`, *optional*): What happens after its description was read.
@@ -67,6 +70,7 @@ class Case:
     change: Change
     reason: str | None = None
     base: str = "adapter"
+    taker: str = ""
     either: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)
     later: Change | None = None
@@ -84,7 +88,7 @@ def config(name: str, value: Any, reason: str | None = None, *, either: bool = F
     )
 
 
-FIELDS, JSON, HEADER, VALUES, FILES, CARDS, MODELS, RACES = (
+FIELDS, JSON, HEADER, VALUES, FILES, CARDS, MODELS, KINDS, RACES = (
     "fields of adapter_config.json",
     "adapter_config.json as a file",
     "safetensors header",
@@ -92,6 +96,7 @@ FIELDS, JSON, HEADER, VALUES, FILES, CARDS, MODELS, RACES = (
     "kinds of files",
     "model cards",
     "full checkpoints",
+    "other kinds of adapters",
     "files that change while in use",
 )
 REGEX = "(a+)+" * 50 + "$"
@@ -190,6 +195,10 @@ CONFIGS = [
     config("runtime_config", {"ephemeral_gpu_offload": True}, runtime_config={}),
     config("lora_bias", True, "`lora_bias`", either=True),
     config("target_parameters", ["experts.gate"], "`target_parameters`"),
+    *[
+        config("target_parameters", value, "`target_parameters` is .*, expected a list")
+        for value in ("experts.gate", [1])
+    ],
     config("use_bdlora", {"nblocks": 2}, "`use_bdlora`"),
     config("arrow_config", {"top_k": 1}, "`arrow_config`"),
     config("kasa_config", {"beta": 1}, "`kasa_config`"),
@@ -239,6 +248,20 @@ def _overlapping(entries: dict) -> None:
     entries[QA]["data_offsets"] = [offset - 4 for offset in entries[QA]["data_offsets"]]
 
 
+def _nothing(*shape: int) -> Change:
+    """Tensors of no bytes with a shape that torch does not take."""
+    own = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    return content(WEIGHTS, packed(json.dumps({QA: own, QB: own}).encode()))
+
+
+def _terabyte(directory: Path) -> None:
+    own = {"dtype": "F32", "shape": [4, 2**35]}
+    entries = {QA: {**own, "data_offsets": [0, 2**39]}, QB: {**own, "data_offsets": [2**39, 2**40]}}
+    text = packed(json.dumps(entries).encode())
+    content(WEIGHTS, text)(directory)
+    longer(WEIGHTS, len(text) + 2**40)(directory)
+
+
 def _many(count: int, size: int = 0) -> dict:
     names = [f"{PREFIX}{i:x}.lora_{letter}.weight" for i in range(count) for letter in "AB"]
     return {
@@ -273,7 +296,15 @@ HEADERS = [
             content(WEIGHTS, packed(json.dumps(_many(1001)).encode(), b"\0" * 8008)),
             fields(r=1, alpha_pattern={f"x{i:x}": 4 for i in range(1001)}),
         ),
-        "`alpha_pattern` has 1,001 keys for 1,001 modules",
+        "`alpha_pattern` has 1,001 entries for 1,001 modules",
+    ),
+    head(
+        "many parameters beside many modules",
+        both(
+            content(WEIGHTS, packed(json.dumps(_many(20_000)).encode(), b"\0" * 160_000)),
+            fields(r=1, target_parameters=["a"] * 2000),
+        ),
+        "`target_parameters` has 2,000 entries for 20,000 modules",
     ),
     head(
         "many names beside many modules",
@@ -304,6 +335,12 @@ HEADERS = [
     head("shape of one dimension", entry(QA, shape=[128]), "expected a matrix"),
     head("shape of three", entry(QA, shape=[4, 32, 1]), "expected a matrix"),
     head("shape of nothing", put(**{QA: torch.zeros(4, 0)}), "expected a matrix"),
+    *[
+        head(f"shape of B: {tuple(shape)}", put(**{QB: torch.zeros(shape)}), "expected a matrix")
+        for shape in ([128], [32, 4, 1], [0, 4])
+    ],
+    head("shape of nothing times 2^63", _nothing(0, 2**63), "q_proj make no update"),
+    head("shape of nothing times 2^62 twice", _nothing(0, 2**62, 2**62), "q_proj make no update"),
     head("no shape", entry(QA, shape=None), BROKEN),
     head("offsets in reverse", entry(QA, data_offsets=[512, 0]), BROKEN),
     head("offsets that overlap", header(_overlapping), BROKEN),
@@ -316,6 +353,7 @@ HEADERS = [
     head("data cut short", changed(WEIGHTS, lambda data: data[:-1]), BROKEN),
     head("data too long", changed(WEIGHTS, lambda data: data + b"\0"), BROKEN),
     head("a hole of a terabyte", longer(WEIGHTS, 2**40), BROKEN),
+    head("a hole of a terabyte that the header names", _terabyte, f"{BROKEN}|another base model"),
 ]
 
 
@@ -339,6 +377,10 @@ def _no_layer(directory: Path) -> None:
     save_file(values, directory / WEIGHTS)
 
 
+def _wider_type(data: bytes) -> bytes:
+    return data.replace(b'"F32","shape":[4,32]', b'"F64","shape":[4,16]')
+
+
 def _other_type(data: bytes) -> bytes:
     return data.replace(b'"F32","shape":[4,32]', b'"F4","shape":[4,256]')
 
@@ -360,6 +402,8 @@ TENSORS = [
     value("a bias of the layer", extra(f"{PREFIX}{Q}.bias", 32), "bias", either=True),
     value("a module besides", extra(f"{PREFIX}lm_head.modules_to_save.weight", 96, 32), "trained besides"),
     value("the name of an adapter", renamed(QA, QA.replace("A.weight", "A.default.weight"))),
+    value("a factor under two names", extra(QA.replace("A.weight", "A.default.weight"), 4, 32), "under two names"),
+    value("a weight that no layer has", extra(f"{PREFIX}model.norm.weight", 32), "norm.weight: .* no layer of the"),
     value("no prefix", renamed(QA, QA.removeprefix(PREFIX)), "unexpected tensor model.layers.0"),
     value("no module", extra("base_model.model.lora_A.weight", 4, 32), "unexpected tensor"),
     value("a name of 200 kB", extra(f"{PREFIX}{'a.' * 10**5}lora_A.weight", 4, 32), "a name of 200,030 characters"),
@@ -603,6 +647,180 @@ MODEL_CASES = [
 ]
 
 
+def kind(base: str, name: str, change: Change, reason: str | None = None, **settings: Any) -> Case:
+    """An adapter of another kind than LoRA of linear layers."""
+    return Case(f"{base}: {name}", KINDS, change, reason, base, **settings)
+
+
+def part(name: str, module: str = Q) -> str:
+    return f"{PREFIX}{module}.{name}"
+
+
+def drop(*names: str) -> Change:
+    return tensors(lambda found: [found.pop(part(name)) for name in names])
+
+
+def as_it_is(directory: Path) -> None:
+    pass
+
+
+def _row_of_zeros(directory: Path) -> None:
+    """A row of which DoRA leaves nothing, and which it divides by its norm."""
+    row = llama().model.layers[0].self_attn.q_proj.weight[0].detach()
+
+    def edit(found: dict[str, torch.Tensor]) -> None:
+        found[QA][:], found[QB][:] = 0.0, 0.0
+        found[QA][0], found[QB][0, 0] = row, -0.5
+
+    tensors(edit)(directory)
+
+
+def _fewer_rows(directory: Path) -> None:
+    """As AdaLoRA saves an adapter after it has cut the ranks from 5 to 2."""
+    edits = {"lora_A": lambda v: v[:2], "lora_E": lambda v: v[:2], "lora_B": lambda v: v[:, :2]}
+    for end, edit in edits.items():
+        mapped(edit, part=end)(directory)
+    names = [key.removeprefix(PREFIX) for key in load_file(directory / WEIGHTS) if key.endswith("lora_E")]
+    fields(rank_pattern={name: [True] * 2 + [False] * 3 for name in names})(directory)
+
+
+def _no_ranks(directory: Path) -> None:
+    """As a zero of all ranks would be saved."""
+    edits = {"lora_A": lambda v: v[:0], "lora_E": lambda v: v[:0], "lora_B": lambda v: v[:, :0]}
+    for end, edit in edits.items():
+        mapped(edit, part=end)(directory)
+
+
+def _of_rank(rank: int) -> Change:
+    """LoHa of a rank whose square is the rank of the update's factors."""
+
+    def edit(found: dict[str, torch.Tensor]) -> None:
+        for key, tensor in found.items():
+            rows = key.endswith("a")
+            found[key] = (
+                torch.full((len(tensor), rank), 0.1) if rows else torch.full((rank, tensor.shape[1]), 1 / rank)
+            )
+
+    return both(tensors(edit), fields(r=rank))
+
+
+def _magnitudes(directory: Path) -> None:
+    """Those of DoRA for all modules."""
+    Bs = {key: value for key, value in load_file(directory / WEIGHTS).items() if "lora_B" in key}
+    put(**{key.replace("B.weight", "magnitude_vector"): torch.ones(len(value)) for key, value in Bs.items()})(
+        directory
+    )
+
+
+def _hidden_copy(directory: Path) -> None:
+    """Other embeddings, and the right ones under another name that is read after them."""
+    extra_key = COPY.replace("base_layer.", "")
+    tensors(lambda found: found.update({extra_key: found[COPY], COPY: torch.zeros(96, 32)}))(directory)
+
+
+def moved_parts(old: str, new: str, keep: bool = False) -> Change:
+    """Renames tensors of the experts, or adds zeros under the new name."""
+
+    def edit(found: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in found if old in key]:
+            value = torch.zeros_like(found[key]) if keep else found.pop(key)
+            found[key.replace(old, new)] = value
+
+    return tensors(edit)
+
+
+QM = part("lora_magnitude_vector")
+EMBEDDING, EXPERTS = "model.embed_tokens", "model.layers.0.mlp.experts"
+COPY = f"{PREFIX}{EMBEDDING}.base_layer.weight"
+KIND_CASES = [
+    *[kind(base, "as it is", as_it_is) for base in ("dora", "adalora", "loha", "lokr", "embeddings", "experts")],
+    # DoRA: a magnitude for each output.
+    kind("dora", "no magnitude", drop("lora_magnitude_vector"), "lora_magnitude_vector is missing"),
+    kind("dora", "magnitudes of LoRA", fields(use_dora=False), "parts of DoRA, and `use_dora` is not set"),
+    *[
+        kind("dora", f"magnitude of shape {shape}", put(**{QM: torch.ones(shape)}), "has shape")
+        for shape in ((), (1,), (32, 1), (0,))
+    ],
+    kind("dora", "a magnitude that is none", filled(QM, float("nan")), "the value nan"),
+    kind("dora", "a huge magnitude", filled(QM, 1e18), r"the value 1e\+18"),
+    kind("dora", "magnitudes of zero", mapped(torch.zeros_like, part="magnitude")),
+    kind("dora", "magnitudes below zero", mapped(torch.neg, part="magnitude")),
+    kind("dora", "a row divided by nothing", _row_of_zeros, "times as large as the weight"),
+    kind("dora", "without a model", as_it_is, "there is no base model here to read", taker="nobody"),
+    # AdaLoRA: a number for each rank.
+    kind("adalora", "no numbers", drop("lora_E"), "lora_E is missing"),
+    kind("adalora", "one number for all ranks", put(**{part("lora_E"): torch.ones(1, 1)}), "lora_E has shape"),
+    kind("adalora", "one number for each input", put(**{part("lora_E"): torch.ones(1, 32)}), "lora_E has shape"),
+    kind("adalora", "a factor that is a number", put(**{part("lora_A"): torch.ones(())}), "make no update"),
+    kind("adalora", "a number that is none", filled(part("lora_E"), float("inf")), "holds the value inf"),
+    kind("adalora", "no ranks at all", _no_ranks, "all its ranks are zero"),
+    kind("adalora", "more ranks than it began with", fields(init_r=3), "has rank 5, but .* says 3"),
+    kind("adalora", "fewer ranks than it began with", _fewer_rows),
+    kind("adalora", "an absurd rank", fields(init_r=10**8), "`init_r` is 100000000"),
+    kind("adalora", "with magnitudes", fields(use_dora=True), "`use_dora` is set to"),
+    # LoHa and LoKr: products of updates.
+    kind("loha", "a factor is missing", drop("hada_w2_b"), "hada_w2_b is missing"),
+    kind("loha", "two are missing", drop("hada_w1_a", "hada_w2_b"), "hada_w1_a and hada_w2_b is missing"),
+    kind("loha", "ranks that differ", put(**{part("hada_w1_b"): torch.zeros(3, 32)}), "the ranks differ"),
+    kind("loha", "another rank", fields(r=7), "has rank 2, but .* says 7"),
+    kind("loha", "products of two shapes", put(**{part("hada_w2_b"): torch.zeros(2, 31)}), "different shapes"),
+    kind("loha", "a convolution", put(**{part("hada_t1"): torch.zeros(2, 2, 3, 3)}), "this is a convolution"),
+    kind("loha", "factors of LoRA besides", put(**{QA: torch.zeros(4, 32)}), "unexpected tensor .*lora_A"),
+    kind("loha", "a number that is none", filled(part("hada_w1_a"), float("nan")), "holds the value nan"),
+    kind("loha", "huge products", mapped(lambda v: 0 * v + 9000.0), "times as large as the weight"),
+    kind("loha", "a rank of a thousand", _of_rank(1024)),
+    kind("loha", "an absurd rank", fields(r=10**8), "`r` is 100000000"),
+    kind("loha", "an absurd alpha", fields(alpha=1e30), "`alpha` is 1e"),
+    kind("lokr", "a factor twice", put(**{part("lokr_w1"): torch.zeros(4, 4)}), "parts of more than one update"),
+    kind("lokr", "another size", put(**{part("lokr_w1_a"): torch.zeros(5, 1)}), "maps 32 features to 40, expected 32"),
+    # Embeddings: the base model's weights are saved besides.
+    kind("embeddings", "other embeddings", filled(COPY, 1.0), "embed_tokens.*would overwrite"),
+    kind("embeddings", "embeddings that are none", filled(COPY, float("nan")), "embed_tokens.*would overwrite"),
+    kind("embeddings", "embeddings in a row", put(**{COPY: torch.zeros(96 * 32)}), "embed_tokens.*would overwrite"),
+    kind("embeddings", "embeddings under two names", _hidden_copy, "under two names"),
+    kind("embeddings", "without a model", as_it_is, "no base model here to compare", taker="nobody"),
+    kind("embeddings", "where all weights are trained", as_it_is, "embed_tokens, an embedding or", taker="model"),
+    # Experts that are parts of one parameter, which are wrapped one around the other.
+    kind("experts", "parameters that are none", fields(target_parameters=["mlp.experts.gate"]), "no weights of"),
+    kind("experts", "one parameter for two", fields(target_parameters=["mlp.experts.down_proj"]), "no weights of"),
+    kind("experts", "no parameters", fields(target_parameters=None), "has rank 16, but adapter_config.json says 4"),
+    kind("experts", "another rank", fields(r=5, rank_pattern={"q_proj": 4}), "4 experts of rank 5, .* 16 ranks"),
+    kind(
+        "experts",
+        "a factor is missing",
+        tensors(lambda found: found.pop(f"{PREFIX}{EXPERTS}.lora_A.weight")),
+        "lora_A.weight is missing",
+    ),
+    kind(
+        "experts",
+        "too wide",
+        put(**{part("lora_A.weight", EXPERTS): torch.zeros(16, 17)}),
+        "experts.down_proj.0 maps 17 features|experts.*maps 17 features",
+    ),
+    kind(
+        "experts",
+        "a number that is none",
+        filled(part("lora_B.weight", EXPERTS), float("nan")),
+        "experts.* holds the value nan",
+    ),
+    kind("experts", "wrapped twice", moved_parts("experts.base_layer", "experts.base_layer.base_layer"), "no weights"),
+    kind(
+        "experts",
+        "factors under two names",
+        moved_parts("layers.0.mlp.experts.base_layer", "layers.base_layer.0.mlp.experts", keep=True),
+        "layers.base_layer.0.mlp.experts has rank 16",
+    ),
+    kind(
+        "experts",
+        "magnitudes",
+        both(fields(use_dora=True), _magnitudes),
+        "magnitudes of DoRA, expected none for experts",
+    ),
+    kind("experts", "without a model", as_it_is, "several experts at once, and there is", taker="nobody"),
+    kind("experts", "where all weights are trained", as_it_is, "or experts in one parameter", taker="experts' model"),
+]
+
+
 def race(name: str, later: Change, reason: str | None, base: str = "adapter") -> Case:
     return Case(name, RACES, lambda directory: None, reason, base, later=later)
 
@@ -638,6 +856,11 @@ RACE_CASES = [
         kept_stamp(WEIGHTS, changed(WEIGHTS, lambda data: data.replace(b'"F32"', b'"F99"'))),
         "cannot be loaded",
     ),
+    race(
+        "half as many inputs of twice the size, same size and time",
+        kept_stamp(WEIGHTS, changed(WEIGHTS, _wider_type)),
+        f"{USED}: .* has another shape",
+    ),
     race("the configuration changes", fields(lora_alpha=1e30), None),
     race("a shard is gone", gone(SHARDS[2]), f"{SHARDS[2]} cannot be read", "model"),
     race("a shard gets shorter", changed(SHARDS[2], lambda data: data[:-4]), USED, "model"),
@@ -657,5 +880,6 @@ CASES = [
     *FILE_CASES,
     *CARD_CASES,
     *MODEL_CASES,
+    *KIND_CASES,
     *RACE_CASES,
 ]

@@ -8,21 +8,34 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from mashup_callback.candidates import find_candidates, same_data
+from mashup_callback.candidates import find_candidates, read_source, same_data
 from mashup_callback.config import MashupConfig
 from mashup_callback.errors import AdapterError
-from mashup_callback.formats import parse_adapter
+from mashup_callback.formats import load_factors, parse_adapter
 from mashup_callback.trainee import find_trainee
 from tests.hostile.cases import Case
 from tests.hostile.damage import CARD, CONFIG, WEIGHTS
+from tests.lora.test_variants import CONFIGURED, EVERYWHERE, EXPERTS, LORA, save_random
 from tests.tiny import llama, lora, save_random_adapter
 
 
+QV = ["q_proj", "v_proj"]
+EXPERT_PARAMETERS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+# What was trained of the good adapters of other kinds.
+KINDS = {
+    "dora": EVERYWHERE["DoRA"](target_modules=QV),
+    "adalora": EVERYWHERE["AdaLoRA"](target_modules=QV),
+    "loha": EVERYWHERE["LoHa"](target_modules=QV),
+    "lokr": EVERYWHERE["LoKr"](target_modules=QV),
+    "embeddings": CONFIGURED["LoRA of embeddings"](),
+    "experts": LORA(target_modules=["q_proj"], target_parameters=EXPERT_PARAMETERS),
+}
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
@@ -44,8 +57,21 @@ class Outcome:
     warning: str | None = None
 
 
+class _Nobody:
+    """Takes adapters where there is no model, as `merge_adapters` does."""
+
+    model = None
+
+    def check(self, description):
+        return description
+
+    def admit(self, candidate):
+        adapter = read_source(candidate, self.check)
+        return SimpleNamespace(load=lambda: load_factors(adapter))
+
+
 def good_adapter(directory: Path) -> None:
-    save_random_adapter(directory, 0, target_modules=["q_proj", "v_proj"])
+    save_random_adapter(directory, 0, target_modules=QV)
     (directory / CARD).write_text("---\ndatasets: org/other\n---\n")
 
 
@@ -57,15 +83,24 @@ class Judge:
         good_adapter(directory / "good/adapter")
         llama(1).save_pretrained(directory / "good/model", max_shard_size="30KB")
         llama(1, tie_word_embeddings=True).save_pretrained(directory / "good/tied")
+        for kind, trained in KINDS.items():
+            save_random(directory / "good" / kind, self.base_model(kind), trained)
         models = {
             "adapter": get_peft_model(llama(), lora()),
             "model": llama(),
             "tied": llama(tie_word_embeddings=True),
+            "experts": get_peft_model(self.base_model("experts"), lora(target_modules=["q_proj"])),
+            "experts' model": self.base_model("experts"),
         }
         self.trainees = {
             name: find_trainee(model.eval(), MashupConfig(seed=0), directory / "out" / name)
             for name, model in models.items()
         }
+        self.trainees["nobody"] = _Nobody()
+
+    @staticmethod
+    def base_model(kind: str) -> torch.nn.Module:
+        return EXPERTS["qwen3_moe"]() if kind == "experts" else llama()
 
     def copy(self, case: Case) -> Path:
         self._count += 1
@@ -75,7 +110,7 @@ class Judge:
         return directory
 
     def outcome(self, case: Case, directory: Path) -> Outcome:
-        trainee = self.trainees[case.base]
+        trainee = self.trainees.get(case.taker or case.base, self.trainees["adapter"])
         memory = _peak_reset()
         started = time.process_time()
         reason, logits, warning = None, None, None
@@ -100,14 +135,14 @@ class Judge:
     def expected(self, case: Case, directory: Path) -> torch.Tensor:
         """Returns what peft's or transformers' own model computes."""
         with torch.no_grad():
-            if case.base != "adapter":
+            if case.base in ("model", "tied"):
                 return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(TOKENS).logits
             if case.own:
                 values = json.loads((directory / CONFIG).read_text())
                 (directory / CONFIG).write_text(json.dumps(values | case.own))
             if case.later:
                 directory = self.directory / "good" / case.base
-            return PeftModel.from_pretrained(llama(), directory).eval()(TOKENS).logits
+            return PeftModel.from_pretrained(self.base_model(case.base), directory).eval()(TOKENS).logits
 
     def failure(self, case: Case, outcome: Outcome, directory: Path) -> str | None:
         """Returns what is wrong with an outcome, None if it is the one expected."""

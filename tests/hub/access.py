@@ -5,14 +5,7 @@ from dataclasses import dataclass
 
 
 class HubError(Exception):
-    """A refusal that becomes an HTTP reply.
-
-    Args:
-        status (`int`): HTTP status.
-        message (`str`): Goes to `X-Error-Message` and to the body.
-        code (`str`, *optional*): `X-Error-Code`, by which the client picks the exception class.
-        headers (`Mapping[str, str]`, *optional*): Further headers of the reply.
-    """
+    """A refusal that becomes an HTTP reply; the client picks the exception's class by `X-Error-Code`."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
@@ -23,42 +16,25 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class User:
-    """Owner of a token.
-
-    Args:
-        name (`str`): Login name, also a namespace.
-        organizations (`tuple[str, ...]`): Further namespaces the user reads and writes.
-        role (`str`): `"write"` or `"read"`, the right of the token.
-    """
+    """Owner of a token: a login name, also a namespace, and further namespaces that it reads and writes."""
 
     name: str
     organizations: tuple[str, ...] = ()
-    role: str = "write"
 
     def belongs_to(self, namespace: str) -> bool:
         return namespace == self.name or namespace in self.organizations
 
 
-def require_token(user: User | None, right: str = "read") -> User:
-    """The user, if signed in with a token that carries the right.
-
-    Raises:
-        [`HubError`]: 401 without a token, 403 with a read token where `right` is `"write"`.
-    """
+def require_token(user: User | None) -> User:
+    """The user, if signed in; raises a 401 otherwise."""
     if user is None:
         raise HubError(401, "Invalid username or password.")
-    if right == "write" and user.role != "write":
-        raise HubError(403, "Your token does not have write permission")
     return user
 
 
 def require_write(user: User | None, namespace: str) -> User:
-    """The user, if allowed to write to the namespace.
-
-    Raises:
-        [`HubError`]: 401 without a token, 403 without the right.
-    """
-    user = require_token(user, "write")
+    """The user, if allowed to write to the namespace; raises a 401 without a token, a 403 without the right."""
+    user = require_token(user)
     if not user.belongs_to(namespace):
         raise HubError(403, f"You don't have the rights to write under the namespace {namespace}")
     return user

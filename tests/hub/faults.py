@@ -61,15 +61,7 @@ class Faults:
         self._armed: list[tuple[Fault, int | None]] = []
 
     def add(self, match: str, **effects: Any) -> Fault:
-        """Arm a fault; earlier ones take precedence.
-
-        Args:
-            match (`str`): Regular expression on `"METHOD /path?query"`.
-            **effects: The other fields of [`Fault`].
-
-        Returns:
-            `Fault`: As armed.
-        """
+        """Arm a fault, whose effects are the other fields of [`Fault`]; earlier ones take precedence."""
         re.compile(match)
         fault = Fault(match, **effects)
         with self._lock:
@@ -98,16 +90,7 @@ class Faults:
 
 
 def safetensors_file(header: Any, data: bytes = b"", declared_size: int | None = None) -> bytes:
-    """A file in the safetensors layout that claims whatever its header says.
-
-    Args:
-        header (`Any`): Written as JSON, or as is where it is `bytes`; need not describe `data` or be a dict.
-        data (`bytes`, *optional*): What follows the header.
-        declared_size (`int`, *optional*): Header size in bytes to claim; `None` for the truth.
-
-    Returns:
-        `bytes`: Eight bytes of header size (little-endian), the header, the data.
-    """
+    """A file in the safetensors layout that claims whatever its header (JSON, or bytes as they are) and size say."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = len(text) if declared_size is None else declared_size
     return size.to_bytes(8, "little") + text + data

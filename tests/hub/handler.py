@@ -25,25 +25,13 @@ SETTLE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the server saw it.
-
-    Args:
-        method (`str`): HTTP method.
-        path (`str`): Path and query as sent, percent-encoded.
-        status (`int`): Status replied; 0 where the connection was cut before.
-        sent (`int`): Bytes of body that went out.
-        received (`int`, defaults to 0): Bytes of body that came in.
-        range (`str`, *optional*): Range header.
-        user (`str`, *optional*): Name of the signed-in user.
-    """
+    """A request as the server saw it: status 0 where the connection was cut before, and the bytes of body sent."""
 
     method: str
     path: str
     status: int
     sent: int
-    received: int = 0
     range: str | None = None
-    user: str | None = None
 
     @property
     def repo_id(self) -> str | None:
@@ -96,7 +84,6 @@ class RequestLog:
 class State:
     """What the handlers of one server share."""
 
-    page_size: int
     store: Store = field(default_factory=Store)
     faults: Faults = field(default_factory=Faults)
     log: RequestLog = field(default_factory=RequestLog)
@@ -161,8 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 reply = self.reply_to(body, user, fault)
                 status, sent = reply.status, self.send(reply, fault)
-            name = user.name if user else None
-            finished.append(Request(self.command, self.path, status, sent, len(body), self.headers["Range"], name))
+            finished.append(Request(self.command, self.path, status, sent, self.headers["Range"]))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815  (names that http.server looks up)
 
@@ -197,8 +183,7 @@ class Handler(BaseHTTPRequestHandler):
     def call(self, body: bytes, user: User | None) -> Call:
         url = urlsplit(self.path)
         origin = f"http://127.0.0.1:{self.server.server_port}"
-        query = parse_qs(url.query)
-        return Call(self.command, url.path, query, self.headers, body, user, origin, self.server.state.page_size)
+        return Call(self.command, url.path, parse_qs(url.query), self.headers, body, user, origin)
 
     def send(self, reply: Reply, fault: Fault) -> int:
         """Write a reply and return how many bytes of its body went out."""

@@ -55,14 +55,14 @@ def upload_mode(commit: Commit, asked: Mapping[str, Any]) -> dict[str, Any]:
 def pushable(store: Store, call: Call, repo_id: str) -> Repository:
     """The repository a push goes to: anyone with a write token may open a pull request, members may commit."""
     if "create_pr" in call.query:
-        require_token(call.user, "write")
+        require_token(call.user)
         return store.readable(repo_id, call.user)
     return store.writable(repo_id, call.user)
 
 
 @route("POST", f"/{REPO_ID}\\.git/info/lfs/objects/batch")
 def lfs_batch(store: Store, call: Call, repo_id: str) -> Reply:
-    require_token(call.user, "write")
+    require_token(call.user)
     store.readable(repo_id, call.user)
     objects = [
         asked if asked["oid"] in store.uploads else {**asked, "actions": lfs_actions(call.origin, asked["oid"])}
@@ -94,13 +94,10 @@ def lfs_verify(store: Store, call: Call) -> Reply:
 @route("POST", f"/api/models/{REPO_ID}/commit/{REVISION}")
 def commit(store: Store, call: Call, repo_id: str, revision: str) -> Reply:
     repository = pushable(store, call, repo_id)
-    header, added, deleted = read_operations(store, call.body)
-    parent = repository.resolve(revision).sha
-    if not parent.startswith(header.get("parentCommit", "")):
-        raise HubError(412, "A commit has happened since. Please refresh and try again.")
+    header, added = read_operations(store, call.body)
     opened = repository.open_pull_request() if "create_pr" in call.query else None
     reference = (opened or revision).removeprefix("refs/heads/")
-    sha = repository.commit(added, deleted, title=header["summary"], reference=reference).sha
+    sha = repository.commit(added, title=header["summary"], reference=reference).sha
     page = f"{call.origin}/{repo_id}"
     reply = {"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", "hookOutput": ""}
     if opened:
@@ -108,11 +105,10 @@ def commit(store: Store, call: Call, repo_id: str, revision: str) -> Reply:
     return Reply.of_json(reply)
 
 
-def read_operations(store: Store, body: bytes) -> tuple[dict[str, Any], dict[str, Blob], list[str]]:
-    """Header, added files and deleted paths of a commit sent as newline-delimited JSON."""
+def read_operations(store: Store, body: bytes) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """Header and added files of a commit sent as newline-delimited JSON."""
     header: dict[str, Any] = {}
     added: dict[str, Blob] = {}
-    deleted: list[str] = []
     for operation in map(json.loads, body.splitlines()):
         kind, value = operation["key"], operation["value"]
         if kind == "header":
@@ -121,11 +117,9 @@ def read_operations(store: Store, body: bytes) -> tuple[dict[str, Any], dict[str
             added[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
         elif kind == "lfsFile":
             added[value["path"]] = Blob(uploaded(store, value["oid"]), lfs=True)
-        elif kind in ("deletedFile", "deletedFolder"):
-            deleted.append(value["path"])
         else:
             raise HubError(400, f"Unknown operation {kind} in commit")
-    return header, added, deleted
+    return header, added
 
 
 def uploaded(store: Store, oid: str) -> bytes:

@@ -17,7 +17,7 @@ READABLE_WHILE_GATED = ("README.md", ".gitattributes")
 def whoami(store: Store, call: Call) -> Reply:
     user = require_token(call.user)
     organizations = [{"type": "org", "id": name, "name": name} for name in user.organizations]
-    token = {"accessToken": {"displayName": "test", "role": user.role}}
+    token = {"accessToken": {"displayName": "test", "role": "write"}}
     return Reply.of_json({"type": "user", "id": user.name, "name": user.name, "orgs": organizations, "auth": token})
 
 
@@ -50,16 +50,6 @@ def model_info(store: Store, call: Call, repo_id: str, revision: str) -> Reply:
     repository = store.readable(repo_id, call.user)
     info = views.model_info(repository, repository.resolve(revision or "main"), blobs="blobs" in call.query)
     return Reply.of_json(views.select(info, call.query["expand"]) if "expand" in call.query else info)
-
-
-@route("GET", f"/api/models/{REPO_ID}/refs")
-def references(store: Store, call: Call, repo_id: str) -> Reply:
-    rows = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-    for name, sha in store.readable(repo_id, call.user).references.items():
-        is_pull_request = name.startswith("refs/pr/")
-        row = {"name": name, "ref": name if is_pull_request else f"refs/heads/{name}", "targetCommit": sha}
-        rows["pullRequests" if is_pull_request else "branches"].append(row)
-    return Reply.of_json(rows)
 
 
 @route("GET", f"/api/models/{REPO_ID}/tree/{REVISION}(?:/(?P<folder>.+))?")
@@ -95,19 +85,6 @@ def resolve(store: Store, call: Call, repo_id: str, revision: str, path: str) ->
     if blob.lfs:
         headers |= {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.etag}"'}
     return ranged(blob.data, call.headers.get("Range", ""), headers)
-
-
-@route("GET", "/api/collections")
-def list_collections(store: Store, call: Call) -> Reply:
-    owners, items = call.query.get("owner", []), set(call.query.get("item", []))
-    rows = [
-        {key: value for key, value in collection.items() if key != "position"}
-        for collection in store.collections.values()
-        if (not owners or collection["owner"]["name"] in owners)
-        and (not items or items & {f"{item['type']}s/{item['id']}" for item in collection["items"]})
-    ]
-    page, headers = paginate(rows, call)
-    return Reply.of_json(page, **headers)
 
 
 @route("GET", "/api/collections/(?P<slug>.+)")

@@ -11,6 +11,8 @@ from .access import HubError, User
 from .store import Store
 
 
+# Most rows that a listing returns at once.
+PAGE_SIZE = 100
 REPO_ID = r"(?P<repo_id>[^/]+/[^/]+)"
 # Matched against the path as sent: the "/" of refs/pr/1 arrives as %2F and must not split the segment.
 REVISION = r"(?P<revision>[^/]+)"
@@ -18,18 +20,7 @@ REVISION = r"(?P<revision>[^/]+)"
 
 @dataclass(frozen=True)
 class Call:
-    """One request, read to its end.
-
-    Args:
-        method (`str`): HTTP method.
-        path (`str`): Path as sent, still percent-encoded, without the query.
-        query (`Mapping[str, list[str]]`): Decoded query, repeated keys kept.
-        headers (`Mapping[str, str]`): Headers, case-insensitive.
-        body (`bytes`): Body.
-        user (`User`, *optional*): Owner of the token sent.
-        origin (`str`): Address of the server, for links in replies.
-        page_size (`int`): Most rows a listing returns at once.
-    """
+    """One request, read to its end; the path is as sent, percent-encoded, and the query decoded."""
 
     method: str
     path: str
@@ -38,7 +29,6 @@ class Call:
     body: bytes
     user: User | None
     origin: str
-    page_size: int
 
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
@@ -86,11 +76,7 @@ def route(method: str, pattern: str) -> Callable[[Endpoint], Endpoint]:
 
 
 def dispatch(store: Store, call: Call) -> Reply:
-    """Answer a call by the first endpoint that matches its method and path.
-
-    Raises:
-        [`HubError`]: The Hub refuses the call.
-    """
+    """Answer a call by the first endpoint that matches its method and path."""
     method = "GET" if call.method == "HEAD" else call.method
     for expected, pattern, endpoint in ROUTES:
         match = pattern.fullmatch(call.path)
@@ -104,7 +90,7 @@ def dispatch(store: Store, call: Call) -> Reply:
 def paginate(rows: list[Any], call: Call) -> tuple[list[Any], dict[str, str]]:
     """The page that the call's cursor points at, and the Link header to the next one."""
     start = int(call.first("cursor", "0"))
-    stop = start + min(int(call.first("limit", str(call.page_size))), call.page_size)
+    stop = start + min(int(call.first("limit", str(PAGE_SIZE))), PAGE_SIZE)
     if stop >= len(rows):
         return rows[start:], {}
     kept = [(key, value) for key, values in call.query.items() if key != "cursor" for value in values]

@@ -1,12 +1,7 @@
-"""A loopback server that speaks enough of the Hub's HTTP for the unmodified `huggingface_hub` client.
+"""A loopback server that speaks enough of the Hub's HTTP for the unmodified `huggingface_hub` client."""
 
-By hand: `python -m tests.hub.server --port 0` prints the settings for a client in another shell.
-"""
-
-import argparse
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -25,19 +20,12 @@ INHERITED_SETTINGS = re.compile(r"HF_|HUGGING_?FACE|(https?|all|no)_proxy$", re.
 
 
 class HubServer:
-    """A Hub on 127.0.0.1, in a thread, for the length of a `with` block.
+    """A Hub on 127.0.0.1, in a thread, for the length of a `with` block."""
 
-    Args:
-        port (`int`, defaults to 0): Port; 0 takes a free one.
-        page_size (`int`, defaults to 100): Most rows that a listing returns at once.
-
-    Attributes:
-        faults (`Faults`): What goes wrong; see [`Faults.add`].
-    """
-
-    def __init__(self, port: int = 0, page_size: int = 100) -> None:
-        self._state = State(page_size)
-        self._port = port
+    def __init__(self) -> None:
+        self._state = State()
+        # Any free one, and the same again after [`HubServer.down`].
+        self._port = 0
         self._listener: Listener | None = None
 
     def __enter__(self) -> "HubServer":
@@ -92,50 +80,27 @@ class HubServer:
         private: bool = False,
         gated: bool | str = False,
         downloads: int = 0,
-        likes: int = 0,
-        created: datetime = SEED_DATE,
     ) -> str:
-        """Put files on the main branch of a repository, which is created where it is missing.
-
-        The settings replace those of an earlier seed.
-
-        Args:
-            repo_id (`str`): `namespace/name`.
-            files (`Mapping[str, bytes]`): Content by path; other files of the repository stay.
-            private (`bool`, defaults to `False`): Hide it from everyone outside its namespace.
-            gated (`bool | str`, defaults to `False`): `True`, `"auto"` or `"manual"`: files only for the namespace
-                and those let in by [`HubServer.grant`].
-            downloads (`int`, defaults to 0): Number shown.
-            likes (`int`, defaults to 0): Number shown.
-            created (`datetime`): Date of creation (of a new repository) and of this commit.
-
-        Returns:
-            `str`: Commit sha, the same for the same sequence of seeds.
-        """
+        """Put files on a repository's main branch, with settings in place of an earlier seed's, and return the sha."""
         blobs = {path: Blob(data, stores_as_lfs(path, len(data))) for path, data in files.items()}
         with self._state.lock:
             store = self._state.store
             store.uploads.update((blob.etag, blob.data) for blob in blobs.values() if blob.lfs)
-            repository = store.repositories.setdefault(repo_id, Repository(repo_id, created))
+            repository = store.repositories.setdefault(repo_id, Repository(repo_id, SEED_DATE))
             repository.private, repository.gated = private, gated
-            repository.downloads, repository.likes = downloads, likes
-            return repository.commit(blobs, title="seed", date=created).sha
+            repository.downloads = downloads
+            return repository.commit(blobs, title="seed", date=SEED_DATE).sha
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Content by path of what a repository holds at a revision.
-
-        Raises:
-            `KeyError`: There is no such repository.
-            [`HubError`]: There is no such revision.
-        """
+        """Content by path of what a repository holds at a revision."""
         with self._state.lock:
             commit = self._state.store.repositories[repo_id].resolve(revision)
             return {path: blob.data for path, blob in commit.tree.items()}
 
-    def user(self, name: str, organizations: Sequence[str] = (), role: str = "write") -> str:
-        """Sign a user up and return a token that carries the role (`"read"` or `"write"`)."""
-        token = f"hf_{name}_{role}"
-        self._state.store.users[token] = User(name, tuple(organizations), role)
+    def user(self, name: str, organizations: Sequence[str] = ()) -> str:
+        """Sign a user up and return a token."""
+        token = f"hf_{name}"
+        self._state.store.users[token] = User(name, tuple(organizations))
         return token
 
     def grant(self, repo_id: str, user: str) -> None:
@@ -161,15 +126,7 @@ class HubServer:
         }
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Environment for a client, which reads its settings at import and hence belongs in a process of its own.
-
-        Args:
-            home (`Path`): Becomes `HF_HOME`; holds the cache.
-            token (`str`, *optional*): Token to sign in with.
-
-        Returns:
-            `dict[str, str]`: This process's environment with every Hub and proxy setting replaced by this server's.
-        """
+        """This process's environment for a client of this server, which reads its settings at import."""
         inherited = {key: value for key, value in os.environ.items() if not INHERITED_SETTINGS.match(key)}
         settings = {
             "HF_ENDPOINT": self.url,
@@ -180,20 +137,3 @@ class HubServer:
             "NO_PROXY": "127.0.0.1,localhost",
         }
         return inherited | settings | ({"HF_TOKEN": token} if token else {})
-
-
-def main() -> None:
-    """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="Serve an empty loopback Hub until interrupted.")
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one")
-    with HubServer(parser.parse_args().port) as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.user("alice"), "HF_HUB_DISABLE_XET": "1"}
-        print(" ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            return
-
-
-if __name__ == "__main__":
-    main()

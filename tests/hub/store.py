@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -66,23 +66,13 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model repository with its history.
-
-    Args:
-        id (`str`): `namespace/name`.
-        created (`datetime`): Moment of creation, and of every seeded commit.
-        private (`bool`, defaults to `False`): Visible to members of the namespace only.
-        gated (`bool | str`, defaults to `False`): `"auto"` or `"manual"` (`True`) asks for granted access.
-        downloads (`int`, defaults to 0): Shown in the listing, sortable.
-        likes (`int`, defaults to 0): Shown in the listing, sortable.
-    """
+    """A model repository with its history; what is private is seen by members of its namespace only."""
 
     id: str
     created: datetime
     private: bool = False
     gated: bool | str = False
     downloads: int = 0
-    likes: int = 0
     granted: set[str] = field(default_factory=set)
     references: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -98,20 +88,14 @@ class Repository:
     def commit(
         self,
         added: Mapping[str, Blob],
-        deleted: Collection[str] = (),
         *,
         title: str,
         reference: str = "main",
         date: datetime | None = None,
     ) -> Commit:
-        """Add a commit on top of a reference (created where it is missing).
-
-        The sha depends on the content and the history only, so that equal seeds give equal revisions.
-        """
+        """Add a commit on top of a reference; equal seeds give equal shas."""
         parent = self.references.get(reference)
         tree = dict(self.commits[parent].tree) if parent else {}
-        for path in deleted:
-            tree = without(tree, path)
         tree.update(added)
         identity = [self.id, parent, title, sorted((path, blob.oid) for path, blob in tree.items())]
         sha = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
@@ -120,11 +104,7 @@ class Repository:
         return commit
 
     def resolve(self, revision: str) -> Commit:
-        """Commit of a branch, a `refs/...` name, or a full or abbreviated sha.
-
-        Raises:
-            [`HubError`]: 404 `RevisionNotFound`.
-        """
+        """Commit of a branch, a `refs/...` name, or a full or abbreviated sha."""
         sha = self.references.get(revision.removeprefix("refs/heads/"), revision)
         matches = [known for known in self.commits if known.startswith(sha)] if len(sha) >= 7 else []
         if len(matches) != 1:
@@ -139,19 +119,6 @@ class Repository:
         return reference
 
 
-def without(tree: Mapping[str, Blob], path: str) -> dict[str, Blob]:
-    """The tree less one file or folder.
-
-    Raises:
-        [`HubError`]: 404 `EntryNotFound` where nothing has that path.
-    """
-    folder = path.rstrip("/") + "/"
-    kept = {name: blob for name, blob in tree.items() if name != path and not name.startswith(folder)}
-    if len(kept) == len(tree):
-        raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-    return kept
-
-
 @dataclass
 class Store:
     """Everything that outlives a request, and who may see or change it."""
@@ -162,22 +129,14 @@ class Store:
     users: dict[str, User] = field(default_factory=dict)
 
     def readable(self, repo_id: str, user: User | None) -> Repository:
-        """The repository, if this user may know of it.
-
-        Raises:
-            [`HubError`]: `RepoNotFound`, 401 without a token as on the real Hub, else 404.
-        """
+        """The repository, if this user may know of it; without a token it is a 401, as on the real Hub."""
         repository = self.repositories.get(repo_id)
         if repository is None or not may_see(repository, user):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
         return repository
 
     def writable(self, repo_id: str, user: User | None) -> Repository:
-        """The repository, if this user may push to it.
-
-        Raises:
-            [`HubError`]: As `readable`, or 401/403 without the right to write.
-        """
+        """The repository, if this user may push to it."""
         repository = self.readable(repo_id, user)
         require_write(user, repository.namespace)
         return repository
@@ -189,11 +148,7 @@ def may_see(repository: Repository, user: User | None) -> bool:
 
 
 def require_granted(repository: Repository, user: User | None, headers: Mapping[str, str]) -> None:
-    """Refuse the files of a gated repository to everyone who has not been let in.
-
-    Raises:
-        [`HubError`]: `GatedRepo`, 401 without a token, else 403.
-    """
+    """Refuse the files of a gated repository to everyone who has not been let in, with 401 or 403."""
     if not repository.gated:
         return
     if user is None:

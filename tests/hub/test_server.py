@@ -2,13 +2,9 @@
 
 import hashlib
 import http.client
-import json
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy
@@ -17,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from .conftest import REPOSITORY_ROOT
 from .faults import BROKEN_CARD, Faults, safetensors_file
 from .handler import Request
 from .routing import ranged
-from .server import HubServer
 
 
-MEBIBYTE = 1024 * 1024
 CARD = b"---\nbase_model: acme/base\nlibrary_name: peft\nlicense: mit\ntags: [code]\n---\n# An adapter\n"
 CONFIG = b'{"peft_type": "LORA", "r": 2}'
 WEIGHTS = save({"lora_A.weight": numpy.arange(12, dtype=numpy.float32).reshape(2, 6)})
@@ -145,47 +138,6 @@ finish(
     assert results["checked"] == len(ADAPTER) + 1
 
 
-def test_pinned_and_cached_needs_no_server(hub, run_client, tmp_path):
-    sha = hub.seed("acme/adapter", ADAPTER)
-    download = PRELUDE + "finish(path=snapshot_download('acme/adapter', revision=sys.argv[1]))"
-    path = run_client(download, sha)["path"]
-    assert hub.downloaded("acme/adapter") == sum(map(len, ADAPTER.values()))
-
-    hub.reset_log()
-    assert run_client(download, sha)["path"] == path
-    assert hub.requests == []
-
-    offline = hub.environment(tmp_path / "hf_home") | {"HF_HUB_OFFLINE": "1"}
-    source = PRELUDE + (
-        "finish(path=hf_hub_download('acme/adapter', 'README.md', revision=sys.argv[1]),"
-        " info=failure(api.model_info, 'acme/adapter'), file=failure(hf_hub_download, 'acme/adapter', 'none'))"
-    )
-    results = run_client(source, sha, env=offline)
-    assert Path(results["path"]).read_bytes() == CARD
-    assert (results["info"][0], results["file"][0]) == ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
-    assert hub.requests == []
-
-
-def test_collections(hub, run_client):
-    hub.collection("acme/best-0123456789abcdef01234567", ["acme/one", "other/two"])
-    results = run_client(
-        PRELUDE
-        + """
-slug = "acme/best-0123456789abcdef01234567"
-finish(
-    items=[[item.item_type, item.item_id] for item in api.get_collection(slug).items],
-    by_item=[collection.slug for collection in api.list_collections(item="models/other/two")],
-    by_owner=[collection.slug for collection in api.list_collections(owner="nobody")],
-    missing=failure(api.get_collection, "acme/none-0123456789abcdef01234567"),
-)
-"""
-    )
-    assert results["items"] == [["model", "acme/one"], ["model", "other/two"]]
-    assert results["by_item"] == ["acme/best-0123456789abcdef01234567"]
-    assert results["by_owner"] == []
-    assert results["missing"] == ["HfHubHTTPError", 404]
-
-
 # --- access ----------------------------------------------------------------------------------------------------------
 
 ACCESS = (
@@ -201,7 +153,6 @@ finish(
     gated_header=failure(api.parse_safetensors_file_metadata, "acme/gated", weights),
     revision=failure(api.model_info, "acme/open", revision="none"),
     entry=failure(hf_hub_download, "acme/open", "none"),
-    legacy=failure(api.model_info, "gpt2"),
     whoami=failure(api.whoami),
     listed=sorted(model.id for model in api.list_models()),
 )
@@ -228,162 +179,67 @@ def test_access_and_error_classes(hub, run_client, tmp_path, name):
     assert results["gated_info"] is results["gated_card"] is None
     assert results["revision"] == ["RevisionNotFoundError", 404]
     assert results["entry"] == ["RemoteEntryNotFoundError", 404]
-    assert results["legacy"][0] == "RepositoryNotFoundError"
     assert (results["whoami"] is None) == (name is not None)
     assert ("acme/private" in results["listed"]) == (name == "member")
-
-
-def test_unknown_token_is_refused_everywhere(hub, run_client, tmp_path):
-    hub.seed("acme/open", ADAPTER)
-    source = PRELUDE + (
-        "finish(info=failure(api.model_info, 'acme/open'), listing=failure(lambda: list(api.list_models())),"
-        " header=failure(api.parse_safetensors_file_metadata, 'acme/open', 'adapter_model.safetensors'))"
-    )
-    results = run_client(source, env=hub.environment(tmp_path, "hf_unknown"))
-    assert results["info"] == results["listing"] == results["header"] == ["HfHubHTTPError", 401]
 
 
 # --- pushing ---------------------------------------------------------------------------------------------------------
 
 
-def test_push_folder_and_pull_request(hub, run_client, tmp_path):
-    hub.seed("acme/theirs", {"README.md": CARD, "stale.txt": b"stale"})
-    folder = tmp_path / "mashup"
-    for path, data in {**ADAPTER, "report/report.json": b"{}"}.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
+def test_only_members_push_and_what_they_announce(hub, run_client, tmp_path):
+    hub.seed("acme/theirs", {"README.md": CARD})
     results = run_client(
         PRELUDE
         + """
-folder = Path(sys.argv[1])
-created = str(api.create_repo("alice/mashup", private=True))
-again = failure(api.create_repo, "alice/mashup")
-api.create_repo("alice/mashup", exist_ok=True)
-pushed = api.upload_folder(repo_id="alice/mashup", folder_path=folder)
-repeated = api.upload_folder(repo_id="alice/mashup", folder_path=folder)
-opened = api.upload_folder(repo_id="acme/theirs", folder_path=folder, create_pr=True)
-deleted = api.delete_file("report/report.json", "alice/mashup")
-upload = lambda repo_id, **kwargs: api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repo_id, **kwargs)
-late = failure(upload, "alice/mashup", parent_commit=pushed.oid)
-card = Path(hf_hub_download("acme/theirs", "adapter_config.json", revision="refs/pr/1")).read_text()
-checked = api.verify_repo_checksums("alice/mashup", revision=pushed.oid, local_dir=folder)
-(folder / "README.md").write_text("---\\nlicense: [unclosed\\n---\\n")
+upload = lambda repo_id: api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repo_id)
 finish(
-    created=created, again=again, late=late, pushed=pushed.oid, repeated=repeated.oid, deleted=deleted.oid,
-    pr=[opened.pr_num, opened.pr_url, opened.oid], card=card, mismatches=len(checked.mismatches),
-    pull_requests=[ref.ref for ref in api.list_repo_refs("acme/theirs", include_pull_requests=True).pull_requests],
-    yaml=failure(api.upload_folder, repo_id="alice/mashup", folder_path=folder), me=api.whoami()["name"],
-    foreign=failure(upload, "acme/theirs"),
-    namespace=failure(api.create_repo, "acme/mine"),
+    created=str(api.create_repo("alice/mashup", private=True)), again=failure(api.create_repo, "alice/mashup"),
+    pushed=upload("alice/mashup").oid, foreign=failure(upload, "acme/theirs"), me=api.whoami()["name"],
+    namespace=failure(api.create_repo, "acme/mine"), anonymous=failure(api.create_repo, "alice/other", token=False),
 )
 """,
-        folder,
         env=hub.environment(tmp_path / "hf_home", hub.user("alice")),
     )
-    written = {**ADAPTER, "report/report.json": b"{}"}
     assert (results["created"], results["again"]) == (f"{hub.url}/alice/mashup", ["HfHubHTTPError", 409])
-    assert hub.files("alice/mashup", results["pushed"]) == written
-    assert hub.files("alice/mashup") == hub.files("alice/mashup", results["deleted"]) == ADAPTER
-    assert results["repeated"] == results["pushed"]
-    assert results["late"] == ["HfHubHTTPError", 412]
-    assert results["pr"] == [1, f"{hub.url}/acme/theirs/discussions/1", results["pr"][2]]
-    assert hub.files("acme/theirs", "refs/pr/1") == {**written, "stale.txt": b"stale"}
-    assert hub.files("acme/theirs") == {"README.md": CARD, "stale.txt": b"stale"}
-    assert (results["card"], results["pull_requests"]) == (CONFIG.decode(), ["refs/pr/1"])
-    assert (results["mismatches"], results["me"], results["yaml"][0]) == (0, "alice", "ValueError")
+    assert hub.files("alice/mashup") == hub.files("alice/mashup", results["pushed"]) == {"x": b"x"}
+    assert (results["me"], results["anonymous"][1]) == ("alice", 401)
     assert results["foreign"] == results["namespace"] == ["HfHubHTTPError", 403]
-    uploads = [request for request in hub.requests if request.method == "PUT"]
-    assert [request.received for request in uploads] == [len(WEIGHTS)]
     assert get(f"{hub.url}/api/models/alice/mashup")[0] == 401
-
-
-def test_read_token_and_anonymous_cannot_push(hub, run_client, tmp_path):
-    source = PRELUDE + "finish(failure=failure(api.create_repo, 'alice/mashup'))"
-    reader = hub.environment(tmp_path, hub.user("alice", role="read"))
-    assert run_client(source, env=reader)["failure"] == ["HfHubHTTPError", 403]
-    assert run_client(source)["failure"][1] == 401
-    assert get(f"{hub.url}/api/models")[1] == b"[]"
+    announced = hashlib.sha256(b"announced").hexdigest()
+    for body, status in ((b"something else", 400), (b"announced", 200)):
+        connection = http.client.HTTPConnection(urlsplit(hub.url).netloc)
+        connection.request("PUT", f"/api/lfs/{announced}", body)
+        assert connection.getresponse().status == status
+        connection.close()
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_client_survives_transient_faults(hub, run_client):
-    hub.seed("acme/limited", ADAPTER)
-    big = bytes(range(256)) * (48 * 1024)
-    hub.seed("acme/cut", {"big.bin": big})
-    hub.faults.add("GET /api/models\\?search=limited", status=429, headers={"Retry-After": "1"})
-    hub.faults.add("GET /api/models\\?search=cut", cut=True)
-    hub.faults.add("GET /acme/cut/.*big.bin", cut_after=11 * MEBIBYTE)
-    results = run_client(
-        PRELUDE
-        + """
-from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
-
-def timed(call):
-    started = time.perf_counter()
-    return [call(), time.perf_counter() - started]
-
-listing = lambda word: [model.id for model in api.list_models(search=word)]
-finish(
-    limited=timed(lambda: listing("limited")), cut=timed(lambda: listing("cut")),
-    resumed=hf_hub_download("acme/cut", "big.bin"), chunk=DOWNLOAD_CHUNK_SIZE,
+@pytest.mark.parametrize(
+    ("fault", "status", "body", "header"),
+    [
+        ({"status": 429, "headers": {"Retry-After": "1"}}, 429, None, ("Retry-After", "1")),
+        ({"status": 403, "code": "GatedRepo"}, 403, None, ("X-Error-Code", "GatedRepo")),
+        ({"body": b"fake"}, 200, b"fake", ("Content-Length", "4")),
+        ({"wrong_bytes": 1}, 200, WEIGHTS[:-1] + bytes([255 - WEIGHTS[-1]]), ("Content-Length", str(len(WEIGHTS)))),
+        ({"cut": True}, http.client.RemoteDisconnected, None, None),
+        ({"cut_after": 5}, http.client.IncompleteRead, WEIGHTS[:5], None),
+    ],
 )
-"""
-    )
-    assert results["limited"][0] == ["acme/limited"]
-    # The client waits one second more than Retry-After says; without the header it would wait one second in all.
-    assert results["limited"][1] >= 2
-    assert results["cut"][0] == ["acme/cut"]
-    assert Path(results["resumed"]).read_bytes() == big
-    cut, rest = (request for request in hub.requests if request.is_download)
-    assert (cut.status, cut.sent, cut.range) == (200, 11 * MEBIBYTE, None)
-    # The client keeps whole chunks of what arrived before the cut.
-    chunk = results["chunk"]
-    assert (rest.status, rest.sent, rest.range) == (206, len(big) - chunk, f"bytes={chunk}-")
-    assert [request.status for request in hub.requests if "search=" in request.path] == [429, 200, 0, 200]
-
-
-def test_client_meets_lasting_faults(hub, run_client):
-    lies = {
-        "huge": safetensors_file({}, declared_size=1 << 40),
-        "cut": safetensors_file({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}})[:20],
-        "list": safetensors_file([1, 2]),
-        "long": safetensors_file({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, b"x"),
-    }
-    hub.seed("acme/lies", {f"{name}.safetensors": data for name, data in lies.items()})
+def test_what_a_fault_does_once(hub, fault, status, body, header):
     hub.seed("acme/adapter", ADAPTER)
-    hub.seed("acme/adapter-2", ADAPTER)
-    hub.faults.add("GET /acme/adapter/resolve", wrong_bytes=8)
-    hub.faults.add("GET /api/models/acme/teapot", times=None, status=503)
-    hub.faults.add("GET /api/models/acme/gate", status=403, code="GatedRepo")
-    fake = b'[{"type": "file", "oid": "0", "size": 1, "path": "p"}]'
-    hub.faults.add("POST /api/models/acme/adapter-2/paths-info", body=fake)
-    results = run_client(
-        PRELUDE
-        + """
-header = lambda name: api.parse_safetensors_file_metadata("acme/lies", name + ".safetensors")
-weights = hf_hub_download("acme/adapter", "adapter_model.safetensors")
-size = Path(weights).stat().st_size
-checked = api.verify_repo_checksums("acme/adapter")
-finish(
-    size=size, wrong=Path(weights).read_bytes().hex(), mismatches=[item["path"] for item in checked.mismatches],
-    teapot=failure(api.model_info, "acme/teapot"), gate=failure(api.model_info, "acme/gate"),
-    gate_again=failure(api.model_info, "acme/gate"), fake=api.get_paths_info("acme/adapter-2", "p")[0].size,
-    headers={name: failure(header, name) for name in ("huge", "cut", "list", "long")},
-)
-"""
-    )
-    assert results["size"] == len(WEIGHTS)
-    wrong = bytes.fromhex(results["wrong"])
-    assert (wrong[:-8], wrong[-8:]) == (WEIGHTS[:-8], bytes(255 - byte for byte in WEIGHTS[-8:]))
-    assert results["mismatches"] == ["adapter_model.safetensors"]
-    assert results["teapot"] == ["HfHubHTTPError", 503]
-    assert results["gate"] == ["GatedRepoError", 403]
-    assert results["gate_again"] == ["RepositoryNotFoundError", 401]
-    assert results["fake"] == 1
-    assert results["headers"]["long"] is None, "the client does not compare a header with the file: ours to do"
-    assert all(results["headers"][name] for name in ("huge", "cut", "list"))
+    url = f"{hub.url}/acme/adapter/resolve/main/adapter_model.safetensors"
+    hub.faults.add("GET /acme/adapter/resolve", **fault)
+    if header is None:
+        with pytest.raises(status) as raised:
+            get(url)
+        assert getattr(raised.value, "partial", None) == body
+        assert [(request.status, request.sent) for request in hub.requests] == [(200, 5) if body else (0, 0)]
+    else:
+        found, content, headers = get(url)
+        assert found == status and body in (None, content) and headers[header[0]] == header[1]
+    assert get(url)[:2] == (200, WEIGHTS)
 
 
 def test_fault_selection_and_exhaustion():
@@ -465,21 +321,6 @@ def test_headers_and_log_of_a_download(hub):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(
-    ("path", "repo_id"),
-    [
-        ("/api/models/acme/a/tree/main?recursive=true", "acme/a"),
-        ("/api/models/acme/a", "acme/a"),
-        ("/acme/a.git/info/lfs/objects/batch", "acme/a"),
-        ("/api/models?search=acme/a", None),
-        ("/api/lfs/00", None),
-        ("/api/collections/acme/a", None),
-    ],
-)
-def test_repository_of_a_request(path, repo_id):
-    assert Request("GET", path, 200, 0).repo_id == repo_id
-
-
 def test_malformed_requests_are_refused_not_fatal(hub):
     request = urllib.request.Request(f"{hub.url}/api/validate-yaml", data=b"not json")
     with pytest.raises(urllib.error.HTTPError, match="400"):
@@ -490,15 +331,6 @@ def test_malformed_requests_are_refused_not_fatal(hub):
     assert get(f"{hub.url}/api/models/acme/a/revision/%E2%82%AC%0A")[2]["X-Error-Message"] == "Invalid rev id: ?"
 
 
-def test_upload_must_have_the_announced_sha256(hub):
-    announced = hashlib.sha256(b"announced").hexdigest()
-    for body, status in ((b"something else", 400), (b"announced", 200)):
-        connection = http.client.HTTPConnection(urlsplit(hub.url).netloc)
-        connection.request("PUT", f"/api/lfs/{announced}", body)
-        assert connection.getresponse().status == status
-        connection.close()
-
-
 def test_log_waits_for_requests_under_way(hub):
     hub.faults.add("GET /api/models", delay=0.3)
     connection = http.client.HTTPConnection(urlsplit(hub.url).netloc)
@@ -506,12 +338,6 @@ def test_log_waits_for_requests_under_way(hub):
     time.sleep(0.1)
     assert [request.status for request in hub.requests] == [200]
     connection.close()
-
-
-def test_revisions_are_reproducible():
-    with HubServer() as one, HubServer() as two:
-        assert one.seed("acme/a", ADAPTER) == two.seed("acme/a", ADAPTER)
-        assert one.seed("acme/a", {"x": b"1"}) != two.seed("acme/a", {"x": b"2"})
 
 
 def test_safetensors_file_matches_the_library():
@@ -526,15 +352,3 @@ def test_environment_leaves_nothing_of_the_caller(hub, monkeypatch, tmp_path):
     assert "of the caller" not in environment.values()
     assert environment["HF_ENDPOINT"] == hub.url
     assert hub.environment(tmp_path, "hf_x")["HF_TOKEN"] == "hf_x"
-
-
-def test_runs_by_hand():
-    command = [sys.executable, "-m", "tests.hub.server", "--port", "0"]
-    with subprocess.Popen(command, cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            settings = dict(pair.split("=", 1) for pair in process.stdout.readline().split())
-            bearer = {"Authorization": f"Bearer {settings['HF_TOKEN']}"}
-            status, body, _ = get(f"{settings['HF_ENDPOINT']}/api/whoami-v2", **bearer)
-            assert (status, json.loads(body)["name"]) == (200, "alice")
-        finally:
-            process.terminate()

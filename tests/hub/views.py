@@ -12,7 +12,7 @@ from .store import Blob, Commit, Repository
 
 
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\s*(?:\r?\n|\Z)", re.DOTALL)
-LISTED_BY_DEFAULT = ("_id", "id", "modelId", "private", "downloads", "likes", "tags", "createdAt")
+LISTED_BY_DEFAULT = ("_id", "id", "modelId", "private", "downloads", "tags", "createdAt")
 LISTED_OPTIONALLY = ("library_name", "pipeline_tag")
 LISTED_WHEN_FULL = ("author", "sha", "lastModified", "gated", "disabled", "siblings")
 
@@ -23,11 +23,7 @@ def timestamp(moment: datetime) -> str:
 
 
 def front_matter(text: str) -> Any:
-    """Parsed YAML header of a model card; `None` without one.
-
-    Raises:
-        `yaml.YAMLError`: The header is not YAML.
-    """
+    """Parsed YAML header of a model card; `None` without one."""
     match = FRONT_MATTER.match(text)
     return yaml.safe_load(match.group(1)) if match else None
 
@@ -72,16 +68,7 @@ def sibling(path: str, blob: Blob) -> dict[str, Any]:
 
 
 def model_info(repository: Repository, commit: Commit, blobs: bool = False) -> dict[str, Any]:
-    """Model info at a commit.
-
-    Args:
-        repository (`Repository`): Supplies what does not depend on the commit.
-        commit (`Commit`): Supplies card, tags and files.
-        blobs (`bool`, defaults to `False`): Whether siblings carry sizes and oids.
-
-    Returns:
-        `dict[str, Any]`: JSON object as `GET /api/models/{id}/revision/{sha}` gives it.
-    """
+    """Model info at a commit, as the Hub gives it; with `blobs`, files have size and oid."""
     if "info" not in commit.derived:
         commit.derived["info"] = info_of_commit(repository.id, commit)
     info = {**commit.derived["info"], **info_of_repository(repository)}
@@ -112,7 +99,6 @@ def info_of_repository(repository: Repository) -> dict[str, Any]:
         "gated": "manual" if repository.gated is True else repository.gated,
         "disabled": False,
         "downloads": repository.downloads,
-        "likes": repository.likes,
         "createdAt": timestamp(repository.created),
         "lastModified": timestamp(repository.head.date),
     }

@@ -364,7 +364,7 @@ def test_a_full_model_is_merged_with_the_update_of_a_variant(tmp_path, variant):
     expected = by_peft(tmp_path / "adapter", llama)
     trainee = find_trainee(llama(), directory=tmp_path / "mashup")
     source = trainee.admit(as_candidate(tmp_path / "adapter"))
-    assert close(by_peft(source.merge_input(trainee).lora, llama), expected)
+    assert close(by_peft(trainee.adapter_directory(source.adapter, source.load), llama), expected)
     trainee.close()
 
 

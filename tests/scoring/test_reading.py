@@ -59,13 +59,13 @@ def test_a_race_reads_each_file_once(tmp_path, paths, data, read, monkeypatch, c
 def test_a_bounded_search_reads_no_more_files_than_it_may_use(tmp_path, data, read, monkeypatch):
     for seed in range(64):
         save_random_adapter(tmp_path / "runs" / f"{seed:02d}", seed, scale=0.1)
-    whole, part = [], local._read
-    monkeypatch.setattr(local, "_read", lambda path, end=None: whole.append(end is None) or part(path, end))
+    whole, read_all = [], local.adapter_hash
+    monkeypatch.setattr(local, "adapter_hash", lambda adapter: whole.append(adapter) or read_all(adapter))
     model = llama()
     found = find_candidates(tmp_path / "runs", max_candidates=8, check=BaseModel.of(model).check)
     scores = score_candidates(model, found, SampleRows(*data, 8), search="racing", keep=2)
     assert sum(score.rows > 0 for score in scores) == 8 and len(scores) == 64
-    assert sorted(path.name for path in read) == [f"{seed:02d}" for seed in range(8)] and not any(whole)
+    assert sorted(path.name for path in read) == [f"{seed:02d}" for seed in range(8)] and not whole
 
 
 def test_what_was_scored_can_be_used_when_its_file_is_gone(tmp_path, paths, read):
@@ -178,10 +178,3 @@ def test_the_base_is_hashed_only_where_a_score_is_cached(tmp_path, paths, monkey
     llama(seed=1).save_pretrained(tmp_path / "model")
     scores = score_candidates(llama(), paths if kind == "adapter" else [tmp_path / "model"], [BATCH])
     assert {score.status for score in scores} == {"scored"} and len(calls) == hashed
-
-
-def test_processes_tell_revisions_of_a_repository_apart(monkeypatch):
-    monkeypatch.setattr(race, "gather", lambda value: [value, value])
-    scores = [race.Score(Candidate(name="acme/one", revision=revision, run=revision)) for revision in ("a", "b")]
-    found = race._on_all_processes(scores)
-    assert [(score.candidate.revision, score.candidate.run) for score in found] == [("a", "a"), ("b", "b")]

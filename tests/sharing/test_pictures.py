@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mashup_callback.report import CandidateRow, MashupReport
 from mashup_callback.sharing import ranking, style
+from recipes.leave_one_out.figures import spread
 
 
 def row(name, loss, weight=None):
@@ -58,7 +59,7 @@ def test_a_large_loss_is_cut_off_and_says_so(tmp_path, monkeypatch):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_labels_are_apart_and_in_order(places):
-    found = style.spread(places, 0.05)
+    found = spread(places, 0.05)
     order = sorted(range(len(places)), key=places.__getitem__)
     gaps = [found[after] - found[before] for before, after in pairwise(order)]
     assert all(gap >= 0.05 - 1e-3 for gap in gaps)

@@ -503,5 +503,5 @@ def test_only_the_main_process_pushes(tmp_path, monkeypatch):
     directory = write_mashup(tmp_path / "mashup")
     with pytest.raises(OfflineModeIsEnabled):
         push_mashup(directory, "acme/mashup")
-    monkeypatch.setattr("mashup_callback.distributed.is_main_process", lambda: False)
+    monkeypatch.setattr("mashup_callback.sharing.push.is_main_process", lambda: False)
     assert push_mashup(directory, "acme/mashup") == "acme/mashup"

@@ -3,6 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
+from ...quickstart.world import quiet
 from .base import World
 
 
@@ -16,4 +17,5 @@ def load_world(name: str, home: str | Path, fast: bool = False, model: str | Non
     name = name.replace("-", "_")
     if name not in WORLDS:
         raise ValueError(f"world is {name!r}, expected one of {', '.join(WORLDS)}.")
+    quiet()
     return import_module(f".{name}", __name__).make(Path(home), fast, model)

@@ -35,6 +35,9 @@ class Budget:
     eval_every: int
     # Of every arm in the main table.
     learning_rate: float
+    # Of the library's adapters; None: as above.
+    library_steps: int | None = None
+    library_rate: float | None = None
     # Of initialization and data order.
     seeds: tuple[int, ...] = (1, 2, 3)
     arms: tuple[str, ...] = ARMS
@@ -59,6 +62,8 @@ class World(ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     rank: ClassVar[int] = 8
+    batch_size: ClassVar[int]
+    length: ClassVar[int]
     all_arms: ClassVar[tuple[str, ...]] = ARMS
     tokenizer: PreTrainedTokenizerBase
 
@@ -113,8 +118,10 @@ class World(ABC):
 
     def arguments(self, output_dir: Path, seed: int, steps: int, learning_rate: float, **settings: Any) -> SFTConfig:
         """The hyper-parameters that every adapter of the world shares."""
-        shared = {"lr_scheduler_type": "cosine", **QUIET, **settings}
-        return SFTConfig(output_dir=str(output_dir), seed=seed, max_steps=steps, learning_rate=learning_rate, **shared)
+        shared = {"lr_scheduler_type": "cosine", "warmup_steps": max(1, steps // 10), "max_steps": steps, **QUIET}
+        shared |= {"per_device_train_batch_size": self.batch_size, "max_length": self.length}
+        shared |= {"learning_rate": learning_rate, "gradient_checkpointing": False, "bf16": False, **settings}
+        return SFTConfig(output_dir=str(output_dir), seed=seed, **shared)
 
     def trainer(
         self,

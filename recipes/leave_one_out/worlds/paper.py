@@ -1,6 +1,7 @@
 """The paper's protocol: eight benchmarks from the Hub, a Gemma model, one epoch for each adapter. Needs a GPU."""
 
 import math
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,11 @@ from .benchmarks import BENCHMARKS, Question, letter_scores
 
 
 MODEL = "google/gemma-3-1b-it"
-BATCH_SIZE, EVAL_BATCH_SIZE = 32, 32
-FULL = Budget(
-    tasks=tuple(BENCHMARKS),
-    steps=10**9,
-    eval_every=20,
-    learning_rate=2e-4,
-    learning_rates=(5e-5, 1e-4, 2e-4, 3e-4, 5e-4),
-    sweep_seeds=(1, 2, 3),
-    sample_sizes=(16, 32, 64, 128, 256, 512),
-    methods=("linear", "ties", "dare_ties", "karcher"),
-    top_ks=(1, 2, 3, 5, 7),
-)
-FAST = Budget(
-    tasks=("arc_easy", "openbookqa"), steps=20, eval_every=10, learning_rate=2e-4, seeds=(1,), oracle_steps=5
-)
+BATCH_SIZE, EVAL_BATCH_SIZE, LENGTH = 32, 32, 1024
+FULL = Budget(tuple(BENCHMARKS), steps=10**9, eval_every=20, learning_rate=2e-4, sweep_seeds=(1, 2, 3))
+FULL = replace(FULL, learning_rates=(5e-5, 1e-4, 2e-4, 3e-4, 5e-4), sample_sizes=(16, 32, 64, 128, 256, 512))
+FULL = replace(FULL, methods=("linear", "ties", "dare_ties", "karcher"), top_ks=(1, 2, 3, 5, 7))
+FAST = Budget(("arc_easy", "openbookqa"), 20, eval_every=10, learning_rate=2e-4, seeds=(1,), oracle_steps=5)
 TEST_ROWS, TEST_ROWS_FAST = None, 100
 
 
@@ -37,6 +28,7 @@ class Paper(World):
 
     name = "paper"
     metric = "accuracy"
+    batch_size, length = BATCH_SIZE, LENGTH
 
     def __init__(self, home: Path, budget: Budget, model: str, test_rows: int | None) -> None:
         super().__init__(home / model.replace("/", "--"), budget)
@@ -60,7 +52,7 @@ class Paper(World):
 
     def arguments(self, output_dir, seed, steps, learning_rate, **settings):
         settings |= {"warmup_steps": math.ceil(0.1 * steps), "completion_only_loss": True}
-        settings |= {"per_device_train_batch_size": BATCH_SIZE, "bf16": torch.cuda.is_available()}
+        settings |= {"gradient_checkpointing": True, "bf16": torch.cuda.is_available()}
         return super().arguments(output_dir, seed, steps, learning_rate, **settings)
 
     def train_rows(self, target, seed, steps):

@@ -1,5 +1,6 @@
 """The quickstart's small world: eight multiple-choice tasks, a character-level Llama, adapters in the repository."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,30 +10,12 @@ from ...quickstart import world
 from .base import Budget, World
 
 
-FULL = Budget(
-    tasks=tuple(world.TASKS),
-    steps=world.STEPS,
-    eval_every=15,
-    learning_rate=world.LEARNING_RATE,
-    learning_rates=(1e-3, 3e-3, 6e-3),
-    study_tasks=tuple(world.TASKS)[::2],
-    sample_sizes=(8, 32, 256),
-    methods=("linear", "ties"),
-    top_ks=(1, 3, 5),
-    oracle_steps=10,
-)
-FAST = Budget(
-    tasks=("largest", "last"),
-    steps=60,
-    eval_every=10,
-    learning_rate=world.LEARNING_RATE,
-    seeds=(1,),
-    learning_rates=(1e-3, 3e-3),
-    sample_sizes=(16, 256),
-    methods=("linear", "ties"),
-    top_ks=(1, 3),
-    oracle_steps=10,
-)
+TASKS = tuple(world.TASKS)
+FULL = Budget(TASKS, world.STEPS, eval_every=15, learning_rate=world.LEARNING_RATE, oracle_steps=10)
+FULL = replace(FULL, learning_rates=(1e-3, 3e-3, 6e-3), study_tasks=TASKS[::2], sample_sizes=(8, 32, 256))
+FULL = replace(FULL, methods=("linear", "ties"), top_ks=(1, 3, 5))
+FAST = replace(FULL, tasks=("largest", "last"), steps=60, eval_every=10, seeds=(1,), learning_rates=(1e-3, 3e-3))
+FAST = replace(FAST, study_tasks=(), sample_sizes=(16, 256), top_ks=(1, 3))
 TEST_SEED = 0
 
 
@@ -45,7 +28,7 @@ class Quickstart(World):
     tokenizer = property(lambda self: _tokenizer())
 
     def all_tasks(self, budget: Budget) -> tuple[str, ...]:
-        return tuple(world.TASKS)
+        return TASKS
 
     def adapter(self, task: str) -> Path:
         return world.ADAPTERS / task
@@ -75,5 +58,4 @@ def _test_rows(target: str) -> Dataset:
 
 
 def make(home: Path, fast: bool, model: str | None) -> Quickstart:
-    world.quiet()
     return Quickstart(home, FAST if fast else FULL)

@@ -1,24 +1,18 @@
 """The quickstart's small world with all weights trained: the library holds full checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ...quickstart import world
 from .base import Budget, World
-from .quickstart import Quickstart, _tokenizer
+from .quickstart import TASKS, Quickstart, _tokenizer
 
 
 # The other arms initialize or imitate a LoRA adapter, of which there is none here.
 ARMS = ("scratch", "mashup", "best_single", "all")
-LEARNING_RATE = 1e-3
-FULL = Budget(
-    tasks=tuple(world.TASKS),
-    steps=world.STEPS,
-    eval_every=10,
-    learning_rate=LEARNING_RATE,
-    arms=ARMS,
-    learning_rates=(3e-4, 1e-3, 3e-3),
-)
-FAST = Budget(tasks=("largest", "last"), steps=60, eval_every=10, learning_rate=LEARNING_RATE, seeds=(1,), arms=ARMS)
+RATES = (3e-4, 1e-3, 3e-3)
+FULL = Budget(TASKS, world.STEPS, eval_every=10, learning_rate=1e-3, arms=ARMS, learning_rates=RATES)
+FAST = replace(FULL, tasks=("largest", "last"), steps=60, seeds=(1,), learning_rates=())
 
 
 class QuickstartFull(Quickstart):
@@ -39,5 +33,4 @@ class QuickstartFull(Quickstart):
 
 
 def make(home: Path, fast: bool, model: str | None) -> QuickstartFull:
-    world.quiet()
     return QuickstartFull(home, FAST if fast else FULL)

@@ -39,8 +39,7 @@ class SmolLM2(World):
     """A world of one of `MODELS`: the tasks of its library, the rows of a test, and the model's name."""
 
     higher_is_better = False
-    batch_size: int
-    length: int
+    end = property(lambda self: MODELS[self.model_name].end)
 
     def __init__(self, home: Path, budget: Budget, names: tuple[str, ...], test_rows: int, model: str | None) -> None:
         if model and model not in MODELS:
@@ -60,11 +59,6 @@ class SmolLM2(World):
 
     def base_model(self):
         return AutoModelForCausalLM.from_pretrained(base(self.model_name), dtype=torch.float32)
-
-    def arguments(self, output_dir, seed, steps, learning_rate, **settings):
-        settings |= {"per_device_train_batch_size": self.batch_size, "max_length": self.length}
-        settings |= {"warmup_steps": max(1, steps // 10), "gradient_checkpointing": False, "bf16": False}
-        return super().arguments(output_dir, seed, steps, learning_rate, **settings)
 
 
 def cache() -> Path:
