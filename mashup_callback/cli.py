@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mashup-callback {metadata.version('mashup-callback')}")
+        typer.echo(f"mashup-callback {import_module(__package__).__version__}")
         raise typer.Exit()
 
 

@@ -28,7 +28,7 @@ class LoraFactors:
     scaling: float
     # Whether the update is of full rank and computed whole each time.
     dense: ClassVar[bool] = False
-    # Of a parameter that is trained whole, so that nothing of it is ever cut.
+    # Whether it is of a parameter that is trained whole, so that nothing of it is ever cut.
     whole: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -87,9 +87,8 @@ class DenseUpdate(LoraFactors):
         parts: Mapping[str, torch.Tensor],
         compose: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
         shape: tuple[int, int],
-        whole: bool = False,
     ) -> None:
-        self.parts, self.compose, self.shape, self.whole = parts, compose, shape, whole  # type: ignore
+        self.parts, self.compose, self.shape = parts, compose, shape
 
     @property
     def A(self) -> torch.Tensor:  # noqa: N802
@@ -121,8 +120,7 @@ class DenseUpdate(LoraFactors):
         return torch.eye(self.rank, device=like.device, dtype=like.dtype)
 
     def to(self, target: torch.device | torch.dtype | str) -> LoraFactors:
-        parts = {name: part.to(target) for name, part in self.parts.items()}
-        return DenseUpdate(parts, self.compose, self.shape, self.whole)
+        return type(self)({name: part.to(target) for name, part in self.parts.items()}, self.compose, self.shape)
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
@@ -133,6 +131,12 @@ class DenseUpdate(LoraFactors):
 
     def norm_bound(self) -> float:
         return self.norm()
+
+
+class WholeUpdate(DenseUpdate):
+    """One of a parameter that is trained whole besides an adapter's factors."""
+
+    whole = True
 
 
 # The updates of one adapter: module name in the base model (`"model.layers.0.self_attn.q_proj"`) -> its factors.

@@ -164,7 +164,7 @@ def _place(key: str, prefix: str, config: AdapterConfig) -> tuple[str, str]:
         if name.endswith(f".{end}"):
             return name.removesuffix(f".{end}"), part
     if config.lora_bias and name.endswith(_LORA_BIAS):
-        return name.replace(_LORA_BIAS, ".bias"), _LORA_BIAS[1:]
+        return name.removesuffix(_LORA_BIAS) + ".bias", _LORA_BIAS[1:]
     if key.startswith(prefix) and not any(part in key.removesuffix(".bias") for part in _NO_NAMES):
         name = name.replace(".base_layer", "")
         if _is_whole(name, config):

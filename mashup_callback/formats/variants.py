@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import AdapterError
-from ..lowrank import DenseUpdate, LoraFactors
+from ..lowrank import DenseUpdate, LoraFactors, WholeUpdate
 
 
 Parts = Mapping[str, torch.Tensor]
@@ -49,13 +49,13 @@ class Form:
         """Returns the update; `weight` gives the base model's weight, on which some depend."""
         # Outlined first: factors of products may be very many more numbers than the parts.
         outline = self.factors({name: part.to("meta") for name, part in parts.items()})
-        shape = outline.out_features, outline.in_features
+        shape, kind = (outline.out_features, outline.in_features), WholeUpdate if self.whole else DenseUpdate
         if of_weight := self.of_weight:
             if weight is None:
                 raise AdapterError(f"{self.why}, and there is no base model here to read")
-            return DenseUpdate(parts, lambda own: of_weight(own, scaling, weight()), shape, self.whole)
+            return kind(parts, lambda own: of_weight(own, scaling, weight()), shape)
         if (dense := self.dense) and outline.rank * sum(shape) > _MAX_SHARE * shape[0] * shape[1]:
-            return DenseUpdate(parts, lambda own: scaling * dense(own), shape, self.whole)
+            return kind(parts, lambda own: scaling * dense(own), shape)
         factors = self.factors(parts)
         return LoraFactors(factors.A, factors.B, scaling)
 
@@ -159,7 +159,7 @@ def _whole(parts: Parts) -> LoraFactors:
     if value.ndim not in (1, 2) or not value.numel():
         raise AdapterError(f"found shape {tuple(value.shape)}, expected a matrix or a vector")
     shape = len(value), value.numel() // len(value)
-    return DenseUpdate(parts, lambda own: next(iter(own.values())).reshape(shape), shape, whole=True)
+    return WholeUpdate(parts, lambda own: next(iter(own.values())).reshape(shape), shape)
 
 
 def _difference(parts: Parts, scaling: float, weight: torch.Tensor) -> torch.Tensor:

@@ -7,20 +7,3 @@ from .source import AdapterSource, LoraUpdate
 from .targets import TrainedAdapter, find_adapter
 from .trainee import LoraTrainee
 from .writer import save_adapter
-
-
-__all__ = [
-    "AdapterSource",
-    "LoraTrainee",
-    "LoraUpdate",
-    "MergedAdapter",
-    "TrainedAdapter",
-    "applied",
-    "find_adapter",
-    "fit",
-    "merge_adapters",
-    "merge_factors",
-    "note_bypassed",
-    "save_adapter",
-    "structure_kept",
-]

@@ -36,10 +36,11 @@ def energy(factors: Factors) -> float:
 
 def cut_to(factors: Factors, adapter: TrainedAdapter) -> Factors:
     """Returns the best approximation of updates in the layers and the ranks of the trained adapter."""
-    known = {name: update for name, update in factors.items() if name in adapter.ranks}
-    if all(update.rank <= adapter.ranks[name] for name, update in known.items()):
+    ranks = adapter.ranks
+    known = {name: update for name, update in factors.items() if name in ranks}
+    if all(update.rank <= ranks[name] for name, update in known.items()):
         return known
-    return merge_factors([known], weights=[1.0], ranks=adapter.ranks).factors
+    return merge_factors([known], weights=[1.0], ranks=ranks).factors
 
 
 @contextmanager
@@ -69,10 +70,10 @@ def fit(merged: Factors, adapter: TrainedAdapter) -> dict[str, LoraFactors]:
         ValueError: A layer of the merge has a larger rank than the trained adapter's.
     """
     for name, target in adapter.targets.items():
-        if name in merged and merged[name].rank > target.A.shape[1 if target.reverse else 0]:
+        if name in merged and merged[name].rank > target.rank:
             raise ValueError(
-                f"The merge has rank {merged[name].rank} in layer {name}, the trained adapter {adapter.ranks[name]}. "
-                "Merge with `ranks=adapter.ranks`."
+                f"The merge has rank {merged[name].rank} in layer {name}, the trained adapter {target.rank}. Merge "
+                "with `ranks=adapter.ranks`."
             )
     wholes = {name: update for name, update in merged.items() if name in adapter.wholes}
     return wholes | {name: _fit_layer(merged.get(name), target) for name, target in adapter.targets.items()}

@@ -8,7 +8,7 @@ from operator import itemgetter
 
 import torch
 
-from ..lowrank import DenseUpdate, LoraFactors, Truncation, shared_cores, truncate_core, truncate_dense
+from ..lowrank import LoraFactors, Truncation, WholeUpdate, shared_cores, truncate_core, truncate_dense
 from ..methods import MergeRule
 from ..model import random_state
 
@@ -70,21 +70,21 @@ class ModuleMerge:
 
     def _merge_whole(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> Truncation:
         """Merges as full models are merged, in every space: the trained parameter holds all of it."""
-        merged = present[0].delta() if self._is_alone(inputs, present) else self._dense(inputs, present)
+        merged = present[0].delta() if self._is_alone(inputs, present) else self._dense(inputs)
         shape = present[0].out_features, present[0].in_features
-        return Truncation(DenseUpdate({"whole": merged}, itemgetter("whole"), shape, whole=True), 1.0)
+        return Truncation(WholeUpdate({"whole": merged}, itemgetter("whole"), shape), 1.0)
 
     def _merge_dense(self, inputs: _Inputs, present: Sequence[LoraFactors], rank: int) -> Truncation:
         width = sum(_DENSE_WIDTH if f.dense else f.rank for f in present)
-        return truncate_dense(self._dense(inputs, present), rank, width)
+        return truncate_dense(self._dense(inputs), rank, width)
 
     def _is_alone(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> bool:
         return len(present) == 1 and (self.rule.passes_lone_input or len(inputs) < self.rule.input_range[0])
 
-    def _dense(self, inputs: _Inputs, present: Sequence[LoraFactors]) -> torch.Tensor:
-        zero = torch.zeros_like(present[0].to(torch.float32).delta())
-        updates = [zero if f is None else f.to(torch.float32).delta() for f in inputs]
-        return self.rule.merge(updates, self.weights)
+    def _dense(self, inputs: _Inputs) -> torch.Tensor:
+        updates = [None if f is None else f.to(torch.float32).delta() for f in inputs]
+        zero = torch.zeros_like(next(update for update in updates if update is not None))
+        return self.rule.merge([zero if update is None else update for update in updates], self.weights)
 
     def _merge_apart(self, inputs: _Inputs, rank: int) -> Truncation:
         pairs = [None if f is None else _split_scaling(f) for f in inputs]

@@ -1,5 +1,6 @@
 """The ways to spread a training run over processes: what the Trainer's arguments and the model are in each."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import LlamaForCausalLM
 from tests.tiny import llama
 
 
+has_deepspeed = importlib.util.find_spec("deepspeed") is not None
 # Modes that accelerate offers on accelerators only, so that a CPU needs the shim.
 SHIMMED = ("fsdp1", "fsdp2", "fsdp2-whole", "zero1", "zero2", "zero3")
 

@@ -1,15 +1,13 @@
 """Full fine-tuning on several processes: what training starts from is what the merge on disk holds."""
 
-import importlib.util
-
 import pytest
 
 from tests.distributed.launching import case
+from tests.distributed.modes import has_deepspeed
 
 
 FULL = {"trains": "full", "trainer": {"learning_rate": 1e-4}}
 ALWAYS, SLOW = ("ddp", "native", "fsdp2"), ("fsdp1", "zero3")
-has_deepspeed = importlib.util.find_spec("deepspeed") is not None
 
 
 def merged(mode, library, method):

@@ -8,12 +8,12 @@ The slow ones need packages that the others do not:
     python -m pytest -m slow tests/distributed
 """
 
-import importlib.util
 import math
 
 import pytest
 
 from tests.distributed.launching import case
+from tests.distributed.modes import has_deepspeed
 
 
 CALLBACK = {"batch_size": 4}
@@ -22,7 +22,7 @@ DPO = {"trains": "dpo", "callback": {**CALLBACK, "guard": False, "on_error": "ra
 # bfloat16 keeps 8 bits, and the two runs round in different places.
 BFLOAT16 = {"callback": CALLBACK, "dtype": "bfloat16"}
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is missing")
+needs_deepspeed = pytest.mark.skipif(not has_deepspeed, reason="deepspeed is not installed")
 
 
 def plain(*modes, **settings):

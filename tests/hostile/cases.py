@@ -729,11 +729,21 @@ def moved_parts(old: str, new: str, keep: bool = False) -> Change:
     return tensors(edit)
 
 
+def experts_apart(**layers: int) -> Change:
+    """Adds factors of layers of one expert, of so many outputs, to an adapter of rank 4."""
+    As = {part("lora_A.weight", f"{EXPERTS}.0.{name}"): torch.ones(4, 32) for name in layers}
+    Bs = {part("lora_B.weight", f"{EXPERTS}.0.{name}"): torch.ones(rows, 4) for name, rows in layers.items()}
+    return put(**As, **Bs)
+
+
 QM = part("lora_magnitude_vector")
 EMBEDDING, EXPERTS = "model.embed_tokens", "model.layers.0.mlp.experts"
 COPY = f"{PREFIX}{EMBEDDING}.base_layer.weight"
 KIND_CASES = [
-    *[kind(base, "as it is", as_it_is) for base in ("dora", "adalora", "loha", "lokr", "embeddings", "experts")],
+    *[
+        kind(base, "as it is", as_it_is)
+        for base in ("dora", "adalora", "loha", "lokr", "embeddings", "experts", "whole")
+    ],
     # DoRA: a magnitude for each output.
     kind("dora", "no magnitude", drop("lora_magnitude_vector"), "lora_magnitude_vector is missing"),
     kind("dora", "magnitudes of LoRA", fields(use_dora=False), "parts of DoRA, and `use_dora` is not set"),
@@ -818,6 +828,20 @@ KIND_CASES = [
     ),
     kind("experts", "without a model", as_it_is, "several experts at once, and there is", taker="nobody"),
     kind("experts", "where all weights are trained", as_it_is, "or experts in one parameter", taker="experts' model"),
+    # Layers of single experts, as older models have them, for a model that has all experts in one parameter.
+    *[
+        kind("adapter", f"a single expert's {name}", experts_apart(**layers), reason, taker="experts")
+        for name, layers, reason in (
+            ("layer under two names", {"gate_proj": 16, "w1": 16}, "under two names"),
+            ("halves of two shapes", {"gate_proj": 16, "up_proj": 17}, "projections of one expert have different"),
+        )
+    ],
+    # A head that is trained whole besides the factors.
+    kind("whole", "where it is not trained", as_it_is, "was trained besides the adapter", taker="adapter"),
+    kind("whole", "no tensor of it", tensors(lambda found: found.pop(f"{PREFIX}{HEAD}")), "expected tensors of these"),
+    kind("whole", "a cube", put(**{f"{PREFIX}{HEAD}": torch.zeros(2, 3, 4)}), "expected a matrix or a vector"),
+    kind("whole", "no rows", put(**{f"{PREFIX}{HEAD}": torch.zeros(0, 32)}), "expected a matrix or a vector"),
+    kind("whole", "names without end", fields(modules_to_save=["a"] * 200_000), "more than it needs"),
 ]
 
 

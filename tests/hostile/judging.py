@@ -18,6 +18,7 @@ from mashup_callback.candidates import find_candidates, read_source, same_data
 from mashup_callback.config import MashupConfig
 from mashup_callback.errors import AdapterError
 from mashup_callback.formats import load_factors, parse_adapter
+from mashup_callback.model import without_adapters
 from mashup_callback.trainee import find_trainee
 from tests.hostile.cases import Case
 from tests.hostile.damage import CARD, CONFIG, WEIGHTS
@@ -35,6 +36,7 @@ KINDS = {
     "lokr": EVERYWHERE["LoKr"](target_modules=QV),
     "embeddings": CONFIGURED["LoRA of embeddings"](),
     "experts": LORA(target_modules=["q_proj"], target_parameters=EXPERT_PARAMETERS),
+    "whole": LORA(target_modules=QV, modules_to_save=["lm_head"]),
 }
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -91,6 +93,7 @@ class Judge:
             "tied": llama(tie_word_embeddings=True),
             "experts": get_peft_model(self.base_model("experts"), lora(target_modules=["q_proj"])),
             "experts' model": self.base_model("experts"),
+            "whole": get_peft_model(llama(), lora(modules_to_save=["lm_head"])),
         }
         self.trainees = {
             name: find_trainee(model.eval(), MashupConfig(seed=0), directory / "out" / name)
@@ -126,7 +129,7 @@ class Judge:
                 case.later(directory)
             update = source.load()
             warning = same_data(found.path, _Named)
-            with torch.no_grad(), update.applied(trainee.model):
+            with torch.no_grad(), without_adapters(trainee.model), update.applied(trainee.model):
                 logits = trainee.model(TOKENS).logits
         except AdapterError as error:
             reason = str(error)

@@ -30,14 +30,7 @@ EXEMPT = {
     "_read: without OSError": "a shard that vanishes between two system calls",
     "BaseWeights.__call__:": "the model that is trained, which is sharded or offloaded",
     "refuse_huge: without not factors.norm_bound() <= limit": "saves time only",
-    # Tested in tests/lora/test_wholes.py and test_variants.py: the collection has no adapters of these kinds.
-    "shape.form.whole": "parameters trained whole",
-    "was trained besides the adapter": "parameters trained whole",
-    "not in base.wholes": "parameters trained whole",
-    "`modules_to_save` has": "parameters trained whole",
-    "_whole: ": "parameters trained whole",
-    "put_together: ": "layers of single experts",
-    "_whole_of: ": "layers of single experts",
+    "Adapter.refuse_special: without shape.form.whole": "a merge without a model, see tests/lora/test_wholes.py",
 }
 REMOVALS = [one for module in MODULES for one in removals(module) if not any(part in str(one) for part in EXEMPT)]
 

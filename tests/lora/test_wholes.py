@@ -8,7 +8,7 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 from peft import PeftModel, get_peft_model
 
-from mashup_callback import MashupCallback, MashupConfig, score_candidates, swap
+from mashup_callback import MashupCallback, MashupConfig, merge_adapters, score_candidates, swap
 from mashup_callback.candidates import as_candidate
 from mashup_callback.errors import AdapterError
 from mashup_callback.model import clean_name, whole_parameters
@@ -146,3 +146,10 @@ def test_they_are_scored_under_fused_kernels(tmp_path):
     for model in (trained(llama, settings), fused(trained(llama, settings), FusedMLP, FusedAttention)):
         [score] = score_candidates(model, [path], [batch])
         assert score.loss == pytest.approx(expected, rel=1e-5) and not score.warnings
+
+
+def test_a_merge_without_a_model_refuses_them(tmp_path):
+    save_random(tmp_path / "biased", BIASED(), LORA(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(ValueError, match="a bias, which is supported where a LoRA adapter is trained"):
+        merge_adapters([tmp_path / "biased"], output_dir=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -113,9 +113,9 @@ def read_questions(task: str) -> list[Question]:
 
 def make_questions(examples: list[dict], task: str) -> list[Question]:
     """
-    Makes questions of at most `MOST_ROWS` examples, in a fixed random order, each text once. The
-    options are in alphabetical order, so that a task's classes have the same letters in all its questions: a model of
-    this size does not learn within 40 steps to look up which letter stands for a class.
+    Makes questions of at most `MOST_ROWS` examples, in a fixed random order, each text once. The options are in
+    alphabetical order, so that a task's classes have the same letters in all its questions: a model of this size does
+    not learn within 40 steps to look up which letter stands for a class.
     """
     drawn = random.Random(task)
     questions = {}
