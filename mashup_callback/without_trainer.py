@@ -39,8 +39,8 @@ def base_of(model: str, name: str | None) -> BaseModel:
 
 
 def describe_candidate(candidate: Candidate, check: Callable[[Any], Any]) -> dict[str, Any]:
-    """Returns a candidate's fields with its rank, warnings and the reason why it does not fit, if it is on disk."""
-    row = asdict(candidate) | {"path": candidate.path and str(candidate.path), "rank": None, "warnings": []}
+    """Returns a candidate's fields with its warnings and the reason why it does not fit, and its rank."""
+    row = asdict(candidate) | {"path": candidate.path and str(candidate.path), "warnings": []}
     if candidate.reason or candidate.path is None:
         return row
     try:

@@ -329,7 +329,7 @@ def test_find_merge_and_push_on_the_hub(world, hub, tmp_path):  # noqa: F811
     rows = {row["name"]: row for row in found["candidates"]}
     assert list(rows) == ["runs/a1", "other", "acme/a1", "acme/a2"]
     assert rows["runs/a1"]["bytes"] == (world / "runs/a1/adapter_model.safetensors").stat().st_size
-    assert [(row["rank"], row["path"]) for row in rows.values()][:2] == [(4, "runs/a1"), (None, "other")]
+    assert [(row["rank"], row["path"]) for row in rows.values()] == [(4, "runs/a1"), (None, "other"), *[(4, None)] * 2]
     assert "trained on another base model" in rows["other"]["reason"]
     assert [(row["reason"], row["path"], len(row["revision"])) for row in rows.values() if row["repo_id"]] == [
         (None, None, 40)

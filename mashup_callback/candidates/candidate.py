@@ -19,6 +19,7 @@ class Candidate:
         run (`str`, *optional*): Identity of the training run, which a run's checkpoints share.
         license (`str`, *optional*): License that the repository states.
         bytes (`int`, *optional*): Size of the weights.
+        rank (`int`, *optional*): Largest rank of an adapter of the Hub, as its header states.
         reason (`str`, *optional*): Why it cannot be used; None while it can.
         files (`tuple[str, ...]`): Its files on the Hub, in its folder.
     """
@@ -32,6 +33,7 @@ class Candidate:
     run: str = ""
     license: str | None = None
     bytes: int | None = None
+    rank: int | None = None
     reason: str | None = None
     files: tuple[str, ...] = ()
 

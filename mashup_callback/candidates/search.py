@@ -132,7 +132,8 @@ class RemoteFiles:
         # Before the header of one that is unfit is asked for.
         parse_config(config)
         header, size = self._start(WEIGHTS_NAME)
-        return replace(self.candidate, bytes=size), parse_adapter(config, header, size)
+        adapter = parse_adapter(config, header, size)
+        return replace(self.candidate, bytes=size, rank=adapter.rank), adapter
 
     def has(self, name: str) -> bool:
         return path_in_repository(self.candidate, name) in self.paths
