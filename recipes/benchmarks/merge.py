@@ -5,7 +5,7 @@ Linear merges against `svd`, ties against `ties_svd` and dare_ties against `dare
 What dare drops is drawn at random, so its two merges differ. Seconds are those of the processor, which other processes
 do not change. Run on the CPU:
 
-    python recipes/benchmarks/merge.py --json merge.json
+    OMP_NUM_THREADS=1 python recipes/benchmarks/merge.py --json merge.json
 """
 
 import argparse
