@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .display import number, percent, status, warnings
+from .display import below, common_warnings, number, percent, status, warnings
 from .names import labels
 from .report import CandidateRow, MashupReport
 
@@ -56,21 +56,25 @@ def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the candidates that were found as a table."""
     table = _folding("candidate", "revision", "rank", "size", "license", "status")
     named = [CandidateRow(row["name"], "", row["revision"], repo_id=row["repo_id"]) for row in rows]
+    said = common_warnings([row["warnings"] for row in rows if row["reason"] is None])
+    table.caption = "\n".join(map(_text, below(said)))
     for name, row in zip(labels(named), rows, strict=True):
         # As git shortens it: a revision that is repeated in full would leave no room for the rest.
         size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f} MB"
         cells = ((row["revision"] or "")[:7], row["rank"], size, row["license"])
-        table.add_row(_text(name), *map(_text, cells), _text("; ".join([row["reason"] or "usable", *row["warnings"]])))
+        warned = [text for text in row["warnings"] if text not in said]
+        table.add_row(_text(name), *map(_text, cells), _text("; ".join([row["reason"] or "usable", *warned])))
     return table
 
 
 def rank_table(rows: Sequence[CandidateRow], base_loss: float) -> Table:
     """Returns the ranking as a table."""
     table = _folding("candidate", "loss", "accuracy", "rows", "rank", "status")
-    table.caption = f"the base model alone: {base_loss:.4f}"
+    said = common_warnings([row.warnings for row in rows if row.status in ("scored", "eliminated")])
+    table.caption = "\n".join(map(_text, [f"the base model alone: {base_loss:.4f}", *below(said)]))
     for name, row in zip(labels(rows), rows, strict=True):
         cells = (number(row.loss), number(row.accuracy), str(row.rows or ""), _text(row.rank))
-        table.add_row(_text(name), *cells, _text(status(row)))
+        table.add_row(_text(name), *cells, _text(status(row, said)))
     return table
 
 
@@ -85,7 +89,7 @@ def merge_lines(report: MashupReport, output: Path) -> str:
 
 
 def _folding(*columns: str) -> Table:
-    table = Table()
+    table = Table(caption_justify="left")
     for name in columns:
         # Names and reasons share what the numbers leave.
         table.add_column(name, overflow="fold", no_wrap=name not in ("candidate", "status"))

@@ -67,8 +67,9 @@ def warnings(report: Any) -> list[str]:
 
 def table(report: Any) -> Table:
     """Returns the candidates with their losses, and what was compared on the held-out rows."""
-    caption = None if report.reason in summary(report) else _plain(report.reason)
-    table = Table(title=_plain(f"mashup: {report.decision}"), caption=caption)
+    said = common_warnings([row.warnings for row in report.candidates if row.status in ("scored", "eliminated")])
+    captions = [*([] if report.reason in summary(report) else [report.reason]), *below(said)]
+    table = Table(title=_plain(f"mashup: {report.decision}"), caption="\n".join(map(_plain, captions)))
     table.title_justify = table.caption_justify = "left"
     table.add_column("candidate", overflow="fold", ratio=1, min_width=14)
     for name in ("loss", "rows", "weight"):
@@ -80,7 +81,7 @@ def table(report: Any) -> Table:
 
     rows = report.candidates
     for row, label, share in zip(rows, labels(rows), report.shares(), strict=True):
-        add(label, row.loss, status(row), str(row.rows or ""), percent(share))
+        add(label, row.loss, status(row, said), str(row.rows or ""), percent(share))
     table.add_section()
     if len(report.rounds) > 1:
         steps = (f"{one.entered} on {one.rows} rows" for one in report.rounds)
@@ -101,11 +102,21 @@ def _plain(text: str) -> str:
     return escape(printable(text))
 
 
-def status(row: Any) -> str:
-    """Returns a candidate's status with its reason and warnings."""
+def common_warnings(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the warnings that all of several candidates have, which a table says once."""
+    return [text for text in rows[0] if all(text in row for row in rows)] if len(rows) > 1 else []
+
+
+def below(warnings: Sequence[str]) -> list[str]:
+    """Returns what all candidates have in common as lines below a table."""
+    return [f"All candidates: {text}" for text in warnings]
+
+
+def status(row: Any, said: Sequence[str] = ()) -> str:
+    """Returns a candidate's status with its reason, and its warnings but for what is said below the table."""
     # Why a candidate left the race says that it did.
     name = "" if row.status == "eliminated" and row.reason else f"{row.status}: "
-    reasons = "; ".join(filter(None, (row.reason, *row.warnings)))
+    reasons = "; ".join(filter(None, (row.reason, *(text for text in row.warnings if text not in said))))
     return f"{name}{reasons}" if reasons else str(row.status)
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def base_of(model: str, name: str | None) -> BaseModel:
     """Returns what an adapter of a causal language model must fit, without loading the model's weights."""
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
         raise FileNotFoundError(f"There is no model directory {model!r}. Give a directory, or a name on the Hub.")
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):

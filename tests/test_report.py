@@ -74,6 +74,15 @@ def test_hostile_names_are_shown_as_they_are():
     assert "[bold]a[/nope]" in text and "[red]reason[/red]" in text
 
 
+@pytest.mark.parametrize(("others", "said"), [((), 1), (("b",), 1), (("b", "c"), 1), (("b", "without"), 2)])
+def test_a_warning_of_every_candidate_is_said_once(others, said):
+    rows = [CandidateRow(name, "scored", warnings=("old",) * (name != "without")) for name in ("a", *others)]
+    rejected = CandidateRow("d", "rejected", reason="bad")
+    text = on_console(MashupReport("scratch", "why", candidates=(*rows, rejected)))
+    assert text.count("old") == said
+    assert ("All candidates: old" in text) == (bool(others) and "without" not in others)
+
+
 def test_fields_of_later_versions_are_ignored():
     values = json.loads(MashupReport("scratch", "why").to_json())
     assert MashupReport.from_json(json.dumps({**values, "later": 1})).reason == "why"
