@@ -1,7 +1,7 @@
 """What training starts from: a merge, the best single candidate or the fresh initialization, judged the same way."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from .distributed import failing_together, from_main_process, gather
 from .errors import AdapterError, OutOfStepError, UsageError
 from .model import undisturbed
 from .report import MergeInfo
-from .scoring import Metric, RowLosses, SampleRows, Score, evaluate, paired_gain
+from .scoring import Metric, RowLosses, SampleRows, Score, evaluate, joined, paired_gain
 from .selection import Selection, select
 from .trainee import Trainee, Update
 
@@ -78,7 +78,7 @@ def choose(
     model: nn.Module,
     trainee: Trainee,
     selection: Selection,
-    held_out: SampleRows,
+    held_out: Sequence[SampleRows],
     metric: Metric,
     config: MashupConfig,
 ) -> Decision:
@@ -87,7 +87,8 @@ def choose(
 
     All three are judged on the held-out rows by their loss (by the user's metric if that is a callable), in the form
     and precision in which the trainee will hold them. What is not better than the fresh initialization by
-    `guard_margin` standard errors of the paired differences over the rows counts as no better.
+    `guard_margin` standard errors of the paired differences over the rows counts as no better. Where the best one is
+    better, but not by so much, the next part of the held-out rows is added.
 
     Where a candidate is gone or has changed since it was scored, the next best takes its place.
     """
@@ -130,20 +131,27 @@ class _Builder:
     model: nn.Module
     trainee: Trainee
     metric: Metric
-    held_out: SampleRows
+    held_out: Sequence[SampleRows]
     config: MashupConfig
 
     def decide(self, selection: Selection) -> Decision:
         """Judges the fresh initialization, the best single candidate and the merge."""
         config = self.config
         with undisturbed(self.model):
-            fresh = evaluate(self.model, self.held_out, self.metric, share=True)
+            fresh = self.losses(self.held_out[0])
             with self.metric.base(self.model):
                 single = self.build(selection.first(1), "linear", {})
                 merge = self.grow(selection) if config.top_k == "auto" else self.best_method(selection)
-        if len(merge.selection.scores) == 1:
-            # A merge of one is that candidate in another form, and one form stands for both.
-            single = merge = self.better(single, merge) if config.guard else merge
+            if len(merge.selection.scores) == 1:
+                # A merge of one is that candidate in another form, and one form stands for both.
+                single = merge = self.better(single, merge) if config.guard else merge
+            for rows in self.held_out[1:]:
+                if not from_main_process(_is_undecided(fresh, merge, single, config)):
+                    break
+                fresh = joined([fresh, self.losses(rows)])
+                with self.metric.base(self.model):
+                    again = self.again(merge, rows)
+                    single, merge = again if single is merge else self.again(single, rows), again
         name = from_main_process(_decide(fresh, merge, single, config))
         if name == "single":
             # Before anything is written into the model: there may be no space for the copy.
@@ -154,7 +162,15 @@ class _Builder:
         """Merges a selection by one method."""
         sources = [score.source for score in selection.scores if score.source is not None]
         update, info = self.trainee.merge(sources, selection.weights, method, parameters)
-        return Init(selection, update, info, evaluate(self.model, self.held_out, self.metric, update, share=True))
+        return Init(selection, update, info, self.losses(self.held_out[0], update))
+
+    def again(self, init: Init, rows: SampleRows) -> Init:
+        """Returns an initialization with its losses on more rows."""
+        return replace(init, losses=joined([init.losses, self.losses(rows, init.update)]))
+
+    def losses(self, rows: SampleRows, update: Update | None = None) -> RowLosses:
+        """Returns the losses of an update, or of the fresh initialization, which all processes compute together."""
+        return evaluate(self.model, rows, self.metric, update, share=True)
 
     def best_method(self, selection: Selection) -> Init:
         """Merges a selection by the method that is set, or by each of [`AUTO_METHODS`] and returns the best."""
@@ -205,6 +221,11 @@ def _decide(fresh: RowLosses, merge: Init, single: Init, config: MashupConfig) -
     inits = ((merge, merged), (single, "single"))
     better = [(init.loss, name) for init, name in inits if _is_better(init, fresh, config.guard_margin)]
     return min(better, default=(0.0, "scratch"))[1]
+
+
+def _is_undecided(fresh: RowLosses, merge: Init, single: Init, config: MashupConfig) -> bool:
+    gain, error = paired_gain(_best(merge, single).losses, fresh)
+    return config.guard and 0 < gain <= config.guard_margin * error
 
 
 def _is_better(init: Init, fresh: RowLosses, margin: float) -> bool:

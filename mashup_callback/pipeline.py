@@ -24,11 +24,13 @@ from .model import base_model_name
 from .progress import stage
 from .report import CandidateRow, MashupReport, environment
 from .scoring import (
+    COMPARED,
     FEWEST,
     Sample,
     SampleRows,
     Score,
     affordable_size,
+    doublings,
     draw_sample,
     make_metric,
     race_rounds,
@@ -36,7 +38,7 @@ from .scoring import (
     share_of_run,
     shortened,
 )
-from .selection import select
+from .selection import Selection, select
 from .sharing import save_failure, save_mashup
 from .trainee import Trainee
 from .verification import check_swap
@@ -76,6 +78,8 @@ class MashupRun:
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
         self.sample: dict[str, int] = {}
+        # Forward passes of a row in scoring and judging.
+        self.passes = 0
         self.report: MashupReport | None = None
         self.swapped = False
 
@@ -92,7 +96,7 @@ class MashupRun:
         if not selection.scores:
             raise NoCandidateError(self._why_none(specs))
         with self._timed("merging"):
-            decision = choose(self.model, self.trainee, selection, sample.held_out, self.metric, config)
+            decision = self._judge(selection, sample)
         # Before the swap, so that a failure after it cannot call a merged run "scratch".
         report = self.report = self._outcome(decision)
         with self._timed("swap"):
@@ -147,16 +151,30 @@ class MashupRun:
         config, size = self.config, self.config.sample_size
         if size == "auto":
             size = affordable_size(self.trained_rows, candidates, judged(config), config.search, self.keep)
+        halved = config.guard_dataset is None
+        grows = config.sample_size == "auto" and config.guard and halved
+        most = [size, *(2 * rows for rows in doublings(size // 2, self.trained_rows) if grows)][-1]
         sample = draw_sample(
             dataloader,
-            size,
+            most,
             batch_size=config.batch_size or self.args.train_batch_size,
             seed=self.args.seed if config.seed is None else config.seed,
             guard_rows=config.guard_dataset,
             labeled=self.metric.labeled,
         )
-        short = config.sample_size == "auto" and size == FEWEST and self.metric.labeled
-        return shortened(sample, held_out=config.guard_dataset is None) if short else sample
+        if config.sample_size != "auto":
+            return sample
+        few = size == FEWEST and self.metric.labeled
+        return shortened(sample, size // 2 if halved else size, few, halved)
+
+    def _judge(self, selection: Selection, sample: Sample) -> Decision:
+        scored = sum(score.rows for score in self.scores)
+        parts = sample.parts(doublings(len(sample.held_out), self.trained_rows, scored))
+        decision = choose(self.model, self.trainee, selection, parts, self.metric, self.config)
+        first, seen = len(parts[0]), len(decision.fresh.tokens)
+        self.sample["held_out"] = seen
+        self.passes = scored + judged(self.config) * first + COMPARED * (seen - first)
+        return decision
 
     def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
         """Writes what was chosen, takes it back where the model is clearly worse, returns the report's changes."""
@@ -182,7 +200,6 @@ class MashupRun:
     def _outcome(self, decision: Decision) -> MashupReport:
         shown = decision.init or decision.merge
         gain, error = decision.gain
-        passes = sum(score.rows for score in self.scores) + judged(self.config) * self.sample["held_out"]
         return self._report(
             decision=decision.name,
             reason=decision.reason,
@@ -194,7 +211,7 @@ class MashupRun:
             candidates=candidate_rows(self.scores, shown.selection.weight_of(), decision.merge.selection.weight_of()),
             rounds=race_rounds(self.scores),
             merge=shown.info,
-            share=share_of_run(passes, self.trained_rows),
+            share=share_of_run(self.passes, self.trained_rows),
         )
 
     def _report(self, **values: Any) -> MashupReport:

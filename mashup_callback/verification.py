@@ -40,7 +40,8 @@ def check_swap(model: nn.Module, decision: Decision, held_out: SampleRows, metri
     """Evaluates the model as it is trained on one held-out batch a process; every process must call it."""
     with undisturbed(model):
         found = evaluate(model, held_out.first(*process_index_and_count()), metric, share=True)
-    init, seen = decision.init, found.tokens > 0
+    # The guard may have judged more rows than these, which come first.
+    init, seen = decision.init, (found.tokens > 0).nonzero()[:, 0]
     judged = decision.fresh if init is None else init.losses
     loss, expected, fresh = (_mean(losses, seen) for losses in (found, judged, decision.fresh))
     return SwapCheck(loss, expected, fresh, _tolerance(model) * max(1.0, abs(expected)))

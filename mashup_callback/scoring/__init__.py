@@ -2,7 +2,7 @@
 
 from .cache import CacheInfo, ScoreCache
 from .evaluation import evaluate
-from .halving import FEWEST, affordable_size, race_rounds, round_sizes, share_of_run, survivors
+from .halving import COMPARED, FEWEST, affordable_size, doublings, race_rounds, round_sizes, share_of_run, survivors
 from .losses import RowLosses, joined, language_model_losses, paired_gain
 from .metrics import CallableMetric, LossMetric, Metric, ScoreMetric, TrainerLoss, make_metric
 from .race import score_candidates

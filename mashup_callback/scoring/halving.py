@@ -18,6 +18,9 @@ CERTAIN = 2.0
 # Share of the run's own forward and backward work that scoring and guarding may take.
 SHARE = 0.05
 FEWEST, MOST = 32, 512
+# Initializations that an undecided guard compares again, and up to how many rows it may cost a short run more. With 64
+# rows, two standard errors are a quarter of what the differences of single rows vary by.
+COMPARED, SURE, SHORT_SHARE = 3, 64, 0.2
 # A forward pass and a backward pass, which costs at least as much.
 PASSES_OF_A_TRAINED_ROW = 2
 
@@ -80,6 +83,21 @@ def affordable_size(trained_rows: int, candidates: int, judged: int, search: str
     sizes = range(MOST, FEWEST, -2)
     costs = ((size, _most_passes(size // 2, candidates, search, keep) + judged * size // 2) for size in sizes)
     return next((size for size, cost in costs if share_of_run(cost, trained_rows) <= SHARE), FEWEST)
+
+
+def doublings(rows: int, trained_rows: int, passes: int = 0) -> list[int]:
+    """
+    Returns with how many held-out rows, each twice the number before, a guard tries again that cannot decide on `rows`
+    of them: as many as stay within 5% of the run together with the `passes` of scoring, or up to 64 within 20% alone.
+    """
+    sizes = []
+    while (rows := 2 * rows) <= MOST // 2:
+        cost = COMPARED * rows
+        short = rows <= SURE and share_of_run(cost, trained_rows) <= SHORT_SHARE
+        if not short and share_of_run(passes + cost, trained_rows) > SHARE:
+            break
+        sizes.append(rows)
+    return sizes
 
 
 def share_of_run(passes: float, trained_rows: int) -> float:

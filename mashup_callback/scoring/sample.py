@@ -120,9 +120,17 @@ class Sample:
 
     selection: SampleRows
     held_out: SampleRows
+    # The other held-out rows, for a guard that cannot decide.
+    reserve: SampleRows | None = None
     # Rows that had been drawn before with the same content, and rows without any label.
     duplicates: int = 0
     unlabeled: int = 0
+
+    def parts(self, sizes: Sequence[int]) -> list[SampleRows]:
+        """Returns the held-out rows, and those that make them as many as each of `sizes`, where there are so many."""
+        ends = [0, *(size - len(self.held_out) for size in sizes)]
+        more = [self.reserve.part(*pair) for pair in itertools.pairwise(ends)] if self.reserve else []
+        return [self.held_out, *(part for part in more if len(part))]
 
     def counts(self) -> dict[str, int]:
         """Returns what the report says of it."""
@@ -254,10 +262,15 @@ def _labeled(rows: SampleRows) -> SampleRows:
     return rows if len(left) == len(rows) else SampleRows(left, rows.collate, rows.batch_size, rows.tokens)
 
 
-def shortened(sample: Sample, held_out: bool = True) -> Sample:
-    """Returns a sample that costs too much with as few long rows in each half as have 1,024 label tokens."""
-    kept = _enough(sample.held_out) if held_out else sample.held_out
-    return replace(sample, selection=_enough(sample.selection), held_out=kept)
+def shortened(sample: Sample, rows: int, few: bool, held_out: bool = True) -> Sample:
+    """Returns a sample of `rows` in each half, or if `few`, of as few long ones as have 1,024 label tokens."""
+    selection, kept = sample.selection.part(0, rows), sample.held_out.part(0, rows)
+    if few:
+        selection, kept = _enough(selection), _enough(kept)
+    if not held_out:
+        return replace(sample, selection=selection)
+    reserve = sample.held_out.part(len(kept), len(sample.held_out))
+    return replace(sample, selection=selection, held_out=kept, reserve=reserve)
 
 
 def _enough(rows: SampleRows) -> SampleRows:
