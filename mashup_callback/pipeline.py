@@ -169,7 +169,7 @@ class MashupRun:
 
     def _judge(self, selection: Selection, sample: Sample) -> Decision:
         scored = sum(score.rows for score in self.scores)
-        parts = sample.parts(doublings(len(sample.held_out), self.trained_rows, scored))
+        parts = sample.parts(from_main_process(doublings(len(sample.held_out), self.trained_rows, scored)))
         decision = choose(self.model, self.trainee, selection, parts, self.metric, self.config)
         first, seen = len(parts[0]), len(decision.fresh.tokens)
         self.sample["held_out"] = seen
