@@ -7,6 +7,12 @@ from tests.distributed.launching import case
 
 CALLBACK = {"batch_size": 4}
 STREAM = {"data": "stream", "callback": {**CALLBACK, "sample_size": 10}}
+# A run of 480 rows, in which the guard never finds what it asks for.
+MANY = {
+    "data": "many",
+    "callback": {**CALLBACK, "guard_margin": 1e6},
+    "trainer": {"gradient_accumulation_steps": 120, "max_steps": 1},
+}
 DISPATCHED = {"accelerator_config": {"dispatch_batches": True}, "pad_to_multiple_of": 32}
 DRAWING = {"lora_config": {"lora_dropout": 0.3}, "trainer": {"train_sampling_strategy": "group_by_length"}}
 
@@ -46,6 +52,15 @@ def test_shards_of_a_stream_give_every_process_the_same_sample(run):
 @one(trainer=DISPATCHED, callback={**CALLBACK, "sample_size": 15})
 def test_batches_dispatched_by_the_main_process(run):
     check_agreement(run)
+
+
+@pytest.mark.parametrize("run", [case(**MANY), case(mode="fsdp2", **MANY)], indirect=True, ids=str)
+def test_a_guard_that_cannot_decide_looks_at_the_same_rows_everywhere(run, train_here):
+    alone = train_here(**MANY).ranks[0]["report"]
+    for report in (rank["report"] for rank in run.ranks):
+        assert report["sample"] == alone["sample"] and report["sample"]["held_out"] == 64
+        for name in ("decision", "base_loss", "merged_loss", "gain", "gain_se"):
+            assert report[name] == pytest.approx(alone[name], abs=1e-4), name
 
 
 @pytest.mark.parametrize(

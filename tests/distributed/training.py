@@ -101,8 +101,8 @@ def train(
 
 
 def train_rows(trains: str, data: str) -> Any:
-    found = preferences(32) if trains == "dpo" else rows(count=32)
-    shards = {"map": None, "stream": 1, "shards": 4}[data]
+    found = preferences(32) if trains == "dpo" else rows(count=200 if data == "many" else 32)
+    shards = {"map": None, "many": None, "stream": 1, "shards": 4}[data]
     return found if shards is None else found.to_iterable_dataset(num_shards=shards)
 
 
