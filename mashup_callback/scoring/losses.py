@@ -180,7 +180,8 @@ class _LabelPositions:
                 return None
         loss, correct = self.sums
         rows = self.mask.nonzero()[:, 0].cpu()
-        values = torch.stack([loss, correct, torch.ones_like(loss)]).double().cpu()
+        # In this order: Apple's GPUs have no float64.
+        values = torch.stack([loss, correct, torch.ones_like(loss)]).cpu().double()
         return RowLosses(*torch.zeros(3, len(self.mask), dtype=torch.float64).index_add_(1, rows, values))
 
 
