@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed import on_main_process
 from ..errors import UsageError
@@ -195,7 +195,9 @@ def _read_rows(dataset: Any, size: int, seed: int) -> list[Any]:
     if isinstance(dataset, IterableDatasetShard):
         # Each process would skip the rows of the others.
         dataset = dataset.dataset
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    # torch's iterable data sets inherit a `__getitem__`, and some know their length.
+    streamed = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    if streamed or not hasattr(dataset, "__len__"):
         return list(itertools.islice(_from_the_start(dataset), size))
     return [dataset[index] for index in _drawn(len(dataset), size, torch.Generator().manual_seed(seed))]
 

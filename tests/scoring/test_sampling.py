@@ -54,6 +54,15 @@ def test_stream_gives_its_first_rows():
     assert (numbers(first), numbers(second)) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9])
 
 
+def test_stream_that_knows_its_length_is_a_stream():
+    class Counted(Stream):
+        def __len__(self):
+            return 1000
+
+    first, second = halves(draw_sample(DataLoader(Counted(), collate_fn=identity), 4, batch_size=2))
+    assert (numbers(first), numbers(second)) == ([0, 2], [1, 3])
+
+
 def test_small_and_empty_data():
     first, second = halves(draw_sample(DataLoader(DATA[:3], collate_fn=identity), 10, batch_size=2))
     assert sorted(numbers(first) + numbers(second)) == [0, 1, 2]
