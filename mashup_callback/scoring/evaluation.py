@@ -39,7 +39,8 @@ def evaluate(
     With `share` the rows are split: every process calls this, looks at its share, and gets the losses of all rows.
     """
     metric = make_metric(metric)
-    mine = rows.share(*process_index_and_count()) if share else rows
+    # A loss that the processes compute together gathers a number for each row.
+    mine = rows.share(*process_index_and_count(), even=metric.collective) if share else rows
     with structure_kept(model):
         while True:
             sums, seen, bypassed = _sums(model, mine, metric, update, share)

@@ -70,12 +70,17 @@ class SampleRows:
         """Returns the rows from `start` to `stop` with the same collator and batch size."""
         return SampleRows(self.rows[start:stop], self.collate, self.batch_size, self.tokens)
 
-    def share(self, index: int, count: int) -> "SampleRows":
-        """Returns the rows with the batches of one of several processes, the same number of batches for each."""
+    def share(self, index: int, count: int, even: bool = False) -> "SampleRows":
+        """
+        Returns the rows with the batches of one of several processes, the same number of batches for each; where
+        `even`, the last of equal size fills up with rows of the first, so that all are equal.
+        """
         if count == 1:
             return self
         if (index, count) not in self._shares:
             groups = self._grouped(max(1, math.ceil(len(self.rows) / count)))
+            if even:
+                groups[-1] = groups[-1] + groups[0][: len(groups[0]) - len(groups[-1])]
             # Where they do not come out even, the first batch fills up.
             groups += groups[:1] * (-len(groups) % count)
             mine = [list(group) for group in groups[index::count]]

@@ -68,6 +68,15 @@ def test_bound_trainer_in_ddp(run, train_here):
     assert len(set(losses.values())) > 1 and run.ranks[0]["report"]["merged_loss"] != pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize(
+    "run", [case(**{**DPO, "callback": {**DPO["callback"], "sample_size": 30}})], indirect=True, ids=str
+)
+def test_bound_trainer_in_ddp_whose_last_batch_is_smaller(run):
+    """It gathers a number for each row, and so has to have as many rows in every process."""
+    assert run.ranks[0]["report"] == run.ranks[1]["report"] and run.ranks[0]["held"] == run.ranks[1]["held"]
+    assert run.ranks[0]["rows"] == run.ranks[1]["rows"]
+
+
 @plain("native")
 def test_fsdp2_of_transformers(run, alone):
     check_same(run, alone)

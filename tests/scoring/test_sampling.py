@@ -321,6 +321,12 @@ def test_shares_of_filled_batches_are_as_many_on_each_process():
     assert sorted(i for share in shares for indices, _ in share.batches() for i in indices) == list(range(9))
 
 
+def test_shares_for_a_loss_that_all_compute_have_batches_of_one_size():
+    shares = [SampleRows(DATA[:15], identity, 4).share(rank, 2, even=True) for rank in range(2)]
+    assert [lengths(share) for share in shares] == [[4, 4], [4, 4]]
+    assert {i for share in shares for indices, _ in share.batches() for i in indices} == set(range(15))
+
+
 def test_rows_that_are_packed_into_one_keep_the_batch_size():
     data = [{"input_ids": [i, 1], "labels": [1, 1]} for i in range(16)]
 
