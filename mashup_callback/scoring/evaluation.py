@@ -99,7 +99,8 @@ def _in_step(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any,
     try:
         return metric.losses(model, _on_device(batch, model), chunks)
     except Exception as error:
-        if len(begun) != len(ended):
+        # Without a mapping there is nothing to give the model in place of the pass that the others are in.
+        if len(begun) != len(ended) or not (begun or isinstance(batch, Mapping)):
             rank, _ = process_index_and_count()
             raise OutOfStepError(
                 f"A forward pass of the sharded model failed on process {rank} ({type(error).__name__}: {error})"

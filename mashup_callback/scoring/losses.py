@@ -99,9 +99,9 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
     return language_model_losses(model, batch, chunks) if losses is None else losses
 
 
-def head_chunks(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def head_chunks(model: nn.Module, batch: Any) -> int:
     """Returns into how many parts the labels of a batch are split so that their logits fit."""
-    labels = batch.get("labels")
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return _chunks_of(int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0, output_head(model))
 
 
