@@ -80,7 +80,15 @@ def _alone(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, m
     try:
         return metric.losses(model, _on_device(batch, model))
     except RuntimeError as error:
-        if not should_reduce_batch_size(error) or not rows.halve(indices):
+        if not should_reduce_batch_size(error):
+            raise
+        rank, count = process_index_and_count()
+        if metric.collective and count > 1:
+            raise OutOfStepError(
+                f"Memory ran out on process {rank}, and the other processes cannot compute the trainer's loss alone. "
+                "Set a smaller `batch_size`."
+            ) from error
+        if not rows.halve(indices):
             raise
     clear_device_cache(garbage_collection=True)
     logger.info("Out of memory with %d rows; the batch is halved.", len(indices))
