@@ -154,6 +154,8 @@ class MashupRun:
             seed=self.args.seed if config.seed is None else config.seed,
             guard_rows=config.guard_dataset,
             labeled=self.metric.labeled,
+            # A batch size that was asked for is a bound.
+            tokens=0 if config.batch_size else None,
         )
         short = config.sample_size == "auto" and size == FEWEST and self.metric.labeled
         return shortened(sample, held_out=config.guard_dataset is None) if short else sample

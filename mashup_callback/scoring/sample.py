@@ -148,6 +148,7 @@ def draw_sample(
     seed: int = 42,
     guard_rows: Sequence[Any] | None = None,
     labeled: bool = True,
+    tokens: int | None = None,
 ) -> Sample:
     """
     Draws `size` rows, of which one half selects and the other, or the `guard_rows`, is held out for the guard.
@@ -157,7 +158,8 @@ def draw_sample(
     from a private copy. The main process reads them and every process gets them, so that a data set that is split over
     the processes gives the same sample to all. Rows with the same content are in the same half. The collator is a
     private copy too; the global random number generators start from the same seed at every batch and everywhere.
-    Where `labeled`, rows whose labels are all -100 are left out, and short rows share batches, see [`token_budget`].
+    Where `labeled`, rows whose labels are all -100 are left out, and short rows share batches of up to so many
+    `tokens`, by default [`token_budget`].
 
     Raises:
         ValueError: The data set has fewer than two different rows, or is a stream that can be read once, or no row has
@@ -182,7 +184,8 @@ def draw_sample(
         selection, held_out = rows, _check_guard(guard_rows, rows[0])
     collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
     # What a batch of a callable metric counts as is its own affair, so its size stays.
-    parts = [SampleRows(part, collate, batch_size, token_budget() if labeled else 0) for part in (selection, held_out)]
+    budget = (token_budget() if tokens is None else tokens) if labeled else 0
+    parts = [SampleRows(part, collate, batch_size, budget) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
     return Sample(kept[0], kept[1], duplicates=len(rows) - len(places), unlabeled=unlabeled)
