@@ -47,12 +47,12 @@ def test_ddp(run, alone):
     assert run.ranks[0]["kind"] == "MULTI_CPU"
     losses = [row["loss"] for row in run.ranks[0]["report"]["candidates"]]
     assert losses == pytest.approx([row["loss"] for row in alone.ranks[0]["report"]["candidates"]], abs=1e-5)
-    # Half of the candidates (within one) and half of the guard's rows each, and of the batch that checks the swap.
-    rows, batch = (len(losses) * 4 + 3 * 4) * 4, 16
+    # Half of the candidates (within one) and half of the guard's rows each, and a batch that checks the swap.
+    rows, batch = (len(losses) * 4 + 3 * 4) * 4, CALLBACK["batch_size"]
     assert alone.ranks[0]["rows"] == rows + batch
     for rank in run.ranks:
-        assert abs(rank["rows"] - (rows + batch) / 2) <= 4 * 4 / 2
-    assert sum(rank["rows"] for rank in run.ranks) == rows + batch
+        assert abs(rank["rows"] - rows / 2 - batch) <= 4 * 4 / 2
+    assert sum(rank["rows"] for rank in run.ranks) == rows + 2 * batch
 
 
 @pytest.mark.parametrize("run", [case(**DPO)], indirect=True, ids=str)
