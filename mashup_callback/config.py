@@ -148,10 +148,11 @@ class MashupConfig:
             value = getattr(self, name)
             if isinstance(value, str) or not (value is None or all(isinstance(item, str) for item in value)):
                 raise TypeError(f"`{name}` is {value!r}, expected a list of strings or None.")
-        if isinstance(self.guard_dataset, str):
+        rows = self.guard_dataset
+        if isinstance(rows, str | Mapping) or not (rows is None or hasattr(rows, "__len__")):
             raise TypeError(
-                f"`guard_dataset` is the string {self.guard_dataset!r}, expected rows such as a `datasets.Dataset` in "
-                "the form of the Trainer's own training rows."
+                f"`guard_dataset` is {str(rows)[:80]!r}, a {type(rows).__name__}, expected rows such as a "
+                "`datasets.Dataset` in the form of the Trainer's own training rows."
             )
         if not isinstance(self.merge_parameters, Mapping):
             raise TypeError(

@@ -138,7 +138,8 @@ def duration(seconds: float) -> str:
 
 
 def _why_scratch(report: Any) -> str:
-    if report.base_loss is None or report.merged_loss is None:
+    # A swap that was taken back was checked before.
+    if report.base_loss is None or report.merged_loss is None or report.expected_loss is not None:
         return str(report.reason)
     others = f"{number(report.merged_loss)} of a merge of {_counted(report)}"
     if report.single_loss is not None:

@@ -6,6 +6,7 @@ the same call. So the processes stay in step: whatever the others wait for, they
 """
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -83,8 +84,17 @@ def failing_together() -> Iterator[None]:
     except Exception as error:
         if PartialState().num_processes > 1:
             logger.warning("Process %d failed: %s: %s", PartialState().process_index, type(error).__name__, error)
-            gather_object([((type(error), str(error)), None)])
+            gather_object([(_sendable(error), None)])
         raise
+
+
+def _sendable(error: Exception) -> tuple[type[Exception], str]:
+    """Returns the class and the message of an error, in another class where other processes cannot be sent its own."""
+    try:
+        pickle.dumps(type(error))
+    except Exception:
+        return RuntimeError, f"{type(error).__name__}: {error}"
+    return type(error), str(error)
 
 
 def from_main_process(value: Result) -> Result:

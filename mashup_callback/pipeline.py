@@ -161,6 +161,8 @@ class MashupRun:
             seed=self.args.seed if config.seed is None else config.seed,
             guard_rows=config.guard_dataset,
             labeled=self.metric.labeled,
+            # A batch size that was asked for is a bound.
+            tokens=0 if config.batch_size else None,
         )
         if config.sample_size != "auto":
             return sample
@@ -232,14 +234,14 @@ class MashupRun:
     def _save(self, report: MashupReport, write: Callable[[], Any]) -> None:
         if not is_main_process():
             return
-        report.show()
-        try:
-            write()
-        except Exception as error:
-            if self.config.on_error == "raise":
-                raise
-            # The model is as the report says; only its record on disk is missing.
-            logger.warning("The mashup could not be saved in %s: %s", self.directory, error)
+        for do, what in ((report.show, "shown"), (write, f"saved in {self.directory}")):
+            try:
+                do()
+            except Exception as error:
+                if self.config.on_error == "raise":
+                    raise
+                # The model is as the report says; only what tells of it is missing.
+                logger.warning("The mashup could not be %s: %s", what, error)
 
     def _why_none(self, specs: Sequence[str | PathLike[str]]) -> str:
         if not self.scores:
@@ -259,7 +261,7 @@ class MashupRun:
 
 def mashup_directory(config: MashupConfig, args: TrainingArguments) -> Path:
     """Returns where a run's report and merge are written."""
-    return Path(config.report_dir or Path(args.output_dir) / "mashup")
+    return Path(config.report_dir or Path(args.output_dir) / "mashup").expanduser()
 
 
 def candidate_rows(

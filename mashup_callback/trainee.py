@@ -103,8 +103,14 @@ def find_trainee(
 
     Raises:
         ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialization
-            alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained.
+            alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained; or the model
+            is split by tensor parallelism.
     """
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            "The model is split by tensor parallelism: all processes compute each batch together, so that candidates "
+            "and rows cannot be dealt out to them. Use FSDP2 or ZeRO-3, or train without the mashup."
+        )
     config, workspace = config or MashupConfig(seed=42), Workspace(Path(directory))
     adapter = find_adapter(model, config.overwrite)
     if adapter is not None:

@@ -1,5 +1,6 @@
 """The whole way through a real SFTTrainer, against the same run without the callback."""
 
+import io
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -476,6 +477,25 @@ def test_report_that_cannot_be_saved_does_not_hide_the_swap(tmp_path, library, m
     sft_trainer(tmp_path / "out", callbacks=[callback, after], max_steps=1).train()
     assert callback.report.decision in ("merged", "single")
     assert any(value.any() for name, value in after.values.items() if "lora_B" in name)
+
+
+def test_a_terminal_that_cannot_show_the_table_costs_nothing_else(tmp_path, library, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    callback = MashupCallback(str(library / "trained-*"))
+    sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()
+    assert "could not be shown" in caplog.text
+    assert MashupReport.load(tmp_path / "out") == callback.report and callback.report.decision != "scratch"
+    failing = MashupCallback(str(library / "trained-*"), report_dir=str(tmp_path / "report"))
+    monkeypatch.setattr("mashup_callback.pipeline.choose", lambda *args: None)
+    sft_trainer(tmp_path / "out", callbacks=[failing], max_steps=1).train()
+    assert MashupReport.load(tmp_path / "report").decision == "scratch"
+
+
+def test_a_home_in_report_dir_is_the_users(tmp_path, library, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    callback = MashupCallback(str(library / "trained-*"), report_dir="~/report")
+    sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1).train()
+    assert MashupReport.load(tmp_path / "report") == callback.report
 
 
 def test_failure_after_the_swap_says_what_is_in_the_model(tmp_path, library, monkeypatch, caplog):

@@ -35,6 +35,8 @@ def test_defaults_are_those_of_the_design():
         ({"guard": 1}, TypeError, "True or False"),
         ({"allow_licenses": "mit"}, TypeError, "list of strings"),
         ({"guard_dataset": "rows.json"}, TypeError, "expected rows"),
+        ({"guard_dataset": iter([])}, TypeError, "expected rows"),
+        ({"guard_dataset": {"train": [], "test": []}}, TypeError, "expected rows"),
         ({"weights": "best"}, ValueError, "softmax"),
         ({"weights": [1, float("nan"), 1]}, ValueError, "finite"),
         ({"weights": [1, 2]}, ValueError, "top_k"),

@@ -192,6 +192,8 @@ def test_one_sentence_says_what_training_starts_from():
     assert "merge of rising, ending, last" in " ".join(on_console(single, 120).split())
     lost = replace(report, decision="scratch", base_loss=0.815)
     assert "0.8150 is not clearly above 0.8200 of a merge of 3 adapters (rising, ending, last)" in lost.summary()
+    taken_back = replace(report, decision="scratch", reason="the swap was taken back", expected_loss=0.8)
+    assert taken_back.summary() == "Training starts from the fresh initialization: the swap was taken back."
 
 
 def test_table_shows_short_names_and_shares():

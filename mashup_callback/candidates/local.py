@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,10 +146,11 @@ def _run_of(directory: Path) -> str:
     for path in (real, real.parent):
         if _is_checkpoint(path):
             return str(path.parent)
-    try:
-        return str(real.parent if any(map(_CHECKPOINT.fullmatch, os.listdir(real.parent))) else real)
-    except OSError:
-        return str(real)
+    for path in (real, real.parent):
+        with suppress(OSError):
+            if any(map(_CHECKPOINT.fullmatch, os.listdir(path))):
+                return str(path)
+    return str(real)
 
 
 def _size(path: Path) -> int | None:

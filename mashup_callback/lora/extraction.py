@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..distributed import is_main_process, on_main_process
 from ..errors import AdapterError, CheckpointError
 from ..formats import Adapter, Checkpoint, read_adapter, read_tensor, write_adapter
-from ..lowrank import LoraFactors, truncate_dense
+from ..lowrank import LoraFactors, exact_dtype, truncate_dense
 from ..model import linear_layers, random_state, stream_parameters
 
 
@@ -51,7 +51,7 @@ def low_rank_update(
     layers = linear_layers(model)
     for name, base in stream_parameters(model, checkpoint.tensors):
         update = read_tensor(checkpoint, name).to(base.device, torch.float32) - base.float()
-        energy = torch.linalg.vector_norm(update, dtype=torch.float64).item() ** 2
+        energy = torch.linalg.vector_norm(update, dtype=exact_dtype(update.device)).item() ** 2
         total += energy
         layer = name.removesuffix(".weight")
         if layer in ranks and energy > 0 and is_main_process():
@@ -59,7 +59,8 @@ def low_rank_update(
             update = update.T if isinstance(layers[layer], Conv1D) else update
             with random_state(0):
                 truncated = truncate_dense(update, ranks[layer], width=ranks[layer])
-            factors[layer] = truncated.factors
+            # What is sent to the other processes would take memory of this one's device there.
+            factors[layer] = truncated.factors.to("cpu")
             kept += truncated.kept_energy * energy
     factors, kept = on_main_process(lambda: (factors, kept))
     if not factors:

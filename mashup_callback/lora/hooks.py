@@ -122,7 +122,8 @@ def bypassed_layers(model: nn.Module) -> frozenset[str]:
 def bypass_warnings(model: nn.Module, factors: Factors) -> tuple[str, ...]:
     """Returns what is lost of an update where layers are bypassed, if anything is."""
     bypassed = {name: factors[name] for name in bypassed_layers(model) & factors.keys()}
-    share = _STRUCTURES[model].holder.lost(bypassed) / energy(factors) if bypassed else 0.0
+    # One that was never trained has no energy.
+    share = _STRUCTURES[model].holder.lost(bypassed) / (energy(factors) or 1.0) if bypassed else 0.0
     if share <= 1e-6:
         return ()
     return (

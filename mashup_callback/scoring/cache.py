@@ -97,7 +97,9 @@ class ScoreCache:
         return scores
 
     def _files(self) -> list[Path]:
-        return [] if self.directory is None else list((self.directory / "scores").glob("??/*"))
+        # By the form of their names, as the directory may hold other files too.
+        names = f"scores/??/{'[0-9a-f]' * 64}.*"
+        return [] if self.directory is None else list(self.directory.glob(names))
 
     def _path(self, key: str) -> Path:
         return self.directory / "scores" / key[:2] / (key + _SUFFIX)

@@ -39,7 +39,8 @@ def evaluate(
     With `share` the rows are split: every process calls this, looks at its share, and gets the losses of all rows.
     """
     metric = make_metric(metric)
-    mine = rows.share(*process_index_and_count()) if share else rows
+    # A loss that the processes compute together gathers a number for each row.
+    mine = rows.share(*process_index_and_count(), even=metric.collective) if share else rows
     with structure_kept(model):
         while True:
             sums, seen, bypassed = _sums(model, mine, metric, update, share)
@@ -79,7 +80,15 @@ def _alone(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any, m
     try:
         return metric.losses(model, _on_device(batch, model))
     except RuntimeError as error:
-        if not should_reduce_batch_size(error) or not rows.halve(indices):
+        if not should_reduce_batch_size(error):
+            raise
+        rank, count = process_index_and_count()
+        if metric.collective and count > 1:
+            raise OutOfStepError(
+                f"Memory ran out on process {rank}, and the other processes cannot compute the trainer's loss alone. "
+                "Set a smaller `batch_size`."
+            ) from error
+        if not rows.halve(indices):
             raise
     clear_device_cache(garbage_collection=True)
     logger.info("Out of memory with %d rows; the batch is halved.", len(indices))
@@ -98,7 +107,8 @@ def _in_step(model: nn.Module, rows: SampleRows, indices: list[int], batch: Any,
     try:
         return metric.losses(model, _on_device(batch, model), chunks)
     except Exception as error:
-        if len(begun) != len(ended):
+        # Without a mapping there is nothing to give the model in place of the pass that the others are in.
+        if len(begun) != len(ended) or not (begun or isinstance(batch, Mapping)):
             rank, _ = process_index_and_count()
             raise OutOfStepError(
                 f"A forward pass of the sharded model failed on process {rank} ({type(error).__name__}: {error})"

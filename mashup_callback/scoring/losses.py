@@ -99,9 +99,9 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
     return language_model_losses(model, batch, chunks) if losses is None else losses
 
 
-def head_chunks(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def head_chunks(model: nn.Module, batch: Any) -> int:
     """Returns into how many parts the labels of a batch are split so that their logits fit."""
-    labels = batch.get("labels")
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return _chunks_of(int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0, output_head(model))
 
 
@@ -180,7 +180,8 @@ class _LabelPositions:
                 return None
         loss, correct = self.sums
         rows = self.mask.nonzero()[:, 0].cpu()
-        values = torch.stack([loss, correct, torch.ones_like(loss)]).double().cpu()
+        # In this order: Apple's GPUs have no float64.
+        values = torch.stack([loss, correct, torch.ones_like(loss)]).cpu().double()
         return RowLosses(*torch.zeros(3, len(self.mask), dtype=torch.float64).index_add_(1, rows, values))
 
 

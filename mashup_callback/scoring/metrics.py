@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import UsageError
 from ..model import without_adapters
 from ..trainee import Trainee, Update
-from .losses import RowLosses, language_model_losses
+from .losses import IGNORE, RowLosses, language_model_losses
 
 
 if TYPE_CHECKING:
@@ -117,11 +117,13 @@ class TrainerLoss(_SumAndCount):
     repeatable = collective = True
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[float, float]:
-        """Returns the batch's mean loss times its rows, and its rows."""
+        """Returns the batch's mean loss times its rows, and its rows; nothing where none of them has a label."""
+        rows, labels = _rows(batch), batch.get("labels") if isinstance(batch, Mapping) else None
         with _trainer_metrics_restored(self.trainer):
             loss = self.trainer.compute_loss(model, batch)
-        rows = _rows(batch)
-        return float(loss) * rows, rows
+        # The mean of no labels is not a number; all processes compute it, as they may gather something for it.
+        unlabeled = isinstance(labels, torch.Tensor) and not (labels != IGNORE).any()
+        return (0.0, 0) if unlabeled else (float(loss) * rows, rows)
 
     def base(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

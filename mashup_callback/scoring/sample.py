@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed import on_main_process
 from ..errors import UsageError
@@ -70,12 +70,17 @@ class SampleRows:
         """Returns the rows from `start` to `stop` with the same collator and batch size."""
         return SampleRows(self.rows[start:stop], self.collate, self.batch_size, self.tokens)
 
-    def share(self, index: int, count: int) -> "SampleRows":
-        """Returns the rows with the batches of one of several processes, the same number of batches for each."""
+    def share(self, index: int, count: int, even: bool = False) -> "SampleRows":
+        """
+        Returns the rows with the batches of one of several processes, the same number of batches for each; where
+        `even`, the last of equal size fills up with rows of the first, so that all are equal.
+        """
         if count == 1:
             return self
         if (index, count) not in self._shares:
             groups = self._grouped(max(1, math.ceil(len(self.rows) / count)))
+            if even:
+                groups[-1] = groups[-1] + groups[0][: len(groups[0]) - len(groups[-1])]
             # Where they do not come out even, the first batch fills up.
             groups += groups[:1] * (-len(groups) % count)
             mine = [list(group) for group in groups[index::count]]
@@ -151,6 +156,7 @@ def draw_sample(
     seed: int = 42,
     guard_rows: Sequence[Any] | None = None,
     labeled: bool = True,
+    tokens: int | None = None,
 ) -> Sample:
     """
     Draws `size` rows, of which one half selects and the other, or the `guard_rows`, is held out for the guard.
@@ -160,7 +166,8 @@ def draw_sample(
     from a private copy. The main process reads them and every process gets them, so that a data set that is split over
     the processes gives the same sample to all. Rows with the same content are in the same half. The collator is a
     private copy too; the global random number generators start from the same seed at every batch and everywhere.
-    Where `labeled`, rows whose labels are all -100 are left out, and short rows share batches, see [`token_budget`].
+    Where `labeled`, rows whose labels are all -100 are left out, and short rows share batches of up to so many
+    `tokens`, by default [`token_budget`].
 
     Raises:
         ValueError: The data set has fewer than two different rows, or is a stream that can be read once, or no row has
@@ -185,7 +192,8 @@ def draw_sample(
         selection, held_out = rows, _check_guard(guard_rows, rows[0])
     collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
     # What a batch of a callable metric counts as is its own affair, so its size stays.
-    parts = [SampleRows(part, collate, batch_size, token_budget() if labeled else 0) for part in (selection, held_out)]
+    budget = (token_budget() if tokens is None else tokens) if labeled else 0
+    parts = [SampleRows(part, collate, batch_size, budget) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
     return Sample(kept[0], kept[1], duplicates=len(rows) - len(places), unlabeled=unlabeled)
@@ -203,7 +211,9 @@ def _read_rows(dataset: Any, size: int, seed: int) -> list[Any]:
     if isinstance(dataset, IterableDatasetShard):
         # Each process would skip the rows of the others.
         dataset = dataset.dataset
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    # torch's iterable data sets inherit a `__getitem__`, and some know their length.
+    streamed = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    if streamed or not hasattr(dataset, "__len__"):
         return list(itertools.islice(_from_the_start(dataset), size))
     return [dataset[index] for index in _drawn(len(dataset), size, torch.Generator().manual_seed(seed))]
 

@@ -48,7 +48,8 @@ def bars(
             fontsize=9,
             color=INK,
         )
-    axes.set_yticks(range(len(names)), names)
+    # A name is no formula.
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.invert_yaxis()
     # Room for the notes.
     axes.set_xlim(least, 1.35 * most or 1.0)

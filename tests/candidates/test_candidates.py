@@ -173,6 +173,9 @@ def test_a_final_adapter_in_its_own_directory_belongs_to_the_run(runs):
     found = find_candidates("runs/b")
     assert names(found, "runs/b") == ["final", "checkpoint-1"]
     assert {item.run for item in found} == {str(runs / "b")}
+    # Checkpoints beside a run that has its own do not make it theirs.
+    write_adapter(runs / "checkpoint-5", 7.0)
+    assert {item.run for item in find_candidates("runs/a")} == {str(runs / "a")}
 
 
 def test_duplicates_keep_the_final_adapter(runs):

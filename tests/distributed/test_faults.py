@@ -1,7 +1,11 @@
 """What fails on one process ends on all of them, with its reason, and nobody waits for ever."""
 
+import pickle
+from types import SimpleNamespace
+
 import pytest
 
+from mashup_callback import distributed
 from tests.distributed.launching import case
 
 
@@ -75,6 +79,18 @@ def test_process_that_raises_in_scoring(run):
 def test_process_that_raises_ends_all_where_the_user_wants_that(run):
     assert run.code != 0 and not run.ranks and run.seconds < 2 * LIMIT
     assert "a defect on process 1" in run.output
+
+
+def test_an_error_whose_class_cannot_be_sent(monkeypatch):
+    class LocalError(Exception):
+        pass
+
+    sent = []
+    monkeypatch.setattr(distributed, "PartialState", lambda: SimpleNamespace(num_processes=2, process_index=1))
+    monkeypatch.setattr(distributed, "gather_object", lambda parcels: sent.extend(pickle.loads(pickle.dumps(parcels))))
+    with pytest.raises(LocalError), distributed.failing_together():
+        raise LocalError("its reason")
+    assert sent == [((RuntimeError, "LocalError: its reason"), None)]
 
 
 @by_case(broken("fsdp2", "batch_raises"))

@@ -47,12 +47,12 @@ def test_ddp(run, alone):
     assert run.ranks[0]["kind"] == "MULTI_CPU"
     losses = [row["loss"] for row in run.ranks[0]["report"]["candidates"]]
     assert losses == pytest.approx([row["loss"] for row in alone.ranks[0]["report"]["candidates"]], abs=1e-5)
-    # Half of the candidates (within one) and half of the guard's rows each, and of the batch that checks the swap.
-    rows, batch = (len(losses) * 4 + 3 * 4) * 4, 16
+    # Half of the candidates (within one) and half of the guard's rows each, and a batch that checks the swap.
+    rows, batch = (len(losses) * 4 + 3 * 4) * 4, CALLBACK["batch_size"]
     assert alone.ranks[0]["rows"] == rows + batch
     for rank in run.ranks:
-        assert abs(rank["rows"] - (rows + batch) / 2) <= 4 * 4 / 2
-    assert sum(rank["rows"] for rank in run.ranks) == rows + batch
+        assert abs(rank["rows"] - rows / 2 - batch) <= 4 * 4 / 2
+    assert sum(rank["rows"] for rank in run.ranks) == rows + 2 * batch
 
 
 @pytest.mark.parametrize("run", [case(**DPO)], indirect=True, ids=str)
@@ -66,6 +66,15 @@ def test_bound_trainer_in_ddp(run, train_here):
     # DPO's own loss: ln 2 for an adapter that changes nothing.
     assert run.ranks[0]["report"]["base_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert len(set(losses.values())) > 1 and run.ranks[0]["report"]["merged_loss"] != pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    "run", [case(**{**DPO, "callback": {**DPO["callback"], "sample_size": 30}})], indirect=True, ids=str
+)
+def test_bound_trainer_in_ddp_whose_last_batch_is_smaller(run):
+    """It gathers a number for each row, and so has to have as many rows in every process."""
+    assert run.ranks[0]["report"] == run.ranks[1]["report"] and run.ranks[0]["held"] == run.ranks[1]["held"]
+    assert run.ranks[0]["rows"] == run.ranks[1]["rows"]
 
 
 @plain("native")

@@ -136,6 +136,12 @@ def test_candidates_that_change_nothing_are_told_from_those_that_do(tmp_path, ru
     assert not any(score.warnings for score in scored(model, runs).values())
 
 
+def test_an_adapter_that_was_never_trained_is_scored_too(tmp_path, runs):
+    save_random_adapter(tmp_path / "zero", 0, scale=0.0)
+    found = scored(fused(trainee()), [tmp_path / "zero", runs[0]])
+    assert {score.status for score in found.values()} == {"scored"}
+
+
 def test_hooks_alone_tell_what_they_do_not_reach(runs):
     model, factors = fused(llama(), FusedMLP).eval(), load_factors(read_adapter(runs[0]))
     with pytest.raises(BypassedError) as raised, torch.no_grad(), applied(model, factors):

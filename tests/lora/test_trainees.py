@@ -199,3 +199,11 @@ def test_training_continues_from_an_adapter_at_any_rank(tmp_path, rank):
     alone.train()
     assert losses(started)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
     assert close(by_peft(tmp_path / "out/mashup", llama), expected)
+
+
+def test_a_model_that_is_split_by_tensor_parallelism_is_refused():
+    model = get_peft_model(llama(), tiny_lora())
+    find_trainee(model)
+    model.get_base_model()._tp_size = 2
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        find_trainee(model)

@@ -90,6 +90,17 @@ def test_a_guard_that_cannot_decide_looks_at_more_rows(library, tmp_path):
         assert judged(library, tmp_path / f"{settings}", **settings)[0].sample["held_out"] == 16
 
 
+@pytest.mark.parametrize(("batch_size", "largest"), [(None, 16), (2, 2)])
+def test_a_batch_size_that_is_set_is_a_bound(library, tmp_path, batch_size, largest):
+    callback = MashupCallback([str(library / "trained-0"), str(library / "trained-1")], batch_size=batch_size)
+    trainer = sft_trainer(tmp_path, train_rows=rows("text", 64), callbacks=[callback], max_steps=1)
+    sizes = []
+    trainer.model.get_input_embeddings().register_forward_hook(lambda *args: sizes.append(len(args[1][0])))
+    trainer.train()
+    # The last is the step of training.
+    assert max(sizes[:-1]) == largest
+
+
 def test_the_share_is_that_of_the_rows_that_went_through_the_model(library, tmp_path):
     """The rows that the embedding sees before training begins, counted by a hook."""
     callback = MashupCallback([str(library / "trained-0"), str(library / "trained-1")], guard_margin=0.0)

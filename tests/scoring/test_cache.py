@@ -238,7 +238,11 @@ def test_clear(tmp_path):
     for key in ("ab", "cd"):
         cache.put(key * 32, LOSSES)
     assert cache.info().scores == 2 and cache.info().bytes > 0
-    assert cache.clear() == 2 and cache.info() == CacheInfo(str(tmp_path), 0, 0)
+    # In a directory that is not the cache's alone.
+    other = tmp_path / "scores/en/notes.json"
+    other.parent.mkdir()
+    other.write_text("mine")
+    assert cache.clear() == 2 and cache.info() == CacheInfo(str(tmp_path), 0, 0) and other.is_file()
 
 
 def test_command_line(directory):

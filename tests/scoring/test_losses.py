@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -104,6 +105,24 @@ def test_unknown_operation_after_the_head_is_noticed():
 
 
 @torch.no_grad()
+def test_a_device_without_float64_is_enough():
+    """As Apple's GPUs are: numbers become float64 only once they are on the CPU."""
+
+    class OnDevice(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.double and not hasattr(args[0], "is_here"):
+                raise TypeError("the device has no float64")
+            result = function(*args, **(kwargs or {}))
+            if function is torch.Tensor.cpu:
+                result.is_here = True
+            return result
+
+    batch = {"input_ids": torch.arange(7, 31).view(2, 12), "labels": torch.arange(7, 31).view(2, 12)}
+    with torch.no_grad(), OnDevice():
+        found = language_model_losses(llama(), batch)
+    assert found.tokens.tolist() == [11, 11] and found.loss.dtype == torch.float64
+
+
 def test_full_logits_are_never_built(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**12 * 4)
     model, sizes = llama().eval(), []

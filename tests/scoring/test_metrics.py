@@ -21,7 +21,7 @@ from mashup_callback.scoring import (
     make_metric,
     paired_gain,
 )
-from tests.tiny import llama, lora
+from tests.tiny import llama, lora, sft_trainer
 
 
 BATCH = {"input_ids": torch.arange(7, 31).view(2, 12), "labels": torch.arange(7, 31).view(2, 12)}
@@ -77,6 +77,15 @@ def test_a_trainers_loss_is_that_of_the_trainee_with_the_candidate_written():
     losses = evaluate(llama(), as_rows([BATCH]), TrainerLoss(trainer, Trainee()), update)
     assert events == [update, "loss", "put back"] and trainer.noted == {"entropy": [1.0]}
     assert losses.loss.item() == 1.0 and losses.tokens.item() == 2 and losses.mean_loss == 0.5
+
+
+def test_rows_without_a_label_count_nothing_in_a_trainers_loss(tmp_path):
+    """Its mean over no labels is not a number, for every candidate."""
+    trainer, rows = sft_trainer(tmp_path), as_rows([BATCH, BATCH | {"labels": torch.full((2, 12), -100)}])
+    metric = TrainerLoss(trainer, None)
+    with torch.no_grad():
+        found, alone = (evaluate(trainer.model.eval(), part, metric) for part in (rows, as_rows([BATCH])))
+    assert found.tokens.tolist() == [2.0, 0.0] and found.mean_loss == alone.mean_loss > 0
 
 
 def test_candidates_are_added_to_the_base_except_for_a_trainers_loss():

@@ -54,6 +54,15 @@ def test_stream_gives_its_first_rows():
     assert (numbers(first), numbers(second)) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9])
 
 
+def test_stream_that_knows_its_length_is_a_stream():
+    class Counted(Stream):
+        def __len__(self):
+            return 1000
+
+    first, second = halves(draw_sample(DataLoader(Counted(), collate_fn=identity), 4, batch_size=2))
+    assert (numbers(first), numbers(second)) == ([0, 2], [1, 3])
+
+
 def test_small_and_empty_data():
     first, second = halves(draw_sample(DataLoader(DATA[:3], collate_fn=identity), 10, batch_size=2))
     assert sorted(numbers(first) + numbers(second)) == [0, 1, 2]
@@ -310,6 +319,12 @@ def test_shares_of_filled_batches_are_as_many_on_each_process():
     shares = [SampleRows(data, padded, 2, 1000).share(rank, 2) for rank in range(2)]
     assert [lengths(share) for share in shares] == [[5], [4]]
     assert sorted(i for share in shares for indices, _ in share.batches() for i in indices) == list(range(9))
+
+
+def test_shares_for_a_loss_that_all_compute_have_batches_of_one_size():
+    shares = [SampleRows(DATA[:15], identity, 4).share(rank, 2, even=True) for rank in range(2)]
+    assert [lengths(share) for share in shares] == [[4, 4], [4, 4]]
+    assert {i for share in shares for indices, _ in share.batches() for i in indices} == set(range(15))
 
 
 def test_rows_that_are_packed_into_one_keep_the_batch_size():

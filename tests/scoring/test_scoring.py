@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from mashup_callback import score_candidates
-from mashup_callback.scoring import SampleRows, evaluate
+from mashup_callback.errors import OutOfStepError
+from mashup_callback.scoring import CallableMetric, SampleRows, ScoreMetric, evaluate
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer, stream, tokenizer
 
 
@@ -145,6 +146,31 @@ def test_out_of_memory_with_one_row_fails_the_candidate_only(tmp_path):
     path = save_random_adapter(tmp_path / "adapter", 0)
     [score] = score_candidates(model, [path], SampleRows([loader.dataset[i] for i in range(4)], loader.collate_fn, 4))
     assert score.status == "failed" and "out of memory" in score.reason
+
+
+def test_out_of_memory_where_all_processes_compute_one_loss_ends_the_run(monkeypatch):
+    """Halves would be further exchanges of this process, and the others would not take part in them."""
+
+    def fail(model, batch):
+        raise RuntimeError("CUDA out of memory.")
+
+    class Collective(CallableMetric):
+        collective = True
+
+    monkeypatch.setattr("mashup_callback.scoring.evaluation.process_index_and_count", lambda: (1, 2))
+    data = SampleRows([{"input_ids": [1, 2]}] * 4, lambda rows: {"input_ids": torch.ones(len(rows), 2)}, 4)
+    with pytest.raises(OutOfStepError, match="process 1, .* smaller `batch_size`"):
+        evaluate(llama(), data, Collective(fail))
+
+
+def test_a_score_of_rows_that_are_no_mapping_on_a_sharded_model(monkeypatch):
+    """As GRPO's batches are, lists of rows; what fails before the model is called cannot be made up for."""
+    monkeypatch.setattr("mashup_callback.scoring.evaluation.is_sharded", lambda model: True)
+    data = SampleRows([{"prompt": "a"}] * 4, list, 2)
+    found = evaluate(llama(), data, ScoreMetric(lambda model, batch: len(batch)), share=True)
+    assert found.mean_loss == -2.0
+    with pytest.raises(OutOfStepError, match="'answer'"):
+        evaluate(llama(), data, ScoreMetric(lambda model, batch: batch[0]["answer"]), share=True)
 
 
 def test_batches_without_labels_say_what_to_do(tmp_path):

@@ -24,6 +24,7 @@ REPORTS = {
     "score": MashupReport("merged", "", -0.1, -0.9, -0.8, candidates=(row("a", -0.9, 0.5), row("b", -0.8, 0.5))),
     "many": MashupReport("merged", "", 2.0, 1.0, candidates=tuple(row(f"n{i}", 1 + i, 1.0) for i in range(99))),
     "unguarded": MashupReport("merged", "", candidates=(row("a", 1.0, 1.0),)),
+    "dollars": MashupReport("merged", "", candidates=(row("a$^$", 1.0, 1.0),)),
 }
 
 
