@@ -1,5 +1,6 @@
 """The LoRA layers that are trained: found in the live model, and checked that a merge can be written into them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,9 @@ class TrainedAdapter:
     def _saved_name(self, parameter: str) -> str:
         layer = parameter.removesuffix(".bias")
         name = f"{layer}.base_layer.bias" if layer in self.targets else parameter
-        return name.replace(f".{self.name}", "").replace(".modules_to_save", "").replace("_vector.weight", "_vector")
+        # A name of a module may begin with that of the adapter.
+        name = re.sub(rf"(\.(?:lora_\w+|modules_to_save))\.{re.escape(self.name)}(?=\.|$)", r"\1", name)
+        return name.replace(".modules_to_save", "").replace("_vector.weight", "_vector")
 
 
 def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | None:
