@@ -65,7 +65,8 @@ class MashupConfig:
             By how many standard errors, of the paired differences over the held-out rows, a start must be better than
             a fresh initialization; 0 accepts any improvement.
         batch_size (`int`, *optional*):
-            Rows in a forward pass. `None` takes the Trainer's; halved whenever memory runs out.
+            Most rows in a forward pass. `None` takes the Trainer's, and as many more as fit into 1,024 tokens on a CPU
+            or 8,192 elsewhere; halved whenever memory runs out.
         max_candidates (`int`, *optional*, defaults to `64`):
             Candidates looked at; the rest is reported as rejected.
         max_download_gb (`float`, *optional*, defaults to `10.0`):
