@@ -40,9 +40,9 @@ class MashupConfig:
         sample_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Rows of the training data used: half select, the other half is held out for the guard. `"auto"` takes as
             many, from 32 to 512, as keep scoring and guarding within 5% of the run's own forward and backward work;
-            in short runs as few as 16 of long rows, if each half has 1,024 label tokens. Where the guard finds a start
-            that is better, but not by `guard_margin`, it goes on with twice as many held-out rows, and again: within
-            the 5%, or up to 64 rows at up to 20%.
+            in short runs as few as 16 of long rows, if each half has 1,024 label tokens. Where the guard finds the
+            best start neither better nor worse by `guard_margin`, it goes on with twice as many held-out rows, and
+            again: within the 5%, or up to 64 rows at up to 20%.
         metric (`str` or `Callable`, *optional*, defaults to `"loss"`):
             What ranks the candidates: `"loss"` (negative log-likelihood per label token), `"token_accuracy"`, or a
             callable `metric(model, batch)` that returns a loss and a count for the batch (lower is better); see

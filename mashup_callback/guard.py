@@ -88,7 +88,7 @@ def choose(
     All three are judged on the held-out rows by their loss (by the user's metric if that is a callable), in the form
     and precision in which the trainee will hold them. What is not better than the fresh initialization by
     `guard_margin` standard errors of the paired differences over the rows counts as no better. Where the best one is
-    better, but not by so much, the next part of the held-out rows is added.
+    not worse by so much either, the next part of the held-out rows is added.
 
     Where a candidate is gone or has changed since it was scored, the next best takes its place.
     """
@@ -225,7 +225,7 @@ def _decide(fresh: RowLosses, merge: Init, single: Init, config: MashupConfig) -
 
 def _is_undecided(fresh: RowLosses, merge: Init, single: Init, config: MashupConfig) -> bool:
     gain, error = paired_gain(_best(merge, single).losses, fresh)
-    return config.guard and 0 < gain <= config.guard_margin * error
+    return config.guard and -config.guard_margin * error < gain <= config.guard_margin * error
 
 
 def _is_better(init: Init, fresh: RowLosses, margin: float) -> bool:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mashup_callback import MashupCallback, MashupConfig, score_candidates
 from mashup_callback import pipeline as run
-from mashup_callback.guard import Init, _decide, _reason
+from mashup_callback.guard import Init, _decide, _is_undecided, _reason
 from mashup_callback.scoring import RowLosses, paired_gain
 from mashup_callback.selection import Selection
 from tests.full_model import full_trainer, save_models
@@ -74,6 +74,30 @@ def test_what_is_not_better_by_the_margin_is_not_better(merge, single, margin, e
     assert decision == expected
     reason = _reason(decision, row_losses(BASE), *starts, config)
     assert "standard error" in reason and (expected != "scratch" or "nothing is better" in reason)
+
+
+def mirrored(losses):
+    return [2 * base - loss for base, loss in zip(BASE, losses, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("merge", "margin", "expected"),
+    [
+        (NOISE, 2.0, True),
+        (mirrored(NOISE), 2.0, True),
+        (NOISE, 0.0, False),
+        (SOME, 2.0, True),
+        (SOME, 1.0, False),
+        (CLEAR, 2.0, False),
+        (mirrored(CLEAR), 2.0, False),
+        (BASE, 2.0, False),
+        ([math.nan] * 4, 2.0, False),
+    ],
+)
+def test_what_is_neither_better_nor_worse_by_the_margin_is_undecided(merge, margin, expected):
+    starts = start(merge, 2), start(mirrored(CLEAR))
+    assert _is_undecided(row_losses(BASE), *starts, MashupConfig(guard_margin=margin)) is expected
+    assert not _is_undecided(row_losses(BASE), *starts, MashupConfig(guard_margin=margin, guard=False))
 
 
 def test_one_held_out_row_gives_no_error_and_any_gain_counts():
