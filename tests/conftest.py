@@ -50,3 +50,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(2):
         save_random_adapter(directory / f"random-{seed}", seed, scale=3.0)
     return directory
+
+
+@pytest.fixture(scope="session")
+def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters and three full checkpoints that no guard is asked about, as `lora/run-*` and `full/run-*`."""
+    from tests.killing import save_library
+
+    directory = tmp_path_factory.mktemp("candidates")
+    save_library(directory)
+    return directory

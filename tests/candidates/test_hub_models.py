@@ -1,6 +1,8 @@
 """Full models on the loopback Hub: found, judged before any shard is downloaded, merged, pushed and read again."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,25 +11,22 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from mashup_callback import MashupCallback
-from tests.candidates.test_hub import reasons, usable
+from tests.candidates.client import PRELUDE, usable
+from tests.full.damage import BAD as CHECKPOINTS
 from tests.full_model import full_trainer, same, save_models
-from tests.hub import conftest
+from tests.hostile.damage import INDEX, changed
 from tests.hub.views import front_matter
 from tests.tiny import llama, save_random_adapter
 
 
-hub, run_client = conftest.hub, conftest.run_client
 CARD = b"---\nbase_model: acme/base\nlicense: mit\n---\n# A fine-tune\n"
-INDEX = "model.safetensors.index.json"
 
-PRELUDE = """
-import json, sys
+MODELS = """
+from functools import partial
 from mashup_callback import MashupCallback
 from mashup_callback.full import merge as full_merge
-from mashup_callback.candidates import Hub, arriving, find_candidates
-from mashup_callback.formats.base import BaseModel
 from tests.full_model import full_trainer
-from tests.tiny import llama, losses, sft_trainer, tokenizer
+from tests.tiny import llama, losses, sft_trainer
 
 def train(make, output, *specs, **settings):
     callback = MashupCallback(list(specs), base_model="acme/base", **{"guard": False, **settings})
@@ -35,18 +34,13 @@ def train(make, output, *specs, **settings):
     trainer.train()
     return callback, {"report": json.loads(callback.report.to_json()), "losses": losses(trainer)}
 
-def find(*specs, fetch=False, **limits):
-    check, hub = BaseModel.of(llama()).check, Hub()
-    found = find_candidates(specs, "acme/base", check=check, relations=("adapter", "finetune"), hub=hub, **limits)
-    if fetch:
-        with arriving(found, hub) as coming:
-            found = list(coming)
-    return {item.name: {"reason": item.reason, "kind": item.kind, "bytes": item.bytes, "path": item.path and
-                        str(item.path), "revision": item.revision} for item in found}
-
-def finish(**results):
-    print(json.dumps(results))
+find = partial(find, check=BaseModel.of(llama()).check, relations=("adapter", "finetune"))
 """
+
+
+@pytest.fixture
+def ask(run_client):
+    return lambda program, *args, **settings: run_client(PRELUDE + MODELS + program, *args, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -71,76 +65,21 @@ def shards(hub, repo_id=None, whole=True):
     ]
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# What the header of a file tells, and its size.
+BAD = {name: case for name, case in CHECKPOINTS.items() if name != "not_finite"}
+BAD["huge_index"] = (changed(INDEX, lambda data: b" " * 50_000_001 + data), "expected a small file")
 
 
-def other_architecture(files):
-    return {**files, "config.json": files["config.json"].replace(b'"llama"', b'"mistral"')}
-
-
-def other_vocabulary_size(files, directory):
-    llama(vocab_size=120).save_pretrained(directory)
-    return contents(directory)
-
-
-def other_width(files, directory):
-    llama(hidden_size=48, num_attention_heads=4).save_pretrained(directory)
-    return contents(directory)
-
-
-def pickled(files):
-    kept = {name: data for name, data in files.items() if ".safetensors" not in name}
-    return {**kept, "pytorch_model.bin": b"cos\nsystem\n(S'touch pwned'\ntR."}
-
-
-def truncated_shard(files):
-    name = last_shard(files)
-    return {**files, name: files[name][:-100]}
-
-
-def missing_shard(files):
-    return {name: data for name, data in files.items() if name != last_shard(files)}
-
-
-def index_that_leads_elsewhere(files):
-    index = json.loads(files[INDEX])
-    index["weight_map"]["lm_head.weight"] = "../../elsewhere.safetensors"
-    return {**files, INDEX: json.dumps(index).encode()}
-
-
-def huge_index(files):
-    return {**files, INDEX: b" " * 50_000_001 + files[INDEX]}
-
-
-def last_shard(files):
-    return max(name for name in files if name.endswith(".safetensors"))
-
-
-BAD = {
-    other_architecture: "another architecture: model_type is mistral, expected llama",
-    other_vocabulary_size: "another vocabulary: model.embed_tokens.weight has shape (120, 32), expected (96, 32)",
-    other_width: "another architecture: model.embed_tokens.weight has shape (96, 48), expected (96, 32)",
-    pickled: "it has only pickled weights, which are never opened, and no model.safetensors",
-    truncated_shard: "truncated, padded",
-    missing_shard: "which model.safetensors.index.json names is missing",
-    index_that_leads_elsewhere: "names the file ../../elsewhere.safetensors",
-    huge_index: "expected a small file",
-}
-
-
-def test_what_does_not_fit_is_rejected_before_any_shard_is_downloaded(hub, run_client, models, tmp_path):
+def test_what_does_not_fit_is_rejected_before_any_shard_is_downloaded(hub, fetch, models, tmp_path):
     good = contents(models / "model-0")
     hub.seed("acme/good", good)
-    for damage in BAD:
-        needs_directory = damage.__code__.co_argcount == 2
-        files = damage(good, tmp_path / damage.__name__) if needs_directory else damage(good)
-        hub.seed(f"bad/{damage.__name__}", files)
-    names = [f"bad/{damage.__name__}" for damage in BAD]
-    found = run_client(PRELUDE + "finish(found=find(*sys.argv[1:], fetch=True))", "acme/good", *names)["found"]
+    for name, (damage, _) in BAD.items():
+        damage(shutil.copytree(models / "model-0", tmp_path / name))
+        hub.seed(f"bad/{name}", contents(tmp_path / name))
+    found = fetch("acme/good", *(f"bad/{name}" for name in BAD))
     assert usable(found) == ["acme/good"] and found["acme/good"]["kind"] == "model"
-    why = reasons(found)
-    for damage, text in BAD.items():
-        assert text in why[f"bad/{damage.__name__}"], damage.__name__
+    for name, (_, reason) in BAD.items():
+        assert re.search(reason, found[f"bad/{name}"]["reason"]), name
     names = {name for name in good if name.endswith(".safetensors")}
     assert sorted(path.rpartition("/")[2] for path in shards(hub)) == sorted(names)
     assert {path.split("/")[1] for path in shards(hub)} == {"acme"}
@@ -150,39 +89,34 @@ def test_what_does_not_fit_is_rejected_before_any_shard_is_downloaded(hub, run_c
         assert (Path(found["acme/good"]["path"]) / name).read_bytes() == good[name]
 
 
-def test_max_download_gb_counts_the_shards(hub, run_client, models):
+def test_max_download_gb_counts_the_shards(hub, ask, models):
     size = sum(len(data) for name, data in contents(models / "model-0").items() if name.endswith(".safetensors"))
     for index in range(2):
         hub.seed(f"acme/{index}", contents(models / f"model-{index}"))
-    found = run_client(
-        PRELUDE + "finish(found=find('acme/0', 'acme/1', fetch=True, max_download_gb=float(sys.argv[1])))",
-        1.5 * size / 1e9,
-    )["found"]
+    program = "finish(found=find(['acme/0', 'acme/1'], fetch=True, max_download_gb=float(sys.argv[1])))"
+    found = ask(program, 1.5 * size / 1e9)["found"]
     assert usable(found) == ["acme/0"]
     assert "would exceed max_download_gb" in found["acme/1"]["reason"]
     assert shards(hub, "acme/0") and not shards(hub, "acme/1")
 
 
-def test_folders_and_what_the_cache_holds(hub, run_client, models, tmp_path):
+def test_folders_and_what_the_cache_holds(hub, fetch, offline, models):
     files = contents(models / "model-0", folder="checkpoint-5/") | contents(models / "model-1", folder="checkpoint-9/")
     sha = hub.seed("acme/runs", files)
-    both = run_client(PRELUDE + "finish(found=find('acme/runs', fetch=True))")["found"]
+    both = fetch("acme/runs")
     assert usable(both) == ["acme/runs/checkpoint-5", "acme/runs/checkpoint-9"]
     hub.reset_log()
-    program = PRELUDE + "finish(found=find(*sys.argv[1:], fetch=True))"
-    assert run_client(program, f"acme/runs/checkpoint-5@{sha}")["found"]["acme/runs/checkpoint-5"]["path"]
+    assert fetch(f"acme/runs/checkpoint-5@{sha}")["acme/runs/checkpoint-5"]["path"]
     assert hub.requests == []
-    offline = hub.environment(tmp_path / "hf_home") | {"HF_HUB_OFFLINE": "1"}
-    assert usable(run_client(program, "acme/runs", env=offline)["found"]) == usable(both)
+    assert usable(fetch("acme/runs", env=offline)) == usable(both)
 
 
-def test_a_model_that_was_downloaded_before_is_used_offline(hub, run_client, models, tmp_path):
+def test_a_model_that_was_downloaded_before_is_used_offline(hub, run_client, ask, offline, models):
     hub.seed("acme/one", contents(models / "model-0"))
     loading = "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
     loading += "A.from_pretrained('acme/one'), T.from_pretrained('acme/one')\nprint('null')"
     run_client(loading)
-    offline = hub.environment(tmp_path / "hf_home") | {"HF_HUB_OFFLINE": "1"}
-    found = run_client(PRELUDE + "finish(found=find('acme/one'))", env=offline)["found"]
+    found = ask("finish(found=find('acme/one'))", env=offline)["found"]
     assert usable(found) == ["acme/one"] and found["acme/one"]["kind"] == "model"
 
 
@@ -194,13 +128,13 @@ finish(**result)
 """
 
 
-def test_a_search_offers_fine_tunes_to_full_training(hub, run_client, models, tmp_path):
+def test_a_search_offers_fine_tunes_to_full_training(hub, ask, models, tmp_path):
     shas = [hub.seed(f"acme/{index}", contents(models / f"model-{index}")) for index in range(2)]
     save_random_adapter(tmp_path / "adapter", 0, scale=3.0)
     hub.seed("acme/adapter", contents(tmp_path / "adapter", CARD.replace(b"license", b"library_name: peft\nlicense")))
     hub.seed("acme/elsewhere", contents(models / "model-0", CARD.replace(b"acme/base", b"acme/other")))
     environment = hub.environment(tmp_path / "hf_home")
-    online = run_client(PRELUDE + TRAINING, tmp_path / "online", "hub:author=acme", env=environment, timeout=180)
+    online = ask(TRAINING, tmp_path / "online", "hub:author=acme", env=environment, timeout=180)
     rows = {row["name"]: row for row in online["report"]["candidates"]}
     assert set(rows) == {"acme/0", "acme/1", "acme/adapter"}
     assert [rows[f"acme/{index}"]["weight"] for index in range(2)] == [0.5, 0.5]
@@ -220,7 +154,7 @@ def test_a_search_offers_fine_tunes_to_full_training(hub, run_client, models, tm
     environment["HF_HUB_OFFLINE"] = "1"
     # A search needs the Hub, what it found does not.
     names = ["acme/0", "acme/1", "acme/adapter"]
-    offline = run_client(PRELUDE + TRAINING, tmp_path / "offline", *names, env=environment, timeout=180)
+    offline = ask(TRAINING, tmp_path / "offline", *names, env=environment, timeout=180)
     assert hub.requests == []
     assert offline["losses"] == online["losses"]
 
@@ -232,10 +166,11 @@ finish(named=json.loads(named.report.to_json()), searched=json.loads(searched.re
 """
 
 
-def test_a_lora_trainee_takes_a_model_that_is_named_and_searches_for_adapters(hub, run_client, models, tmp_path):
+def test_a_lora_trainee_takes_a_model_that_is_named_and_searches_for_adapters(hub, ask, models, tmp_path):
     hub.seed("acme/one", contents(models / "model-0"))
-    hub.seed("acme/wide", other_width({}, tmp_path / "wide"))
-    result = run_client(PRELUDE + LORA, tmp_path, timeout=180)
+    llama(hidden_size=48, num_attention_heads=4).save_pretrained(tmp_path / "wide")
+    hub.seed("acme/wide", contents(tmp_path / "wide"))
+    result = ask(LORA, tmp_path, timeout=180)
     one, wide = sorted(result["named"]["candidates"], key=lambda row: row["name"])
     assert one["weight"] == 1.0 and "of its full update" in one["warnings"][0]
     assert wide["status"] == "rejected" and "another architecture" in wide["reason"]
@@ -256,9 +191,9 @@ finish(url=url, found=find("hub:author=acme"))
 """
 
 
-def test_push_of_a_full_merge(hub, run_client, models, tmp_path):
+def test_push_of_a_full_merge(hub, ask, models, tmp_path):
     environment = hub.environment(tmp_path / "hf_home", token=hub.user("acme"))
-    result = run_client(PRELUDE + PUSHING, tmp_path / "out", models / "model-*", env=environment, timeout=180)
+    result = ask(PUSHING, tmp_path / "out", models / "model-*", env=environment, timeout=180)
     assert result["url"].startswith(f"{hub.url}/acme/start")
     files, merge = hub.files("acme/start"), tmp_path / "out/mashup"
     names = {name for name in files if name.endswith(".safetensors")}

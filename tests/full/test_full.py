@@ -177,8 +177,9 @@ def test_resuming_keeps_the_report_and_the_weights(tmp_path, untied):
     assert {item.kind for item in found} == {"model"} and len({item.run for item in found}) == 1
 
 
-@pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
-def test_bad_checkpoints_are_rejected_with_the_reason(tmp_path, untied, damage):
+@pytest.mark.parametrize("name", BAD)
+def test_bad_checkpoints_are_rejected_with_the_reason(tmp_path, untied, name):
+    damage, reason = BAD[name]
     shutil.copytree(untied / "model-0", tmp_path / "bad")
     damage(tmp_path / "bad")
     callback = MashupCallback(str(tmp_path / "bad"))
@@ -188,11 +189,11 @@ def test_bad_checkpoints_are_rejected_with_the_reason(tmp_path, untied, damage):
     alone.train()
     [row] = callback.report.candidates
     assert row.status == "rejected"
-    assert re.search(BAD[damage], row.reason)
+    assert re.search(reason, row.reason)
     assert callback.report.decision == "scratch" and losses(trainer) == losses(alone)
     assert {path.name for path in (tmp_path / "out/mashup").iterdir()} <= {"ranking.png", "report.json"}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mashup"]
-    with pytest.raises(RuntimeError, match=BAD[damage]):
+    with pytest.raises(RuntimeError, match=reason):
         full_trainer(tmp_path / "raise", callbacks=[MashupCallback(str(tmp_path / "bad"), on_error="raise")]).train()
 
 

@@ -3,13 +3,14 @@
 import json
 import os
 import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.hub.faults import safetensors_file as packed
 
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -25,20 +26,19 @@ def both(*changes: Change) -> Change:
     return change
 
 
-def fields(name: str = CONFIG, **values: Any) -> Change:
-    """Sets fields of a JSON file."""
-    return lambda directory: (directory / name).write_text(
-        json.dumps(json.loads((directory / name).read_text()) | values)
-    )
+def edited(name: str, edit: Callable[[dict], Any]) -> Change:
+    """Edits the object in a JSON file."""
 
-
-def without(name: str, field: str) -> Change:
     def change(directory: Path) -> None:
         values = json.loads((directory / name).read_text())
-        del values[field]
+        edit(values)
         (directory / name).write_text(json.dumps(values))
 
     return change
+
+
+def fields(name: str = CONFIG, **values: Any) -> Change:
+    return edited(name, lambda found: found.update(values))
 
 
 def raw(field: str, text: str, name: str = CONFIG) -> Change:
@@ -110,31 +110,24 @@ def longer(name: str, size: int) -> Change:
     return lambda directory: os.truncate(directory / name, size)
 
 
-def header(edit: Callable[[dict], dict | None], name: str = WEIGHTS, data: bytes | None = None) -> Change:
-    """Edits the header of a safetensors file as JSON, and may replace what follows it."""
-
-    def change(directory: Path) -> None:
-        old = (directory / name).read_bytes()
-        length = 8 + struct.unpack("<Q", old[:8])[0]
-        entries = json.loads(old[8:length])
-        entries = edit(entries) or entries
-        (directory / name).write_bytes(packed(json.dumps(entries).encode(), old[length:] if data is None else data))
-
-    return change
-
-
-def packed(text: bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def header_text(edit: Callable[[bytes], bytes], length: int | None = None, name: str = WEIGHTS) -> Change:
-    """Edits the header of a safetensors file as bytes; `length` is announced in the place of its own."""
+def header_text(edit: Callable[[bytes], bytes], length: int | None = None) -> Change:
+    """Edits the header of the weights as bytes; `length` is announced in the place of its own."""
 
     def one(old: bytes) -> bytes:
-        end = 8 + struct.unpack("<Q", old[:8])[0]
+        end = 8 + int.from_bytes(old[:8], "little")
         return packed(edit(old[8:end]), old[end:], length)
 
-    return changed(name, one)
+    return changed(WEIGHTS, one)
+
+
+def header(edit: Callable[[dict], dict | None]) -> Change:
+    """Edits the header of the weights as JSON."""
+
+    def one(text: bytes) -> bytes:
+        entries = json.loads(text)
+        return json.dumps(edit(entries) or entries).encode()
+
+    return header_text(one)
 
 
 def entry(key: str, **values: Any) -> Change:
@@ -161,26 +154,18 @@ def put(**values: torch.Tensor) -> Change:
     return tensors(lambda found: found.update(values))
 
 
+def zeros(key: str, *shape: int, **settings: Any) -> Change:
+    return put(**{key: torch.zeros(shape, **settings)})
+
+
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], name: str = WEIGHTS, part: str = "") -> Change:
     """Applies a function to all tensors whose name has a part."""
     return tensors(lambda found: found.update({k: function(v) for k, v in found.items() if part in k}), name)
 
 
-def renamed(old: str, new: str, name: str = WEIGHTS) -> Change:
-    return tensors(lambda found: found.update({new: found.pop(old)}), name)
+def renamed(old: str, new: str) -> Change:
+    return tensors(lambda found: found.update({new: found.pop(old)}))
 
 
 def filled(key: str, value: float, name: str = WEIGHTS) -> Change:
     return tensors(lambda found: found[key].view(-1)[3:4].fill_(value), name)
-
-
-def kept_stamp(name: str, change: Change) -> Change:
-    """Makes a change that leaves size and time of a file as they were."""
-
-    def hidden(directory: Path) -> None:
-        before = os.stat(directory / name)
-        change(directory)
-        assert os.stat(directory / name).st_size == before.st_size
-        os.utime(directory / name, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    return hidden

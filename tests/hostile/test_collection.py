@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from tests.hostile.cases import CASES, Case
+from tests.hostile.cases import CASES
+from tests.hostile.cases.case import Case
 from tests.hostile.judging import Judge, Outcome, outcomes_table, size
 
 
