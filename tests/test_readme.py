@@ -17,7 +17,7 @@ import mashup_callback
 from mashup_callback import MashupArguments, MashupCallback, MashupConfig
 from mashup_callback.cli import app
 from tests.lora.test_trainees import CONFIGURED, TRAINEES
-from tests.lora.test_variants import CANDIDATES
+from tests.lora.variants import CANDIDATES
 from tests.tiny import llama, rows, sft_trainer
 
 

@@ -12,17 +12,7 @@ from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import LoraUpdate, find_adapter
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.trainee import find_trainee
-from tests.lora.test_variants import (
-    ATTENTION,
-    IDS,
-    LORA,
-    MODELS,
-    admitted,
-    by_peft,
-    close,
-    output,
-    save_random,
-)
+from tests.lora.variants import ATTENTION, IDS, LORA, MODELS, admitted, by_peft, close, output, save_random
 from tests.tiny import llama, losses, sft_trainer
 from tests.tiny import lora as tiny_lora
 

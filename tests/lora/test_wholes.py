@@ -15,18 +15,7 @@ from mashup_callback.model import clean_name, whole_parameters
 from mashup_callback.trainee import find_trainee
 from tests.kernels import FusedAttention, FusedMLP, fused
 from tests.lora.test_trainees import check
-from tests.lora.test_variants import (
-    ATTENTION,
-    BESIDES,
-    IDS,
-    LORA,
-    MODELS,
-    admitted,
-    by_peft,
-    close,
-    output,
-    save_random,
-)
+from tests.lora.variants import ATTENTION, BESIDES, IDS, LORA, MODELS, admitted, by_peft, close, output, save_random
 from tests.tiny import llama, lora, losses, sft_trainer
 
 
