@@ -8,7 +8,6 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from mashup_callback.report import MashupReport
 from mashup_callback.sharing.push import push_mashup
-from tests.hub.conftest import hub, run_client  # noqa: F401
 from tests.hub.views import front_matter
 from tests.sharing.mashups import FILES, REPORT, write_mashup
 from tests.tiny import save_random_adapter
@@ -62,7 +61,7 @@ print(json.dumps({
 """
 
 
-def test_push(hub, run_client, tmp_path):  # noqa: F811
+def test_push(hub, run_client, tmp_path):
     hub.seed("other/theirs", {"README.md": b"# theirs\n"})
     named = write_mashup(tmp_path / "named")
     local = write_mashup(tmp_path / "local", replace(REPORT, base_model="/data/base"), "/data/base")
@@ -147,7 +146,7 @@ print(json.dumps({
 """
 
 
-def test_push_through_the_trainer(hub, run_client, tmp_path):  # noqa: F811
+def test_push_through_the_trainer(hub, run_client, tmp_path):
     for seed in range(2):
         save_random_adapter(tmp_path / f"runs/{seed}", seed, scale=0.05)
     environment = hub.environment(tmp_path / "hf", hub.user("alice", ["acme"]))

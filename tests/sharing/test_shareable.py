@@ -12,7 +12,6 @@ from mashup_callback.names import short_names
 from mashup_callback.report import CandidateRow, MashupReport
 from mashup_callback.sharing.push import push_mashup, share
 from mashup_callback.sharing.shareable import refuse_paths, shareable
-from tests.hub.conftest import hub, run_client  # noqa: F401
 from tests.sharing.mashups import REPORT, write_mashup
 from tests.tiny import llama, save_random_adapter
 
@@ -136,7 +135,7 @@ print(json.dumps({"names": [row.name for row in callback.report.candidates], "he
 """
 
 
-def test_a_pushed_repository_tells_nothing_of_the_machine(hub, run_client, tmp_path):  # noqa: F811
+def test_a_pushed_repository_tells_nothing_of_the_machine(hub, run_client, tmp_path):
     home = tmp_path / "alice-smith"
     project = home / "client-acme/project"
     for index, name in enumerate(("runs/0", "runs/1", "old/0", "runs/unfit")):
