@@ -189,6 +189,13 @@ def sft_trainer(
     )
 
 
+def trained(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> SFTTrainer:
+    """The trainer of [`sft_trainer`] after its run."""
+    trainer = sft_trainer(output_dir, callbacks=[*callbacks], **settings)
+    trainer.train()
+    return trainer
+
+
 def losses(trainer: SFTTrainer) -> list[float]:
     """The training losses that the Trainer logged, step by step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
