@@ -124,7 +124,7 @@ def test_adapters_and_checkpoints_together(tmp_path, untied):
 def test_an_adapter_alone_is_swapped_into_the_weights(tmp_path):
     save_random_adapter(tmp_path / "adapter", 0, scale=0.02)
     callback = MashupCallback(str(tmp_path / "adapter"), guard=False, on_error="raise")
-    trainer = trained_full(tmp_path / "out", callback)
+    trained_full(tmp_path / "out", callback)
     [score] = score_candidates(llama(), [tmp_path / "adapter"], [batch()])
     assert loss_of(LlamaForCausalLM.from_pretrained(tmp_path / "out/mashup")) == pytest.approx(score.loss, abs=1e-6)
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, untied, monkey
     with pytest.raises(OSError, match="needs .* GB in .*, and 1e-06 GB are free"):
         check_space(tmp_path, 10**5)
     callback = MashupCallback(str(untied / "model-*"))
-    trainer = trained_full(tmp_path / "out", callback, max_steps=1)
+    trained_full(tmp_path / "out", callback, max_steps=1)
     assert callback.report.decision == "scratch" and "GB are free" in callback.report.reason
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mashup"]
 
