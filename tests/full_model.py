@@ -52,6 +52,13 @@ def full_trainer(
     )
 
 
+def trained_full(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> SFTTrainer:
+    """The trainer of [`full_trainer`] after its run."""
+    trainer = full_trainer(output_dir, callbacks=[*callbacks], **settings)
+    trainer.train()
+    return trainer
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

@@ -1,5 +1,6 @@
-"""What is said of mergekit's methods is measured, and their configuration is one that mergekit reads."""
+"""What is said of mergekit's methods is measured, mergekit reads their configuration, and settings are checked."""
 
+import math
 import subprocess
 import sys
 from functools import partial
@@ -92,6 +93,60 @@ def test_every_method_passes_the_check_of_settings_and_leaves_the_random_numbers
     )
     assert (config.merge_method, [str(entry.model) for entry in config.models]) == (method, names)
     assert str(config.base_model) in ("acme/base", "acme/0", "None")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "linaer"}, r"did you mean 'linear'\?.*slerp"),
+        ({"method": "linear", "space": "dense"}, "Valid: delta, core, factors"),
+        ({"method": "ties", "parameters": {"desnity": 0.5}}, r"did you mean 'density'\?.*lambda"),
+        ({"method": "karcher", "parameters": {"density": 0.5}}, "It takes: max_iter, tol"),
+        ({"method": "nearswap", "top_k": 2}, "nearswap needs t"),
+        ({"method": "slerp", "top_k": 3}, "slerp merges exactly 2 adapters, found 3"),
+        ({"method": "slerp", "top_k": "auto"}, "exactly 2 adapters"),
+        ({"method": "passthrough", "top_k": 2}, "exactly 1 adapters"),
+        ({"method": "model_stock", "top_k": 1}, "at least 2"),
+        ({"method": "linear", "weights": [1, 2], "top_k": 3}, "2 weights for top_k=3"),
+        ({"method": "linear", "weights": [1, 2], "top_k": "auto"}, "2 weights for top_k=auto"),
+        ({"method": "linear", "weights": [1, -1]}, "divides by the sum of the weights"),
+        ({"method": "nuslerp", "weights": [1, -1]}, "divides by the sum of the weights"),
+        ({"method": "task_arithmetic", "weights": [0, 0]}, "not all zero"),
+        ({"method": "linear", "weights": [1, math.nan]}, "finite"),
+        ({"method": "linear", "weights": "best"}, '"equal", "softmax" or one number'),
+        ({"method": "karcher", "weights": [1, 2]}, "karcher has no weights"),
+        ({"method": "linear", "parameters": {"weight": [1, 2]}}, "setting `weights`"),
+        ({"method": "ties", "parameters": {"density": "half"}}, "expected a number"),
+        ({"method": "ties", "parameters": {"density": math.nan}}, "finite"),
+        ({"method": "ties", "parameters": {"density": [0.5, 0.5]}, "top_k": 3}, "density expects 3 values; got 2"),
+        ({"method": "della", "parameters": {"density": 0.95}}, "Epsilon must be chosen"),
+        ({"method": "ties", "parameters": {"density": 2}}, r"'density'\] of ties is 2, expected a number above 0"),
+        ({"method": "ties", "parameters": {"density": [0.5, 0]}}, r"'density'\] of ties is 0, expected a number"),
+        ({"method": "slerp", "parameters": {"t": 1.5}}, r"'t'\] of slerp is 1\.5, expected a number from 0 to 1"),
+        ({"method": "breadcrumbs", "parameters": {"gamma": -1}}, r"'gamma'\] of breadcrumbs is -1"),
+        ({"method": "karcher", "parameters": {"max_iter": 0}}, "a whole number of at least 1"),
+        ({"method": "auto", "parameters": {"density": 0.5}}, 'merge_method="auto" takes no merge_parameters'),
+    ],
+)
+def test_check_merge_names_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_merge(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights", "top_k"),
+    [
+        ("auto", {}, "equal", 3),
+        ("linear", {}, "softmax", "auto"),
+        ("slerp", {}, "equal", 2),
+        ("task_arithmetic", {"lambda": 0.5}, [1, -1], 2),
+        ("ties", {"density": [0.5, 0.2, 1.0]}, [1, 2, 3], 3),
+        ("model_stock", {}, "equal", "auto"),
+        ("karcher", {}, [1, 1], 2),
+    ],
+)
+def test_check_merge_accepts_what_mergekit_accepts(method, parameters, weights, top_k):
+    check_merge(method, parameters, weights, "delta", top_k)
 
 
 def test_importing_the_settings_does_not_wait_for_mergekit():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from mashup_callback import MashupCallback, score_candidates
-from tests.tiny import llama, lora, losses, sft_trainer
+from tests.tiny import llama, lora, losses, trained
 
 
 class Held(TrainerCallback):
@@ -19,8 +19,7 @@ class Held(TrainerCallback):
 
 def run(directory, library, **settings):
     callback, held = MashupCallback(str(library / "trained-*"), on_error="raise"), Held()
-    trainer = sft_trainer(directory, callbacks=[callback, held], **settings)
-    trainer.train()
+    trainer = trained(directory, callback, held, **settings)
     assert callback.report.decision in ("merged", "single")
     return losses(trainer), held.values, callback.report
 
@@ -69,8 +68,7 @@ def test_float16(tmp_path, library, plain, dtype):
     for name, value in held.items():
         assert value.dtype == dtype and torch.allclose(value.float(), plain[1][name], rtol=2**-10, atol=1e-6), name
     saved = PeftModel.from_pretrained(llama().half(), tmp_path / "out/mashup", is_trainable=True, **settings)
-    loaded = sft_trainer(tmp_path / "loaded", model=saved)
-    loaded.train()
+    loaded = trained(tmp_path / "loaded", model=saved)
     assert values[0] == losses(loaded)[0]
 
 

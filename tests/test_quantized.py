@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from mashup_callback import MashupCallback, score_candidates
-from tests.tiny import llama, lora_parameters, losses, save_random_adapter, save_trained_adapter, sft_trainer
+from tests.tiny import llama, lora_parameters, losses, save_random_adapter, save_trained_adapter, trained
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -60,26 +60,22 @@ def same(ours, theirs):
 
 def test_losses_after_the_swap_are_those_of_the_merge_loaded_by_peft(tmp_path, world, quantized):
     callback = MashupCallback(str(world / "good-*"), on_error="raise", guard=False)
-    trainer = sft_trainer(tmp_path / "out", model=quantized(), callbacks=[callback])
-    trainer.train()
+    trainer = trained(tmp_path / "out", callback, model=quantized())
     assert callback.report.decision == "merged"
     # The trainer holds such adapters in bfloat16, and what is saved is what it held.
     assert {value.dtype for value in lora_parameters(trainer.model).values()} == {torch.bfloat16}
     merge = PeftModel.from_pretrained(quantized(), tmp_path / "out/mashup", is_trainable=True)
-    loaded = sft_trainer(tmp_path / "loaded", model=merge)
-    loaded.train()
+    loaded = trained(tmp_path / "loaded", model=merge)
     assert losses(trainer) == losses(loaded)
     assert losses(trainer)[0] < callback.report.base_loss - 0.1
 
 
 def test_scratch_leaves_the_base_and_the_training_as_they_are(tmp_path, world, quantized):
     callback = MashupCallback(str(world / "bad-*"), on_error="raise")
-    trainer = sft_trainer(tmp_path / "out", model=quantized(), callbacks=[callback])
-    trainer.train()
+    trainer = trained(tmp_path / "out", callback, model=quantized())
     assert callback.report.decision == "scratch", callback.report.reason
     assert callback.report.merged_loss > callback.report.base_loss
-    alone = sft_trainer(tmp_path / "alone", model=quantized())
-    alone.train()
+    alone = trained(tmp_path / "alone", model=quantized())
     assert losses(trainer) == losses(alone)
     assert same(base_state(trainer.model), base_state(alone.model))
     weights = lora_parameters(alone.model)

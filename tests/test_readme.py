@@ -17,7 +17,7 @@ import mashup_callback
 from mashup_callback import MashupArguments, MashupCallback, MashupConfig
 from mashup_callback.cli import app
 from tests.lora.test_trainees import CONFIGURED, TRAINEES
-from tests.lora.test_variants import CANDIDATES
+from tests.lora.variants import CANDIDATES
 from tests.tiny import llama, rows, sft_trainer
 
 
@@ -84,7 +84,7 @@ def test_blocks_are_found():
 
 @pytest.mark.parametrize("command", LINES)
 def test_commands_are_understood(command):
-    """They are parsed and not run, as most need the Hub; test_cli runs each of them."""
+    """They are parsed and not run, as most need the Hub; tests/cli runs each of them."""
     _, name, *words = shlex.split(command)
     typer.main.get_command(app).commands[name].make_context(name, words)
 

@@ -139,7 +139,7 @@ def save_scaled_adapter(directory: Path, source: Path, factor: float) -> Path:
     return Path(directory)
 
 
-def trainer_settings(output_dir: Path, **changes: Any) -> dict[str, Any]:
+def run_settings(output_dir: Path, **changes: Any) -> dict[str, Any]:
     """Arguments of a short run on a CPU that logs the loss of every step, with some of them changed."""
     settings = {
         "output_dir": str(output_dir),
@@ -154,11 +154,15 @@ def trainer_settings(output_dir: Path, **changes: Any) -> dict[str, Any]:
         "bf16": False,
         "disable_tqdm": True,
         "log_level": "warning",
-        "max_length": 32,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
     return {**settings, **changes}
+
+
+def trainer_settings(output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """The same of a trainer that cuts its rows."""
+    return run_settings(output_dir, **{"max_length": 32, **changes})
 
 
 def sft_trainer(
@@ -183,6 +187,13 @@ def sft_trainer(
         peft_config=None if has_adapter else (peft_config or lora()),
         callbacks=callbacks or [],
     )
+
+
+def trained(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> SFTTrainer:
+    """The trainer of [`sft_trainer`] after its run."""
+    trainer = sft_trainer(output_dir, callbacks=[*callbacks], **settings)
+    trainer.train()
+    return trainer
 
 
 def losses(trainer: SFTTrainer) -> list[float]:

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from mashup_callback import MashupCallback, MashupReport, find_candidates, score_candidates
 from mashup_callback.full.merge import check_space
 from tests.full.damage import BAD
-from tests.full_model import full_trainer, run_mergekit, same, weights
-from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer
+from tests.full_model import full_trainer, run_mergekit, same, trained_full, weights
+from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer, trained
 
 
 def batch(seed=0):
@@ -47,13 +47,11 @@ def loss_of(model):
 )
 def test_first_loss_is_that_of_the_merge_on_disk(tmp_path, models, tied, settings):
     callback = MashupCallback(str(models / "model-*"), guard=False, on_error="raise", **settings)
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback], model=llama(tie_word_embeddings=tied))
-    trainer.train()
+    trainer = trained_full(tmp_path / "out", callback, model=llama(tie_word_embeddings=tied))
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "out/mashup")
     assert callback.report.decision in ("merged", "single")
     start = llama(tie_word_embeddings=tied) if settings.get("dry_run") else saved
-    alone = full_trainer(tmp_path / "alone", model=start)
-    alone.train()
+    alone = trained_full(tmp_path / "alone", model=start)
     assert losses(trainer) == pytest.approx(losses(alone), abs=1e-6)
     assert losses(trainer)[0] < 3.6 or settings.get("dry_run")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mashup"]
@@ -81,10 +79,8 @@ def test_scratch_is_bit_identical_to_no_callback(tmp_path, untied, library):
         model.save_pretrained(tmp_path / f"runs/{seed}", max_shard_size="20KB")
         save_scaled_adapter(tmp_path / f"runs/adapter-{seed}", library / f"trained-{seed}", -1.0)
     callback = MashupCallback(str(tmp_path / "runs/*"), on_error="raise")
-    trainer = full_trainer(tmp_path / "with", callbacks=[callback])
-    trainer.train()
-    alone = full_trainer(tmp_path / "without")
-    alone.train()
+    trainer = trained_full(tmp_path / "with", callback)
+    alone = trained_full(tmp_path / "without")
     assert callback.report.decision == "scratch"
     assert {row.status for row in callback.report.candidates} <= {"scored", "eliminated"}
     assert losses(trainer) == losses(alone)
@@ -112,8 +108,7 @@ def test_adapters_and_checkpoints_together(tmp_path, untied):
     shutil.copytree(untied / "model-0", tmp_path / "runs/full")
     save_random_adapter(tmp_path / "runs/adapter", 0, scale=0.02)
     callback = MashupCallback(str(tmp_path / "runs/*"), guard=False, on_error="raise", top_k=2)
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback])
-    trainer.train()
+    trainer = trained_full(tmp_path / "out", callback)
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(llama(), tmp_path / "runs/adapter").merge_and_unload().state_dict()
@@ -122,16 +117,14 @@ def test_adapters_and_checkpoints_together(tmp_path, untied):
     assert {row.weight for row in callback.report.candidates} == {0.5}
     for name, value in merged.items():
         torch.testing.assert_close(value, (adapted[name] + full[name]) / 2, atol=1e-6, rtol=1e-5)
-    alone = full_trainer(tmp_path / "alone", model=LlamaForCausalLM.from_pretrained(tmp_path / "out/mashup"))
-    alone.train()
+    alone = trained_full(tmp_path / "alone", model=LlamaForCausalLM.from_pretrained(tmp_path / "out/mashup"))
     assert losses(trainer) == pytest.approx(losses(alone), abs=1e-6)
 
 
 def test_an_adapter_alone_is_swapped_into_the_weights(tmp_path):
     save_random_adapter(tmp_path / "adapter", 0, scale=0.02)
     callback = MashupCallback(str(tmp_path / "adapter"), guard=False, on_error="raise")
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback])
-    trainer.train()
+    trained_full(tmp_path / "out", callback)
     [score] = score_candidates(llama(), [tmp_path / "adapter"], [batch()])
     assert loss_of(LlamaForCausalLM.from_pretrained(tmp_path / "out/mashup")) == pytest.approx(score.loss, abs=1e-6)
 
@@ -164,10 +157,7 @@ def test_resuming_keeps_the_report_and_the_weights(tmp_path, untied):
     resumed = MashupCallback(str(untied / "model-*"), guard=False, on_error="raise")
     trainer = full_trainer(tmp_path / "out", callbacks=[resumed], max_steps=3, **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
-    whole = full_trainer(
-        tmp_path / "whole", callbacks=[MashupCallback(str(untied / "model-*"), guard=False)], max_steps=3
-    )
-    whole.train()
+    whole = trained_full(tmp_path / "whole", MashupCallback(str(untied / "model-*"), guard=False), max_steps=3)
     assert resumed.report is None
     assert MashupReport.load(tmp_path / "out/mashup").decision == "merged"
     assert losses(trainer)[-1] == pytest.approx(losses(whole)[-1], abs=1e-5)
@@ -183,10 +173,8 @@ def test_bad_checkpoints_are_rejected_with_the_reason(tmp_path, untied, name):
     shutil.copytree(untied / "model-0", tmp_path / "bad")
     damage(tmp_path / "bad")
     callback = MashupCallback(str(tmp_path / "bad"))
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback], max_steps=1)
-    trainer.train()
-    alone = full_trainer(tmp_path / "alone", max_steps=1)
-    alone.train()
+    trainer = trained_full(tmp_path / "out", callback, max_steps=1)
+    alone = trained_full(tmp_path / "alone", max_steps=1)
     [row] = callback.report.candidates
     assert row.status == "rejected"
     assert re.search(reason, row.reason)
@@ -203,8 +191,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, untied, monkey
     with pytest.raises(OSError, match="needs .* GB in .*, and 1e-06 GB are free"):
         check_space(tmp_path, 10**5)
     callback = MashupCallback(str(untied / "model-*"))
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback], max_steps=1)
-    trainer.train()
+    trained_full(tmp_path / "out", callback, max_steps=1)
     assert callback.report.decision == "scratch" and "GB are free" in callback.report.reason
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mashup"]
 
@@ -226,10 +213,8 @@ def test_a_disk_that_fills_up_while_merging(tmp_path, small_disk, untied, monkey
     monkeypatch.setattr("mashup_callback.full.trainee.check_space", lambda directory, needed: None)
     settings = {"merge_method": "ties", "report_dir": str(small_disk / "mashup")}
     callback = MashupCallback(str(untied / "model-*"), **settings)
-    trainer = full_trainer(tmp_path / "out", callbacks=[callback], max_steps=1)
-    trainer.train()
-    alone = full_trainer(tmp_path / "alone", max_steps=1)
-    alone.train()
+    trainer = trained_full(tmp_path / "out", callback, max_steps=1)
+    alone = trained_full(tmp_path / "alone", max_steps=1)
     assert callback.report.decision == "scratch" and "space" in callback.report.reason
     assert losses(trainer) == losses(alone)
     assert [path.name for path in small_disk.iterdir()] == ["mashup"]
@@ -245,14 +230,13 @@ def test_a_full_checkpoint_for_a_lora_trainee(tmp_path, untied):
 
     merged = PeftModel.from_pretrained(llama(), tmp_path / "adapter").merge_and_unload()
     merged.save_pretrained(tmp_path / "full", max_shard_size="20KB")
-    reports, trained = [], []
+    reports, found = [], []
     for name in ("adapter", "full"):
         callback = MashupCallback(str(tmp_path / name), guard=False, on_error="raise")
-        trainer = sft_trainer(tmp_path / f"out-{name}", callbacks=[callback])
-        trainer.train()
+        trainer = trained(tmp_path / f"out-{name}", callback)
         reports.append(callback.report)
-        trained.append(losses(trainer))
-    assert trained[0][0] == pytest.approx(trained[1][0], abs=1e-5)
+        found.append(losses(trainer))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     [row] = reports[1].candidates
     assert row.name == str(tmp_path / "full") and "keeps 100.0% of its full update" in row.warnings[0]
 

@@ -22,7 +22,7 @@ from mashup_callback.model import without_adapters
 from mashup_callback.trainee import find_trainee
 from tests.hostile.cases.case import Case
 from tests.hostile.damage import CARD, CONFIG, WEIGHTS
-from tests.lora.test_variants import CONFIGURED, EVERYWHERE, EXPERTS, LORA, save_random
+from tests.lora.variants import CONFIGURED, EVERYWHERE, EXPERTS, LORA, save_random
 from tests.tiny import llama, lora, save_random_adapter
 
 

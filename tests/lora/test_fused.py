@@ -10,7 +10,7 @@ from mashup_callback.errors import BypassedError
 from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import applied
 from tests.kernels import FusedAttention, FusedMLP, fused
-from tests.tiny import LINEAR, llama, lora, lora_parameters, losses, save_random_adapter, sft_trainer
+from tests.tiny import LINEAR, llama, lora, lora_parameters, losses, save_random_adapter, trained
 
 
 BATCH = {"input_ids": torch.arange(7, 55).view(4, 12), "labels": torch.arange(7, 55).view(4, 12)}
@@ -79,8 +79,7 @@ def test_without_a_trainee_the_run_says_why(runs):
 def test_a_run_is_that_without_kernels(tmp_path, runs):
     def train(model, name, guard):
         callback = MashupCallback([str(path) for path in runs], guard=guard, on_error="raise")
-        trainer = sft_trainer(tmp_path / name, model=model, callbacks=[callback])
-        trainer.train()
+        trainer = trained(tmp_path / name, callback, model=model)
         return callback.report, losses(trainer), lora_parameters(trainer.model)
 
     for guard in (False, True):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mashup_callback import score_candidates
 from mashup_callback.errors import BypassedError
@@ -12,6 +11,7 @@ from mashup_callback.formats.adapter import load_factors, read_adapter
 from mashup_callback.lora.hooks import applied
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.model.layers import layer_shapes
+from tests.kernels import FusedAttention, FusedMLP, fused
 from tests.tiny import LINEAR, llama, lora, save_random_adapter
 
 
@@ -117,44 +117,11 @@ def test_gradients_reach_the_factors_and_not_the_model(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class FusedMLP(LlamaMLP):
-    """Multiplies by the weights itself, as fused kernels do."""
-
-    def forward(self, x):
-        gate, up = F.linear(x, self.gate_proj.weight), F.linear(x, self.up_proj.weight)
-        return F.linear(self.act_fn(gate) * up, self.down_proj.weight)
-
-
-class FusedAttention(LlamaAttention):
-    """The same in attention: the inputs and the output of its own forward are computed from the weights."""
-
-    def forward(self, hidden_states, **kwargs):
-        layers = {name: getattr(self, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        try:
-            for name, layer in layers.items():
-                del self._modules[name]
-                setattr(self, name, lambda x, layer=layer: F.linear(x, layer.weight))
-            return super().forward(hidden_states=hidden_states, **kwargs)
-        finally:
-            for name, layer in layers.items():
-                self.__dict__.pop(name, None)
-                self._modules[name] = layer
-
-
-def fused(kind, model=None):
-    """A model in which the modules of one kind are fused."""
-    model = llama() if model is None else model
-    for module in model.modules():
-        if type(module) is kind.__base__:
-            module.__class__ = kind
-    return model
-
-
 @pytest.mark.parametrize(("kind", "count"), [(FusedMLP, 6), (FusedAttention, 8)])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_layers_that_are_bypassed_are_told(tmp_path, kind, count, adapted):
     path = save_random_adapter(tmp_path / "a", 0, scale=1.0)
-    model = fused(kind, get_peft_model(llama(), lora()).eval() if adapted else None)
+    model = fused(get_peft_model(llama(), lora()).eval() if adapted else llama(), kind)
     with pytest.raises(BypassedError, match=f"{count} of the 14 layers .*model.layers.0.*fused"):
         hooked(path, model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -162,13 +129,13 @@ def test_layers_that_are_bypassed_are_told(tmp_path, kind, count, adapted):
 
 def test_layers_that_are_bypassed_do_not_matter_to_an_adapter_of_others(tmp_path):
     path = save_random_adapter(tmp_path / "a", 0, scale=1.0, target_modules=["q_proj", "v_proj"])
-    torch.testing.assert_close(hooked(path, fused(FusedMLP)), by_peft(path), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hooked(path, fused(llama(), FusedMLP)), by_peft(path), atol=1e-5, rtol=1e-5)
 
 
 def test_several_candidates_in_layers_that_are_bypassed(tmp_path):
     paths = [save_random_adapter(tmp_path / str(seed), seed) for seed in range(3)]
     with pytest.raises(BypassedError, match="bypass 6 layers"):
-        score_candidates(fused(FusedMLP), paths, [{"input_ids": IDS, "labels": IDS}])
+        score_candidates(fused(llama(), FusedMLP), paths, [{"input_ids": IDS, "labels": IDS}])
 
 
 class Experts(torch.nn.Module):

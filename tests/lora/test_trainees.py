@@ -12,18 +12,8 @@ from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import LoraUpdate, find_adapter
 from mashup_callback.lowrank import LoraFactors
 from mashup_callback.trainee import find_trainee
-from tests.lora.test_variants import (
-    ATTENTION,
-    IDS,
-    LORA,
-    MODELS,
-    admitted,
-    by_peft,
-    close,
-    output,
-    save_random,
-)
-from tests.tiny import llama, losses, sft_trainer
+from tests.lora.variants import ATTENTION, IDS, LORA, MODELS, admitted, by_peft, close, output, save_random
+from tests.tiny import llama, losses, trained
 from tests.tiny import lora as tiny_lora
 
 
@@ -187,16 +177,12 @@ def test_training_continues_from_an_adapter_at_any_rank(tmp_path, rank):
         energies.append(S.square().sum().item()), kept.append(S[:rank].square().sum().item())
         model.get_submodule(name).weight.data += (U[:, :rank] * S[:rank]) @ Vh[:rank]
     callback = MashupCallback(str(path), top_k=1, guard=False, on_error="raise")
-    started = sft_trainer(
-        tmp_path / "out", callbacks=[callback], peft_config=tiny_lora(r=rank, target_modules=ATTENTION), max_steps=1
-    )
-    started.train()
+    started = trained(tmp_path / "out", callback, peft_config=tiny_lora(r=rank, target_modules=ATTENTION), max_steps=1)
     assert callback.report.decision == "single" and callback.report.candidates[0].weight == 1.0
     assert callback.report.merge.kept_energy == pytest.approx(sum(kept) / sum(energies), abs=1e-6)
     expected = output(model)
     assert rank < 4 or close(expected, by_peft(path, llama))
-    alone = sft_trainer(tmp_path / "alone", model=model, max_steps=1)
-    alone.train()
+    alone = trained(tmp_path / "alone", model=model, max_steps=1)
     assert losses(started)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
     assert close(by_peft(tmp_path / "out/mashup", llama), expected)
 

@@ -15,19 +15,8 @@ from mashup_callback.model import clean_name, whole_parameters
 from mashup_callback.trainee import find_trainee
 from tests.kernels import FusedAttention, FusedMLP, fused
 from tests.lora.test_trainees import check
-from tests.lora.test_variants import (
-    ATTENTION,
-    BESIDES,
-    IDS,
-    LORA,
-    MODELS,
-    admitted,
-    by_peft,
-    close,
-    output,
-    save_random,
-)
-from tests.tiny import llama, lora, losses, sft_trainer
+from tests.lora.variants import ATTENTION, BESIDES, IDS, LORA, MODELS, admitted, by_peft, close, output, save_random
+from tests.tiny import llama, lora, losses, trained
 
 
 BIASED = partial(llama, attention_bias=True)
@@ -51,7 +40,7 @@ KINDS = {
 CASES = [(make, {"target_modules": ATTENTION, **settings}) for cases in KINDS.values() for make, settings in cases]
 
 
-def trained(make, settings):
+def adapted(make, settings):
     torch.manual_seed(2)
     # Names of modules begin with the adapter's.
     return get_peft_model(make(), LORA(**{**settings, "r": 6}), adapter_name="q").eval()
@@ -59,7 +48,7 @@ def trained(make, settings):
 
 @pytest.mark.parametrize(("make", "settings"), CASES, ids=lambda value: str(value)[:60] * isinstance(value, dict))
 def test_they_are_what_peft_computes_where_the_run_trains_them(tmp_path, make, settings):
-    path, model = save_random(tmp_path / "one", make(), LORA(**settings)), trained(make, settings)
+    path, model = save_random(tmp_path / "one", make(), LORA(**settings)), adapted(make, settings)
     expected, source = by_peft(path, make), admitted(path, model)
     update = source.load()
     assert source.rank == 4 and any(one.whole for one in update.factors.values())
@@ -82,7 +71,7 @@ def test_they_are_what_peft_computes_where_the_run_trains_them(tmp_path, make, s
 @pytest.mark.parametrize("method", ["linear", "ties", "task_arithmetic"])
 def test_they_are_merged_as_mergekit_merges_full_models(tmp_path, method, space):
     settings, weights = CASES[0][1], [0.3, 0.6]
-    model, base = trained(llama, settings), llama().state_dict()
+    model, base = adapted(llama, settings), llama().state_dict()
     trainee, sources, tuned = find_trainee(model, MashupConfig(merge_space=space)), [], {}
     for seed in range(2):
         path = save_random(tmp_path / str(seed), llama(), LORA(**settings), seed=seed)
@@ -107,7 +96,7 @@ def test_they_are_merged_as_mergekit_merges_full_models(tmp_path, method, space)
 
 def test_a_failed_swap_leaves_every_bit(tmp_path, monkeypatch):
     settings = {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "norm"], "bias": "all"}
-    path, model = save_random(tmp_path, BIASED(), LORA(**settings)), trained(BIASED, settings)
+    path, model = save_random(tmp_path, BIASED(), LORA(**settings)), adapted(BIASED, settings)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     trainee = find_trainee(model)
     merge, info = trainee.merge([trainee.admit(as_candidate(path))], [1.0], "linear", {})
@@ -129,11 +118,9 @@ def test_training_continues_from_them(tmp_path):
     settings = {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]}
     path = save_random(tmp_path / "mine", llama(), LORA(**settings, task_type="CAUSAL_LM"))
     callback = MashupCallback(str(path), top_k=1, guard=False, on_error="raise")
-    started = sft_trainer(tmp_path / "out", callbacks=[callback], peft_config=lora(r=5, **settings), max_steps=1)
-    started.train()
+    started = trained(tmp_path / "out", callback, peft_config=lora(r=5, **settings), max_steps=1)
     model = PeftModel.from_pretrained(llama(), path, is_trainable=True)
-    alone = sft_trainer(tmp_path / "alone", model=model, max_steps=1)
-    alone.train()
+    alone = trained(tmp_path / "alone", model=model, max_steps=1)
     assert callback.report.decision == "single"
     assert losses(started)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
     assert close(by_peft(tmp_path / "out/mashup", llama), by_peft(path, llama))
@@ -144,7 +131,7 @@ def test_they_are_scored_under_fused_kernels(tmp_path):
     path, batch = save_random(tmp_path, llama(), LORA(**settings)), {"input_ids": IDS, "labels": IDS}
     with torch.no_grad():
         expected = PeftModel.from_pretrained(llama(), path).eval()(**batch).loss.item()
-    for model in (trained(llama, settings), fused(trained(llama, settings), FusedMLP, FusedAttention)):
+    for model in (adapted(llama, settings), fused(adapted(llama, settings), FusedMLP, FusedAttention)):
         [score] = score_candidates(model, [path], [batch])
         assert score.loss == pytest.approx(expected, rel=1e-5) and not score.warnings
 

@@ -1,18 +1,19 @@
 """What leaves the machine on a push has short names for local paths, and nothing that tells of the user."""
 
-import json
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from mashup_callback.names import short_names
 from mashup_callback.report import CandidateRow, MashupReport
 from mashup_callback.sharing.push import push_mashup, share
 from mashup_callback.sharing.shareable import refuse_paths, shareable
-from tests.hub.conftest import hub, run_client  # noqa: F401
-from tests.sharing.test_sharing import REPORT, write_mashup
+from tests.sharing.mashups import REPORT, write_mashup
+from tests.tiny import llama, save_random_adapter
 
 
 def named(*names, **fields):
@@ -89,9 +90,6 @@ def test_a_path_in_the_users_own_words_is_not_pushed(tmp_path, monkeypatch):
 
 
 def test_a_path_in_the_metadata_of_weights_is_refused(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
     directory = write_mashup(tmp_path / "mashup", named("/data/secret/a"))
     weights = directory / "adapter_model.safetensors"
     save_file({"x": torch.zeros(2)}, weights, metadata={"from": "/data/secret/a"})
@@ -137,16 +135,12 @@ print(json.dumps({"names": [row.name for row in callback.report.candidates], "he
 """
 
 
-def test_a_pushed_repository_tells_nothing_of_the_machine(hub, run_client, tmp_path):  # noqa: F811
-    from tests.tiny import llama, save_random_adapter
-
+def test_a_pushed_repository_tells_nothing_of_the_machine(hub, run_client, tmp_path):
     home = tmp_path / "alice-smith"
     project = home / "client-acme/project"
     for index, name in enumerate(("runs/0", "runs/1", "old/0", "runs/unfit")):
-        base = llama(hidden_size=64) if name == "runs/unfit" else None
-        path = save_random_adapter(project / name, index, scale=0.05, base=base) / "adapter_config.json"
-        config = json.loads(path.read_text()) | {"base_model_name_or_path": str(home / "elsewhere/model")}
-        path.write_text(json.dumps(config))
+        base = llama(hidden_size=64 if name == "runs/unfit" else 32, name_or_path=str(home / "elsewhere/model"))
+        save_random_adapter(project / name, index, scale=0.05, base=base)
     llama().save_pretrained(project / "base")
     environment = hub.environment(tmp_path / "hf", hub.user("bot", ["acme"])) | {"HOME": str(home)}
     result = run_client(PUSH, env=environment, timeout=180)

@@ -1,0 +1,1 @@
+from tests.hub.conftest import hub, run_client  # noqa: F401
