@@ -35,7 +35,7 @@ def test_defaults_are_those_of_the_design():
         ({"guard": 1}, TypeError, "True or False"),
         ({"allow_licenses": "mit"}, TypeError, "list of strings"),
         ({"guard_dataset": "rows.json"}, TypeError, "expected rows"),
-        ({"guard_dataset": iter([])}, TypeError, "expected rows"),
+        pytest.param({"guard_dataset": iter([])}, TypeError, "expected rows", id="guard_dataset is a stream"),
         ({"guard_dataset": {"train": [], "test": []}}, TypeError, "expected rows"),
         ({"weights": "best"}, ValueError, "softmax"),
         ({"weights": [1, float("nan"), 1]}, ValueError, "finite"),
