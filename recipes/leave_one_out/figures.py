@@ -63,7 +63,7 @@ def curves(points: pd.DataFrame, metric: str, up: bool) -> Axes:
     seeds = points.groupby(["arm", "seed", "step"], sort=False)["value"].mean().reset_index()
     last = seeds[seeds["step"] == seeds["step"].max()].groupby("arm")["value"].mean()
     arms = list(dict.fromkeys(points["arm"]))
-    ends = ", ".join(f"{arm} {last[arm]:.3g}" for arm in ("scratch", "mashup") if arm in last)
+    ends = ", ".join(f"{arm} {last[arm]:.3f}" for arm in ("scratch", "mashup") if arm in last)
     axes = canvas(f"Where training ends, test {metric}: {ends}")
     for arm in arms:
         (color, line), solid = LOOKS[arm], LOOKS[arm][1] == "-"
