@@ -55,8 +55,17 @@ def one_line(error: Exception) -> str:
 def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the candidates that were found as a table."""
     table = _folding("candidate", "revision", "rank", "size", "license", "status")
-    named = [CandidateRow(row["name"], "", row["revision"], repo_id=row["repo_id"]) for row in rows]
-    said = common_warnings([row["warnings"] for row in rows if row["reason"] is None])
+    named = [
+        CandidateRow(
+            row["name"],
+            "rejected" if row["reason"] else "scored",
+            row["revision"],
+            warnings=tuple(row["warnings"]),
+            repo_id=row["repo_id"],
+        )
+        for row in rows
+    ]
+    said = common_warnings(named)
     table.caption = "\n".join(map(_text, below(said)))
     for name, row in zip(labels(named), rows, strict=True):
         # As git shortens it: a revision that is repeated in full would leave no room for the rest.
@@ -70,7 +79,7 @@ def find_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def rank_table(rows: Sequence[CandidateRow], base_loss: float) -> Table:
     """Returns the ranking as a table."""
     table = _folding("candidate", "loss", "accuracy", "rows", "rank", "status")
-    said = common_warnings([row.warnings for row in rows if row.status in ("scored", "eliminated")])
+    said = common_warnings(rows)
     table.caption = "\n".join(map(_text, [f"the base model alone: {base_loss:.4f}", *below(said)]))
     for name, row in zip(labels(rows), rows, strict=True):
         cells = (number(row.loss), number(row.accuracy), str(row.rows or ""), _text(row.rank))

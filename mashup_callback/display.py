@@ -67,7 +67,7 @@ def warnings(report: Any) -> list[str]:
 
 def table(report: Any) -> Table:
     """Returns the candidates with their losses, and what was compared on the held-out rows."""
-    said = common_warnings([row.warnings for row in report.candidates if row.status in ("scored", "eliminated")])
+    said = common_warnings(report.candidates)
     captions = [*([] if report.reason in summary(report) else [report.reason]), *below(said)]
     table = Table(title=_plain(f"mashup: {report.decision}"), caption="\n".join(map(_plain, captions)))
     table.title_justify = table.caption_justify = "left"
@@ -102,9 +102,10 @@ def _plain(text: str) -> str:
     return escape(printable(text))
 
 
-def common_warnings(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the warnings that all of several candidates have, which a table says once."""
-    return [text for text in rows[0] if all(text in row for row in rows)] if len(rows) > 1 else []
+def common_warnings(rows: Sequence[Any]) -> list[str]:
+    """Returns the warnings that all of several candidates in use have, which a table says once."""
+    found = [row.warnings for row in rows if row.status in ("scored", "eliminated")]
+    return [text for text in found[0] if all(text in texts for texts in found)] if len(found) > 1 else []
 
 
 def below(warnings: Sequence[str]) -> list[str]:

@@ -274,11 +274,14 @@ def _labeled(rows: SampleRows) -> SampleRows:
 
 def shortened(sample: Sample, rows: int, few: bool, held_out: bool = True) -> Sample:
     """Returns a sample of `rows` in each half, or if `few`, of as few long ones as have 1,024 label tokens."""
-    selection, kept = sample.selection.part(0, rows), sample.held_out.part(0, rows)
-    if few:
-        selection, kept = _enough(selection), _enough(kept)
+
+    def cut(half: SampleRows) -> SampleRows:
+        return _enough(half.part(0, rows)) if few else half.part(0, rows)
+
+    selection = cut(sample.selection)
     if not held_out:
         return replace(sample, selection=selection)
+    kept = cut(sample.held_out)
     reserve = sample.held_out.part(len(kept), len(sample.held_out))
     return replace(sample, selection=selection, held_out=kept, reserve=reserve)
 
