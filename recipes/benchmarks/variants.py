@@ -36,7 +36,6 @@ from recipes.leave_one_out.worlds import World
 
 K, FIT_STEPS, FIT_RATE, L1, CHECK_EVERY, PATIENCE = 3, 30, 0.02, 0.05, 5, 2
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-SAMPLE_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +52,12 @@ class Start:
 class Case:
     """A held-out task and a seed: its sample, its candidates with their losses."""
 
-    def __init__(self, world: World, task: str, seed: int, steps: int) -> None:
+    def __init__(self, world: World, task: str, seed: int, steps: int, sample_rows: int) -> None:
         self.world, self.task, self.seed, self.steps = world, task, seed, steps
         self.base = world.base_model()
         with self.trainer(world.base_model()) as trainer:
             set_seed(seed)
-            self.sample = sample_of(trainer, SAMPLE_ROWS, seed=seed)
+            self.sample = sample_of(trainer, sample_rows, seed=seed)
             self.rows = trainer.args.train_batch_size
 
     @contextmanager
