@@ -78,8 +78,6 @@ class MashupRun:
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
         self.sample: dict[str, int] = {}
-        # Forward passes of a row in scoring and judging.
-        self.passes = 0
         self.report: MashupReport | None = None
         self.swapped = False
 
@@ -98,7 +96,7 @@ class MashupRun:
         with self._timed("merging"):
             decision = self._judge(selection, sample)
         # Before the swap, so that a failure after it cannot call a merged run "scratch".
-        report = self.report = self._outcome(decision)
+        report = self.report = self._outcome(decision, len(sample.held_out))
         with self._timed("swap"):
             report = self.report = replace(report, **self._swap(decision, sample.held_out))
         report = self.report = from_main_process(replace(report, timings=self.timings, hub=self.hub.traffic()))
@@ -170,13 +168,9 @@ class MashupRun:
         return shortened(sample, size // 2 if halved else size, few, halved)
 
     def _judge(self, selection: Selection, sample: Sample) -> Decision:
-        scored = sum(score.rows for score in self.scores)
-        parts = sample.parts(from_main_process(doublings(len(sample.held_out), self.trained_rows, scored)))
-        decision = choose(self.model, self.trainee, selection, parts, self.metric, self.config)
-        first, seen = len(parts[0]), len(decision.fresh.tokens)
-        self.sample["held_out"] = seen
-        self.passes = scored + judged(self.config) * first + COMPARED * (seen - first)
-        return decision
+        sizes = doublings(len(sample.held_out), self.trained_rows, self._scored)
+        parts = sample.parts(from_main_process(sizes))
+        return choose(self.model, self.trainee, selection, parts, self.metric, self.config)
 
     def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
         """Writes what was chosen, takes it back where the model is clearly worse, returns the report's changes."""
@@ -199,9 +193,17 @@ class MashupRun:
             changes["reason"] = f"{decision.reason}; {text}"
         return changes
 
-    def _outcome(self, decision: Decision) -> MashupReport:
+    @property
+    def _scored(self) -> int:
+        """Forward passes of a row in scoring."""
+        return sum(score.rows for score in self.scores)
+
+    def _outcome(self, decision: Decision, first: int) -> MashupReport:
+        """Returns the report of a decision that was sought on the `first` held-out rows, and on more if need be."""
         shown = decision.init or decision.merge
         gain, error = decision.gain
+        seen = self.sample["held_out"] = len(decision.fresh.tokens)
+        passes = self._scored + judged(self.config) * first + COMPARED * (seen - first)
         return self._report(
             decision=decision.name,
             reason=decision.reason,
@@ -213,7 +215,7 @@ class MashupRun:
             candidates=candidate_rows(self.scores, shown.selection.weight_of(), decision.merge.selection.weight_of()),
             rounds=race_rounds(self.scores),
             merge=shown.info,
-            share=share_of_run(self.passes, self.trained_rows),
+            share=share_of_run(passes, self.trained_rows),
         )
 
     def _report(self, **values: Any) -> MashupReport:
