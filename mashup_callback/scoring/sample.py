@@ -54,13 +54,15 @@ class SampleRows:
     def _grouped(self, limit: int) -> list[list[int]]:
         """Returns the indices of the rows by batch, at most `limit` in each."""
         # Rows of similar length share a batch, the longest first: a lack of memory shows at once.
+        kinds = [_kind(row) for row in self.rows]
         order = sorted(range(len(self.rows)), key=lambda index: (-_length(self.rows[index]), index))
         groups = []
         while order:
             longest = _length(self.rows[order[0]])
             size = min(limit, max(self.batch_size, self.tokens // longest if longest else 0))
-            groups.append(order[:size])
-            order = order[size:]
+            alike = [index for index in order if kinds[index] == kinds[order[0]]][:size]
+            groups.append(alike)
+            order = [index for index in order if index not in alike]
         return groups
 
     def __len__(self) -> int:
@@ -73,19 +75,25 @@ class SampleRows:
     def share(self, index: int, count: int, even: bool = False) -> "SampleRows":
         """
         Returns the rows with the batches of one of several processes, the same number of batches for each; where
-        `even`, the last of equal size fills up with rows of the first, so that all are equal.
+        `even`, smaller ones fill up with rows of the others, or their own, so that all are equal.
         """
         if count == 1:
             return self
         if (index, count) not in self._shares:
             groups = self._grouped(max(1, math.ceil(len(self.rows) / count)))
             if even:
-                groups[-1] = groups[-1] + groups[0][: len(groups[0]) - len(groups[-1])]
+                groups = [self._filled(group, groups) for group in groups]
             # Where they do not come out even, the first batch fills up.
             groups += groups[:1] * (-len(groups) % count)
             mine = [list(group) for group in groups[index::count]]
             self._shares[index, count] = SampleRows(self.rows, self.collate, self.batch_size, self.tokens, mine)
         return self._shares[index, count]
+
+    def _filled(self, group: list[int], groups: list[list[int]]) -> list[int]:
+        kind, size = _kind(self.rows[group[0]]), max(map(len, groups))
+        others = [index for other in groups if other is not group for index in other]
+        alike = [index for index in others if _kind(self.rows[index]) == kind]
+        return (group + alike + group * size)[:size]
 
     def first(self, index: int, count: int) -> "SampleRows":
         """Returns the same rows with the first batch alone of each of several processes, the very same batches."""
@@ -308,6 +316,12 @@ def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
         )
     # The Trainer drops the columns that the model does not take in its data loader only.
     return [{name: row[name] for name in example} for row in rows]
+
+
+def _kind(row: Any) -> Any:
+    """Returns what the rows of a batch have in common: their columns, and the data set that they name."""
+    # The samplers of sentence-transformers never mix data sets.
+    return (frozenset(row), row.get("dataset_name")) if isinstance(row, Mapping) else None
 
 
 def _length(row: Any) -> int:

@@ -60,6 +60,21 @@ def test_shares_for_a_loss_that_all_compute_have_batches_of_one_size():
     assert {i for share in shares for indices, _ in share.batches() for i in indices} == set(range(15))
 
 
+def test_rows_of_several_data_sets_are_never_mixed():
+    kinds = [{"a": 1, "b": 2}, {"a": 1, "b": 2, "score": 0.5}, {"a": 1, "b": 2, "dataset_name": "other"}]
+    data = [kinds[index % 3] if index < 12 else kinds[0] for index in range(20)]
+
+    def collated(rows):
+        assert all(row == rows[0] for row in rows)
+        return {"rows": rows}
+
+    rows = SampleRows(data, collated, 8)
+    assert lengths(rows) == [8, 4, 4, 4]
+    shares = [SampleRows(data, collated, 8).share(rank, 2, even=True) for rank in range(2)]
+    assert [lengths(share) for share in shares] == [[8, 8], [8, 8]]
+    assert {i for share in shares for indices, _ in share.batches() for i in indices} == set(range(20))
+
+
 def test_rows_that_are_packed_into_one_keep_the_batch_size():
     data = [{"input_ids": [i, 1], "labels": [1, 1]} for i in range(16)]
 
