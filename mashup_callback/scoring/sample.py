@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..distributed import on_main_process
 from ..errors import UsageError
 from ..model import random_state
-from .content import content_hash
+from .content import content_hash, row_kind, row_length
 from .losses import IGNORE
 from .private_copy import private_copy
 
@@ -54,11 +54,11 @@ class SampleRows:
     def _grouped(self, limit: int) -> list[list[int]]:
         """Returns the indices of the rows by batch, at most `limit` in each."""
         # Rows of similar length share a batch, the longest first: a lack of memory shows at once.
-        kinds = [_kind(row) for row in self.rows]
-        order = sorted(range(len(self.rows)), key=lambda index: (-_length(self.rows[index]), index))
+        kinds = [row_kind(row) for row in self.rows]
+        order = sorted(range(len(self.rows)), key=lambda index: (-row_length(self.rows[index]), index))
         groups = []
         while order:
-            longest = _length(self.rows[order[0]])
+            longest = row_length(self.rows[order[0]])
             size = min(limit, max(self.batch_size, self.tokens // longest if longest else 0))
             alike = [index for index in order if kinds[index] == kinds[order[0]]][:size]
             groups.append(alike)
@@ -90,9 +90,9 @@ class SampleRows:
         return self._shares[index, count]
 
     def _filled(self, group: list[int], groups: list[list[int]]) -> list[int]:
-        kind, size = _kind(self.rows[group[0]]), max(map(len, groups))
+        kind, size = row_kind(self.rows[group[0]]), max(map(len, groups))
         others = [index for other in groups if other is not group for index in other]
-        alike = [index for index in others if _kind(self.rows[index]) == kind]
+        alike = [index for index in others if row_kind(self.rows[index]) == kind]
         return (group + alike + group * size)[:size]
 
     def first(self, index: int, count: int) -> "SampleRows":
@@ -316,14 +316,3 @@ def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
         )
     # The Trainer drops the columns that the model does not take in its data loader only.
     return [{name: row[name] for name in example} for row in rows]
-
-
-def _kind(row: Any) -> Any:
-    """Returns what the rows of a batch have in common: their columns, and the data set that they name."""
-    # The samplers of sentence-transformers never mix data sets.
-    return (frozenset(row), row.get("dataset_name")) if isinstance(row, Mapping) else None
-
-
-def _length(row: Any) -> int:
-    tokens = row.get("input_ids") if isinstance(row, Mapping) else None
-    return len(tokens) if hasattr(tokens, "__len__") else 0
