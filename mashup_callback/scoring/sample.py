@@ -198,19 +198,21 @@ def draw_sample(
     selection, held_out = ([row for row, content in pairs if places[content] % 2 == half] for half in (0, 1))
     if guard_rows is not None:
         selection, held_out = rows, _check_guard(guard_rows, rows[0])
-    collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
+    # Without a sampler of batches, each row is a batch already.
+    ready = getattr(dataloader, "batch_sampler", dataloader) is None
+    collate, batch_size = _seeded(private_copy(dataloader.collate_fn)[0], seed, ready), 1 if ready else batch_size
     # What a batch of a callable metric counts as is its own affair, so its size stays.
-    budget = (token_budget() if tokens is None else tokens) if labeled else 0
+    budget = (token_budget() if tokens is None else tokens) if labeled and not ready else 0
     parts = [SampleRows(part, collate, batch_size, budget) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
     return Sample(kept[0], kept[1], duplicates=len(rows) - len(places), unlabeled=unlabeled)
 
 
-def _seeded(collate: Callable, seed: int) -> Callable:
+def _seeded(collate: Callable, seed: int, ready: bool) -> Callable:
     def collated(rows: list[Any]) -> Mapping[str, Any]:
         with random_state(seed):
-            return collate(rows)
+            return collate(rows[0] if ready else rows)
 
     return collated
 
