@@ -249,6 +249,8 @@ class MashupCallback(TrainerCallback):
 def _refuse_idle(model: nn.Module, optimizer: Any) -> None:
     # ZeRO-3 gives its optimizer parameters for the time of a step only.
     groups = [] if is_sharded(model) else getattr(optimizer, "param_groups", [])
+    # A layerwise optimizer stands for one for each parameter, and holds none itself.
+    groups = [] if hasattr(getattr(optimizer, "optimizer", optimizer), "optimizer_dict") else groups
     if groups and not any(parameter.requires_grad for group in groups for parameter in group["params"]):
         raise ValueError(
             "The optimizer holds none of the parameters that are trained, so nothing would be: expected those that "

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from mashup_callback import MashupCallback, MashupConfig
 from tests.full_model import full_trainer, save_models
@@ -55,6 +56,15 @@ def test_overwrite_accepts_a_trained_adapter(tmp_path, library):
     config = lora(init_lora_weights=False)
     trained(tmp_path / "out", callback, peft_config=config)
     assert callback.report.decision != "scratch"
+
+
+def test_a_layerwise_optimizer_stands_for_those_of_the_parameters(tmp_path, library):
+    callback = MashupCallback(str(library / "trained-*"), guard=False)
+    trainer = sft_trainer(tmp_path / "out", callbacks=[callback], max_steps=1)
+    # As GaLore's and APOLLO's.
+    trainer.optimizer = LayerWiseDummyOptimizer(optimizer_dict={})
+    trainer.train()
+    assert callback.report.decision == "merged"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Low-rank updates added to the layers of a live model by forward hooks, so that the model itself is left alone."""
 
+import itertools
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -204,7 +205,9 @@ class _SharedInput:
     """The updates of layers that are given the same input, which is multiplied by A once, in A's type as in peft."""
 
     def __init__(self, layers: Sequence[nn.Module], updates: Sequence[LoraFactors]) -> None:
-        device = next(layers[0].parameters()).device
+        # Quantized by GPTQ or AWQ, a layer has buffers alone.
+        held = itertools.chain(layers[0].parameters(), layers[0].buffers())
+        device = next(held, updates[0].A).device
         As = [update.A.to(device) for update in updates]
         self.A = torch.cat(As) if len(As) > 1 else As[0]
         scales = [update.scaling * _embed_scale(layer) for layer, update in zip(layers, updates, strict=True)]

@@ -19,8 +19,9 @@ from .places import LinearPlace, Target, find_place
 # Initializations that move part of the weights into the adapter, so that the base is no longer the candidates' base.
 ALTERS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FREEZES_A_FACTOR = ("mica",)
-# B·A counts as zero below this share of |A|·|B|: orthogonal initializations reach zero only approximately.
-_ZERO = 1e-5
+# B·A counts as zero below this share of |A|·|B|: orthogonal initializations reach zero only up to the rounding of the
+# base model's data type, 0.002 in bfloat16. What is trained from B = 0 is beyond 0.1 at once.
+_ZERO = 5e-3
 # By name in the model, cleaned of what wrappers add; parameters of one module may be wrapped one inside the other.
 _Layers = Sequence[tuple[str, LoraLayer]]
 
@@ -44,10 +45,13 @@ class TrainedAdapter:
     def values(self, factors: Factors) -> dict[str, torch.Tensor]:
         """Returns the values with which the adapter computes updates of all its layers, by parameter."""
         values = [place.values(factors, self.before) for place in self.places]
-        if not self.wholes.keys().isdisjoint(factors):
-            # All of them, as a saved adapter has all of them.
-            values.append({whole.name: self.before[whole.name] for whole in self.wholes.values()})
-            values += [{w.name: w.value(factors[name])} for name, w in self.wholes.items() if name in factors]
+        # If any of them then all, as a saved adapter has all of them; one that was trained before is made fresh again.
+        every = not self.wholes.keys().isdisjoint(factors)
+        for name, whole in self.wholes.items():
+            if name in factors:
+                values.append({whole.name: whole.value(factors[name])})
+            elif every or self.before[whole.name] is not whole.base:
+                values.append({whole.name: whole.fresh})
         return {name: value for part in values for name, value in part.items()}
 
     def is_plain(self, factors: Factors) -> bool:
@@ -56,14 +60,16 @@ class TrainedAdapter:
 
     def saved(self, factors: Factors, base_model: str | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns the configuration and the tensors that peft saves when the adapter computes updates."""
+        held = self.values(factors)
         # What a file holds is not initialized.
         ours = {"base_model_name_or_path": base_model, "init_lora_weights": True, "inference_mode": True}
         # Other modules that are trained start as the base model's where there is no update of them.
-        ours |= {"modules_to_save": None} if self.wholes.keys().isdisjoint(factors) else {}
+        saved = any(whole.added is None and whole.name in held for whole in self.wholes.values())
+        ours |= {} if saved else {"modules_to_save": None}
         fields = self.config.to_dict() | ours
         fields.pop("runtime_config", None)
         config = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
-        values = {self._saved_name(name): value for name, value in self.values(factors).items()}
+        values = {self._saved_name(name): value for name, value in held.items()}
         tensors = {f"base_model.model.{name}": value.cpu().contiguous() for name, value in values.items()}
         return config, tensors
 

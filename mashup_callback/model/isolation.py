@@ -22,7 +22,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     try:
         # What is compiled would be compiled again for each candidate's hooks, up to a limit that training needs.
-        with random_state(), torch.no_grad(), _no_cache(model), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with random_state(), torch.no_grad(), _no_cache(model), _rotations_kept(model), eager:
             model.eval()
             # In evaluation mode on a CPU, 4-bit ones repack their weights and round their scales for good, and have
             # no gradient from then on; 8-bit ones round their inputs too.
@@ -97,6 +98,20 @@ def random_state(seed: int | None = None) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def _rotations_kept(model: nn.Module) -> Iterator[None]:
+    """Context after which dynamic rotary embeddings, which grow with the longest row so far, are as they were."""
+    rotary = [module for module in model.modules() if hasattr(module, "max_seq_len_cached")]
+    before = [(module, {**vars(module)}, {**module._buffers}) for module in rotary]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
 
 
 @contextmanager

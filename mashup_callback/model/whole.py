@@ -48,6 +48,11 @@ class WholeParameter:
         """Returns the values of the trained parameter with which the model computes an update."""
         return self.changed(update) if self.added is None else update.delta().flatten() / self.added
 
+    @property
+    def fresh(self) -> torch.Tensor:
+        """Values of the trained parameter with which the model computes what its base does."""
+        return self.base if self.added is None else torch.zeros_like(self.trained)
+
     def held(self) -> torch.Tensor:
         """Returns what the trained parameter holds, a fresh copy as the base model's values themselves."""
         return self.base if torch.equal(self.base.to(self.trained), self.trained) else self.trained.detach().clone()

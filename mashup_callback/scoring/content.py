@@ -1,4 +1,4 @@
-"""Hashes of rows and batches."""
+"""What rows and batches hold: hashes of their content, and which rows share a batch."""
 
 import hashlib
 from collections.abc import Mapping
@@ -34,3 +34,15 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(repr(value.size).encode() + value.tobytes())
     else:
         digest.update(repr(value).encode())
+
+
+def row_kind(row: Any) -> Any:
+    """Returns what the rows of a batch have in common: their columns, and the data set that they name."""
+    # The samplers of sentence-transformers never mix data sets.
+    return (frozenset(row), row.get("dataset_name")) if isinstance(row, Mapping) else None
+
+
+def row_length(row: Any) -> int:
+    """Returns the number of tokens of a row, 0 where it does not tell."""
+    tokens = row.get("input_ids") if isinstance(row, Mapping) else None
+    return len(tokens) if hasattr(tokens, "__len__") else 0

@@ -82,7 +82,7 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
     `chunks` says), so the logits of the batch, (rows, length, vocabulary), never exist.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or labels.is_floating_point():
         found = sorted(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise UsageError(
             f"The batch holds {found} and no `labels` for each token, so it does not give a language model loss. "
@@ -92,7 +92,7 @@ def language_model_losses(model: nn.Module, batch: Mapping[str, Any], chunks: in
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs.setdefault("decoder_input_ids", _decoder_inputs(model, labels))
-    elif not _is_masked(model):
+    elif not _is_aligned(model):
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     with _LabelPositions(model, labels, chunks) as head:
         losses = head.finish(model(**inputs))
@@ -105,8 +105,10 @@ def head_chunks(model: nn.Module, batch: Any) -> int:
     return _chunks_of(int((labels != IGNORE).sum()) if isinstance(labels, torch.Tensor) else 0, output_head(model))
 
 
-def _is_masked(model: nn.Module) -> bool:
-    return "MaskedLM" in (getattr(model, "loss_type", None) or type(unwrapped(model)).__name__)
+def _is_aligned(model: nn.Module) -> bool:
+    """Whether a label is of the token in its own place, and not of the next one."""
+    kind = getattr(model, "loss_type", None) or type(unwrapped(model)).__name__
+    return "MaskedLM" in kind or "TokenClassification" in kind
 
 
 def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:

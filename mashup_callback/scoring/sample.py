@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..distributed import on_main_process
 from ..errors import UsageError
 from ..model import random_state
-from .content import content_hash
+from .content import content_hash, row_kind, row_length
 from .losses import IGNORE
 from .private_copy import private_copy
 
@@ -54,13 +54,15 @@ class SampleRows:
     def _grouped(self, limit: int) -> list[list[int]]:
         """Returns the indices of the rows by batch, at most `limit` in each."""
         # Rows of similar length share a batch, the longest first: a lack of memory shows at once.
-        order = sorted(range(len(self.rows)), key=lambda index: (-_length(self.rows[index]), index))
+        kinds = [row_kind(row) for row in self.rows]
+        order = sorted(range(len(self.rows)), key=lambda index: (-row_length(self.rows[index]), index))
         groups = []
         while order:
-            longest = _length(self.rows[order[0]])
+            longest = row_length(self.rows[order[0]])
             size = min(limit, max(self.batch_size, self.tokens // longest if longest else 0))
-            groups.append(order[:size])
-            order = order[size:]
+            alike = [index for index in order if kinds[index] == kinds[order[0]]][:size]
+            groups.append(alike)
+            order = [index for index in order if index not in alike]
         return groups
 
     def __len__(self) -> int:
@@ -73,19 +75,25 @@ class SampleRows:
     def share(self, index: int, count: int, even: bool = False) -> "SampleRows":
         """
         Returns the rows with the batches of one of several processes, the same number of batches for each; where
-        `even`, the last of equal size fills up with rows of the first, so that all are equal.
+        `even`, smaller ones fill up with rows of the others, or their own, so that all are equal.
         """
         if count == 1:
             return self
         if (index, count) not in self._shares:
             groups = self._grouped(max(1, math.ceil(len(self.rows) / count)))
             if even:
-                groups[-1] = groups[-1] + groups[0][: len(groups[0]) - len(groups[-1])]
+                groups = [self._filled(group, groups) for group in groups]
             # Where they do not come out even, the first batch fills up.
             groups += groups[:1] * (-len(groups) % count)
             mine = [list(group) for group in groups[index::count]]
             self._shares[index, count] = SampleRows(self.rows, self.collate, self.batch_size, self.tokens, mine)
         return self._shares[index, count]
+
+    def _filled(self, group: list[int], groups: list[list[int]]) -> list[int]:
+        kind, size = row_kind(self.rows[group[0]]), max(map(len, groups))
+        others = [index for other in groups if other is not group for index in other]
+        alike = [index for index in others if row_kind(self.rows[index]) == kind]
+        return (group + alike + group * size)[:size]
 
     def first(self, index: int, count: int) -> "SampleRows":
         """Returns the same rows with the first batch alone of each of several processes, the very same batches."""
@@ -190,19 +198,21 @@ def draw_sample(
     selection, held_out = ([row for row, content in pairs if places[content] % 2 == half] for half in (0, 1))
     if guard_rows is not None:
         selection, held_out = rows, _check_guard(guard_rows, rows[0])
-    collate = _seeded(private_copy(dataloader.collate_fn)[0], seed)
+    # Without a sampler of batches, each row is a batch already.
+    ready = getattr(dataloader, "batch_sampler", dataloader) is None
+    collate, batch_size = _seeded(private_copy(dataloader.collate_fn)[0], seed, ready), 1 if ready else batch_size
     # What a batch of a callable metric counts as is its own affair, so its size stays.
-    budget = (token_budget() if tokens is None else tokens) if labeled else 0
+    budget = (token_budget() if tokens is None else tokens) if labeled and not ready else 0
     parts = [SampleRows(part, collate, batch_size, budget) for part in (selection, held_out)]
     kept = [_labeled(part) for part in parts] if labeled else parts
     unlabeled = sum(map(len, parts)) - sum(map(len, kept))
     return Sample(kept[0], kept[1], duplicates=len(rows) - len(places), unlabeled=unlabeled)
 
 
-def _seeded(collate: Callable, seed: int) -> Callable:
+def _seeded(collate: Callable, seed: int, ready: bool) -> Callable:
     def collated(rows: list[Any]) -> Mapping[str, Any]:
         with random_state(seed):
-            return collate(rows)
+            return collate(rows[0] if ready else rows)
 
     return collated
 
@@ -308,8 +318,3 @@ def _check_guard(rows: Sequence[Any], example: Any) -> list[Any]:
         )
     # The Trainer drops the columns that the model does not take in its data loader only.
     return [{name: row[name] for name in example} for row in rows]
-
-
-def _length(row: Any) -> int:
-    tokens = row.get("input_ids") if isinstance(row, Mapping) else None
-    return len(tokens) if hasattr(tokens, "__len__") else 0

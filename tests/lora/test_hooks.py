@@ -45,6 +45,26 @@ def test_equals_peft_with_ranks_that_differ(tmp_path):
     torch.testing.assert_close(hooked(path), by_peft(path), atol=1e-5, rtol=1e-5)
 
 
+class Quantized(torch.nn.Module):
+    """As GPTQ and AWQ keep a linear layer: in buffers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("qweight", layer.weight.data)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.qweight)
+
+
+def test_layers_without_parameters(tmp_path):
+    path, model = save_random_adapter(tmp_path / "a", 0, scale=1.0), llama()
+    for name in LINEAR[4:]:
+        for layer in model.model.layers:
+            setattr(layer.mlp, name, Quantized(getattr(layer.mlp, name)))
+    torch.testing.assert_close(hooked(path, model), by_peft(path), atol=1e-5, rtol=1e-5)
+
+
 def test_half_precision_computes_the_update_as_peft_does(tmp_path):
     path = save_random_adapter(tmp_path / "a", 0, scale=1.0)
     ours, theirs = hooked(path, llama().bfloat16()), by_peft(path, llama().bfloat16())

@@ -129,8 +129,9 @@ def test_linear_layers_have_the_names_of_the_base_model():
     assert not any(hasattr(layer, "lora_A") for layer in wrapped.values())
 
 
-def test_orthogonal_initialization_is_fresh():
-    model = get_peft_model(llama(), lora(init_lora_weights="orthogonal"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_orthogonal_initialization_is_fresh(dtype):
+    model = get_peft_model(llama().to(dtype), lora(init_lora_weights="orthogonal"))
     assert any(target.B.any() for target in find_adapter(model).targets.values())
 
 

@@ -126,6 +126,26 @@ def test_training_continues_from_them(tmp_path):
     assert close(by_peft(tmp_path / "out/mashup", llama), by_peft(path, llama))
 
 
+@pytest.mark.parametrize("targets", [ATTENTION, [*ATTENTION, "embed_tokens"]], ids=["plain", "embeddings"])
+def test_those_that_were_trained_before_are_overwritten_too(tmp_path, targets):
+    path = save_random(tmp_path / "one", llama(), LORA(target_modules=targets))
+    settings = {"target_modules": targets, "lora_bias": targets == ATTENTION}
+    model = adapted(llama, {**settings, "modules_to_save": ["lm_head", "norm"]})
+    for name, value in model.named_parameters():
+        if "modules_to_save" in name or name.endswith("bias"):
+            value.data += 0.1
+    plain, trainee, expected = output(model), find_trainee(model, MashupConfig(overwrite=True)), by_peft(path, llama)
+    merge, _ = trainee.merge([trainee.admit(as_candidate(path))], [1.0], "linear", {})
+    with trainee.written(merge), torch.no_grad():
+        assert close(output(model), expected)
+    trainee.write(merge)
+    assert close(output(model), expected)
+    trainee.save(merge, tmp_path / "saved", None)
+    assert close(by_peft(tmp_path / "saved", llama), expected)
+    trainee.undo()
+    assert torch.equal(output(model), plain)
+
+
 def test_they_are_scored_under_fused_kernels(tmp_path):
     settings = {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "norm"]}
     path, batch = save_random(tmp_path, llama(), LORA(**settings)), {"input_ids": IDS, "labels": IDS}

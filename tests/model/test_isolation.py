@@ -38,6 +38,16 @@ def test_undisturbed(fails):
     assert state(model) == before and torch.is_grad_enabled()
 
 
+def test_rotary_embeddings_that_grow_with_the_longest_row():
+    growing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model, tokens = llama(max_position_embeddings=16, rope_parameters=growing).eval(), torch.arange(7, 67)[None]
+    with torch.no_grad():
+        expected = model(tokens[:, :20]).logits
+        with undisturbed(model):
+            model(tokens)
+        assert torch.equal(model(tokens[:, :20]).logits, expected)
+
+
 def with_peft():
     model = get_peft_model(llama(), lora(init_lora_weights=False))
     model.add_adapter("frozen", lora(init_lora_weights=False))

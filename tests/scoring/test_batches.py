@@ -1,8 +1,9 @@
 """How the rows of a sample are made into batches."""
 
 import torch
+from torch.utils.data import DataLoader
 
-from mashup_callback.scoring import SampleRows, as_rows
+from mashup_callback.scoring import SampleRows, as_rows, draw_sample
 from tests.scoring.samples import DATA, drawn, padded
 
 
@@ -58,6 +59,29 @@ def test_shares_for_a_loss_that_all_compute_have_batches_of_one_size():
     shares = [SampleRows(DATA[:15], padded, 4).share(rank, 2, even=True) for rank in range(2)]
     assert [lengths(share) for share in shares] == [[4, 4], [4, 4]]
     assert {i for share in shares for indices, _ in share.batches() for i in indices} == set(range(15))
+
+
+def test_rows_that_are_batches_already_are_collated_one_at_a_time():
+    data = [{"input_ids": torch.full((3, 4), i), "labels": torch.full((3, 4), i)} for i in range(8)]
+    sample = draw_sample(DataLoader(data, batch_size=None), 8, batch_size=4)
+    batches = [batch["labels"] for half in (sample.selection, sample.held_out) for _, batch in half.batches()]
+    assert sorted(int(batch.unique()) for batch in batches) == list(range(8))
+    assert all(batch.shape == (3, 4) for batch in batches)
+
+
+def test_rows_of_several_data_sets_are_never_mixed():
+    kinds = [{"a": 1, "b": 2}, {"a": 1, "b": 2, "score": 0.5}, {"a": 1, "b": 2, "dataset_name": "other"}]
+    data = [kinds[index % 3] if index < 12 else kinds[0] for index in range(20)]
+
+    def collated(rows):
+        assert all(row == rows[0] for row in rows)
+        return {"rows": rows}
+
+    rows = SampleRows(data, collated, 8)
+    assert lengths(rows) == [8, 4, 4, 4]
+    shares = [SampleRows(data, collated, 8).share(rank, 2, even=True) for rank in range(2)]
+    assert [lengths(share) for share in shares] == [[8, 8], [8, 8]]
+    assert {i for share in shares for indices, _ in share.batches() for i in indices} == set(range(20))
 
 
 def test_rows_that_are_packed_into_one_keep_the_batch_size():

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForTokenClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -52,6 +54,7 @@ MODELS = {
             is_decoder=False,
         )
     ),
+    "tagger": lambda: LlamaForTokenClassification(LlamaConfig(**SMALL, num_labels=96)),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
     ),

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from mashup_callback import score_candidates
-from mashup_callback.errors import OutOfStepError
+from mashup_callback.errors import OutOfStepError, UsageError
 from mashup_callback.scoring import CallableMetric, SampleRows, ScoreMetric, evaluate
 from tests.tiny import llama, lora, rows, save_random_adapter, save_scaled_adapter, sft_trainer, stream, tokenizer
 
@@ -173,9 +173,10 @@ def test_a_score_of_rows_that_are_no_mapping_on_a_sharded_model(monkeypatch):
         evaluate(llama(), data, ScoreMetric(lambda model, batch: batch[0]["answer"]), share=True)
 
 
-def test_batches_without_labels_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="callable"):
-        evaluate(llama(), SampleRows([{"input_ids": torch.tensor([[7, 8]])}], lambda rows: rows[0]))
+@pytest.mark.parametrize("labels", [{}, {"labels": torch.ones(1, 5)}], ids=["none", "of several classes"])
+def test_batches_without_labels_say_what_to_do(labels):
+    with pytest.raises(UsageError, match="callable"):
+        evaluate(llama(), SampleRows([{"input_ids": torch.tensor([[7, 8]]), **labels}], lambda rows: rows[0]))
 
 
 def test_not_a_number_is_a_failure(tmp_path):
