@@ -84,7 +84,7 @@ class MashupConfig:
         dry_run (`bool`, *optional*, defaults to `False`):
             Rank, merge and report, but leave the model alone.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Accept a trainee that is already trained, and overwrite it.
+            Accept a trainee that is already trained, and overwrite it, its `modules_to_save` too.
         min_kept_energy (`float`, *optional*, defaults to `0.5`):
             For a full checkpoint as a candidate of a LoRA trainee: share of its update's squared Frobenius norm that
             the trainee's rank must keep, 0 to 1. Below it most of what the checkpoint learned is lost, and it is
