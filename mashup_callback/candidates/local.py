@@ -70,7 +70,8 @@ def _order(path: Path) -> tuple[object, ...]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split("([0-9]+)", name)]
+    # Every second piece is a number; other digits, as in "m²", are none.
+    return [(int(piece), "") if at % 2 else (-1, piece) for at, piece in enumerate(re.split("([0-9]+)", name))]
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -23,6 +23,12 @@ def test_runs_expand_in_natural_order_and_share_an_identity(runs, spec):
     assert reasons(found, "runs") == {}
 
 
+def test_digits_that_are_no_number_are_sorted_too(tmp_path):
+    for value, name in enumerate(["x10²", "x9²", "²"], start=1):
+        write_adapter(tmp_path / name, value)
+    assert names(find_candidates(tmp_path), tmp_path) == ["x9²", "x10²", "²"]
+
+
 def test_a_path_object_is_local_and_what_exists_is_local(runs):
     assert names(find_candidates(Path("runs/a/checkpoint-2")), "runs") == ["a/checkpoint-2"]
     assert names(find_candidates("runs/a/checkpoint-2"), "runs") == ["a/checkpoint-2"]
