@@ -59,8 +59,14 @@ def _glob(path: Path) -> list[Path]:
         parts = {match: match.relative_to(root).parts for match in root.glob(pattern)}
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{str(path)!r} is no glob: {error}. Use *, ?, [...], or ** as a whole part.") from error
+    # As in a shell, what is hidden has to be named.
     return sorted(
-        (match for match in parts if _MASHUP not in parts[match] and not match.name.startswith(".")), key=_order
+        (
+            match
+            for match, names in parts.items()
+            if not any(part == _MASHUP or (part.startswith(".") and part not in path.parts) for part in names)
+        ),
+        key=_order,
     )
 
 

@@ -23,6 +23,14 @@ def test_runs_expand_in_natural_order_and_share_an_identity(runs, spec):
     assert reasons(found, "runs") == {}
 
 
+def test_a_glob_leaves_out_what_is_hidden_unless_it_is_named(runs):
+    for name in ("new/.mashup-x/extracted/model", ".trash/b"):
+        write_adapter(runs / name, 7.0)
+    for spec in ("runs/*/*", "runs/*/*/*/*", "runs/**"):
+        assert not any("/." in name for name in names(find_candidates(spec), "."))
+    assert names(find_candidates("runs/*/.mashup-x/*"), "runs") == ["new/.mashup-x/extracted/model"]
+
+
 def test_digits_that_are_no_number_are_sorted_too(tmp_path):
     for value, name in enumerate(["x10²", "x9²", "²"], start=1):
         write_adapter(tmp_path / name, value)
