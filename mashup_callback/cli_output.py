@@ -100,8 +100,8 @@ def merge_lines(report: MashupReport, output: Path) -> str:
 def _folding(*columns: str) -> Table:
     table = Table(caption_justify="left")
     for name in columns:
-        # Names and reasons share what the numbers leave.
-        table.add_column(name, overflow="fold", no_wrap=name not in ("candidate", "status"))
+        # The widest columns share what the others leave; with `no_wrap` one could take all of it.
+        table.add_column(name, overflow="fold")
     return table
 
 

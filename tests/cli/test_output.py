@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mashup_callback import __version__
 from mashup_callback.cli import app
+from mashup_callback.cli_output import find_table
 from tests.cli.running import ROOT, failure, mashup, output, process, strict_json
 
 
@@ -61,6 +63,16 @@ def test_names_of_long_paths_are_told_apart_at_80_columns(world, tmp_path):
         shutil.copytree(world / "runs/a1", tmp_path / "a-directory-of-the-team/with-a-long-name" / run / "final")
     done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["find", str(world / "base"), str(tmp_path / "*/*/*")])
     assert done.exit_code == 0 and {"…/first/final", "…/second/final"} <= {*done.stdout.split()}
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_names_and_reasons_are_readable_beside_a_long_license(width):
+    row = {"name": "org/name", "revision": "a" * 40, "rank": 16, "bytes": 10**7, "reason": "broken"}
+    with (console := Console(width=width)).capture() as shown:
+        console.print(find_table([row | {"license": "x" * 100, "warnings": [], "repo_id": "org/name"}]))
+    columns = zip(*(line.split("│")[1:-1] for line in shown.get().splitlines() if "│" in line), strict=True)
+    found = ["".join(map(str.strip, cells)) for cells in columns]
+    assert found == ["org/name", "aaaaaaa", "16", found[3], "x" * 100, "broken"] and "10.0" in found[3]
 
 
 def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path):
