@@ -26,6 +26,9 @@ _NO_BASE = (
     "name it. The setting `base_model` does."
 )
 _LOST = "on held-out rows this merge was not better than a fresh initialization."
+_TAKEN_BACK = (
+    "written into the model that was trained, it did not compute what was judged on held-out rows: it was taken back."
+)
 _PAPER = "https://arxiv.org/abs/2603.10156"
 _CITATION = f"""\
 ```bibtex
@@ -77,7 +80,8 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
     """
     base_model, sources = base_name(report), merged_rows(report)
     license, warning = shared_license(sources)
-    warnings = (warning, None if base_model else _NO_BASE, _LOST if report.decision == "scratch" else None)
+    lost = (_TAKEN_BACK if _is_taken_back(report) else _LOST) if report.decision == "scratch" else None
+    warnings = (warning, None if base_model else _NO_BASE, lost)
     form, kind = ("A full model", "models") if adapter is None else ("A LoRA adapter", "adapters")
     made = f"merged from past {kind}" if len(sources) != 1 else f"the best of the past {kind} compared, chosen"
     parts = [
@@ -139,7 +143,7 @@ def _metadata(
         "tags": ["mashup", "merge"] if adapter is None else ["mashup", "merge", "lora"],
     }
     loss = report.single_loss if report.decision == "single" else report.merged_loss
-    if loss is not None and report.config.get("metric", "loss") == "loss":
+    if loss is not None and report.config.get("metric", "loss") == "loss" and not _is_taken_back(report):
         result = EvalResult(
             task_type=task or "other",
             dataset_type="held-out",
@@ -150,6 +154,11 @@ def _metadata(
         )
         values |= {"model_name": ADAPTER_PLACEHOLDER, "eval_results": [result]}
     return ModelCardData(**values)
+
+
+def _is_taken_back(report: MashupReport) -> bool:
+    """Whether what was written into the model was taken back, as it was worse there than it had been judged."""
+    return report.decision == "scratch" and report.expected_loss is not None
 
 
 def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
