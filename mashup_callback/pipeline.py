@@ -287,6 +287,7 @@ def candidate_rows(
             repo_id=score.candidate.repo_id,
             in_merge=score.candidate.key in merged,
             datasets=stated_datasets(score.candidate.path) if score.source and score.candidate.path else (),
+            kind=score.candidate.kind,
         )
         for score in scores
     )

@@ -53,6 +53,8 @@ class CandidateRow:
     in_merge: bool = False
     # What its model card says that it was trained on.
     datasets: tuple[str, ...] = ()
+    # "adapter", or "model" for a full checkpoint.
+    kind: str = "adapter"
 
     @property
     def is_local(self) -> bool:

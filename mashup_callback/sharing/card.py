@@ -228,6 +228,8 @@ def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: M
     if adapter is None:
         # The configuration beside the card; a single model as it is needs none.
         return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={seed}\n```"
+    if models := [_code(row.name) for row in sources if row.kind == "model"]:
+        return f"Of the full models {', '.join(models)} the low-rank part was merged, which only that run can repeat."
     weights = [row.weight for row in sources]
     options = {
         "weights": ",".join(map(repr, weights)) if set(weights) != {1 / len(weights)} else "equal",

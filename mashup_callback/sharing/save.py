@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 MERGEKIT_NAME = "mergekit.yaml"
 _HEADER = """\
-# The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone,
-# and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear
-# (with normalized weights), task_arithmetic and model_stock.
+# The merge in mergekit's terms: of full models, each the base with a LoRA, or as it was found. mashup_callback merges
+# the updates alone, and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the
+# same for linear (with normalized weights), task_arithmetic and model_stock.
 """
 
 
@@ -66,7 +66,11 @@ def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
         return None
     rule = MergeRule.create(report.merge.method, report.merge.parameters)
     base = {"path": base_name(report) or report.base_model or BASE_PLACEHOLDER}
-    models = [{"model": base, "lora": _model_path(row, shared)} for row in sources]
+    paths = [_model_path(row, shared) for row in sources]
+    models = [
+        {"model": path} if row.kind == "model" else {"model": base, "lora": path}
+        for row, path in zip(sources, paths, strict=True)
+    ]
     config = mergekit_config(rule, models, [row.weight for row in sources], {"model": base})
     # Through JSON, since YAML would write an object that it meets twice as an alias.
     return _HEADER + yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)
