@@ -74,6 +74,8 @@ class MashupRun:
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
         self.metric = make_metric(config.metric, trainer, trainee)
+        # A trainer's own loss may be of anything.
+        self.settings = config.to_dict() | ({"metric": f"loss of {type(trainer).__name__}"} if trainer else {})
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
@@ -223,7 +225,7 @@ class MashupRun:
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,
                 timings={**self.timings},
-                config=self.config.to_dict(),
+                config=self.settings,
                 hub=self.hub.traffic(),
                 environment=environment(),
                 sample=self.sample,
