@@ -75,7 +75,7 @@ def test_names_and_reasons_are_readable_beside_a_long_license(width):
     assert found == ["org/name", "aaaaaaa", "16", found[3], "x" * 100, "broken"] and "10.0" in found[3]
 
 
-def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path):
+def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path, monkeypatch):
     arguments = ("merge", "runs/a1", "runs/a2", "--weights=3,1", "--rank=1", "-o", tmp_path / "merged")
     text = mashup(*arguments, cwd=world).stdout
     kept = json.loads((tmp_path / "merged/report.json").read_text())["merge"]["kept_energy"]
@@ -83,6 +83,9 @@ def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path):
     assert " 75%  runs/a1 (rank 4)\n" in text and " 25%  runs/a2 (rank 4)\n" in text
     assert "--overwrite" in failure(*arguments, cwd=world)
     assert mashup(*arguments, "--overwrite", cwd=world).exit_code == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert mashup(*arguments[:-1], "~/home", cwd=world).exit_code == 0
+    assert (tmp_path / "home/report.json").is_file() and not (world / "~").exists()
 
 
 def test_entry_point_leads_to_the_command():
