@@ -245,7 +245,7 @@ def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: M
 
 
 def _license(row: CandidateRow) -> str:
-    return _code(row.license) if row.license else "not stated"
+    return _code(row.license) if row.license else "not known"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -120,6 +120,12 @@ def test_card_of_a_merge_that_lost():
     assert "model-index" not in front_matter(card)
 
 
+def test_a_license_that_is_not_known_is_not_called_missing():
+    # Of a commit that is in the cache nothing is asked, and no file there need say it.
+    cached = replace(REPORT, candidates=(replace(SOURCES[0], license=None),))
+    assert "| 1.2500 | not known |" in mashup_card(cached, ADAPTER)
+
+
 MARKUP = ("`", "``", "```\n", "|", "\\|", "\\", "\n", "\n---\n", "# h", ": [", "\u202e", "a", " ", "<!-", "<b>")
 LINKS = ("[a](b:c)", "![x](http://e.x/y)", "<script>alert(1)</script>", "<!-- comment -->")
 hostile = st.text(max_size=40) | st.lists(st.sampled_from(MARKUP + LINKS), max_size=8).map("".join)
