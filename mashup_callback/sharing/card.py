@@ -72,11 +72,17 @@ def hub_source(row: CandidateRow) -> Spec | None:
     return spec if spec is not None and spec.kind == "repo" else None
 
 
-def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture: bool = False) -> str:
+def mashup_card(
+    report: MashupReport,
+    adapter: Mapping[str, Any] | None,
+    picture: bool = False,
+    model: Mapping[str, Any] | None = None,
+) -> str:
     """
     Returns the model card of a merge; whatever comes from a stranger (names, licenses, reasons) is inert code in it.
 
-    `adapter` is what `adapter_config.json` holds, None for a full model; `picture` says that the ranking's is there.
+    `adapter` is what `adapter_config.json` holds, None for a full model, and `model` what that one's `config.json`
+    does; `picture` says that the ranking's is there.
     """
     base_model, sources = base_name(report), merged_rows(report)
     license, warning = shared_license(sources)
@@ -92,7 +98,7 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
         *(f"> **Warning:** {text}" for text in warnings if text),
         *([f"![Losses of the candidates, the fresh initialization and the merge]({PICTURE_NAME})"] if picture else []),
         "## Use",
-        _usage(base_model, adapter),
+        _usage(base_model, adapter, _model_class(model or {})),
         "## Mashup",
         _decision(report, adapter),
     ]
@@ -161,11 +167,18 @@ def _is_taken_back(report: MashupReport) -> bool:
     return report.decision == "scratch" and report.expected_loss is not None
 
 
-def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
+def _model_class(config: Mapping[str, Any]) -> str:
+    """Returns the class of a model with this configuration, where that is a name."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return name if isinstance(name, str) and name.isascii() and name.isidentifier() else "AutoModelForCausalLM"
+
+
+def _usage(base_model: str | None, adapter: Mapping[str, Any] | None, model_class: str) -> str:
     if adapter is None:
         return (
-            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
+            f"```python\nfrom transformers import {model_class}\n\n"
+            f'model = {model_class}.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
         )
     auto = _AUTO_CLASSES.get(str(adapter.get("task_type")), "AutoModelForCausalLM")
     return (

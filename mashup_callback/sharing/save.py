@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, MODEL_CONFIG_NAME, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
@@ -50,9 +50,10 @@ def save_failure(directory: Path, report: MashupReport) -> None:
 
 def describe(directory: Path, report: MashupReport) -> None:
     """Writes the card of the merge in a directory, as others may see it, and mergekit's configuration of it."""
-    path = directory / CONFIG_NAME
-    adapter = parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) if path.is_file() else None
-    card = mashup_card(shareable(report), adapter, (directory / PICTURE_NAME).is_file())
+    paths = [path for path in (directory / CONFIG_NAME, directory / MODEL_CONFIG_NAME) if path.is_file()]
+    configs = {path.name: parse_object(read_limited(path, 4 * MAX_CONFIG_BYTES), path.name) for path in paths}
+    adapter, picture = configs.get(CONFIG_NAME), (directory / PICTURE_NAME).is_file()
+    card = mashup_card(shareable(report), adapter, picture, configs.get(MODEL_CONFIG_NAME))
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
     recipe = None if adapter is None else mergekit_recipe(report)
     if recipe is not None:
