@@ -3,6 +3,7 @@
 import configparser
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 
 from mashup_callback import __version__
 from mashup_callback.cli import app
-from mashup_callback.cli_output import find_table
+from mashup_callback.cli_output import find_table, merge_lines
+from mashup_callback.report import CandidateRow
 from tests.cli.running import ROOT, failure, mashup, output, process, strict_json
+from tests.sharing.mashups import REPORT
 
 
 COMMANDS = ("find", "rank", "merge", "push", "show")
@@ -73,6 +76,12 @@ def test_names_and_reasons_are_readable_beside_a_long_license(width):
     columns = zip(*(line.split("│")[1:-1] for line in shown.get().splitlines() if "│" in line), strict=True)
     found = ["".join(map(str.strip, cells)) for cells in columns]
     assert found == ["org/name", "aaaaaaa", "16", found[3], "x" * 100, "broken"] and "10.0" in found[3]
+
+
+def test_a_name_in_what_was_merged_is_one_line_and_no_command_to_the_terminal(tmp_path):
+    row = CandidateRow("runs/a\nb\x1b[2J", "unscored", weight=1.0, rank=4)
+    shown = merge_lines(replace(REPORT, candidates=(row,)), tmp_path)
+    assert shown.splitlines()[1:-1] == ["  100%  runs/a?b?[2J (rank 4)"]
 
 
 def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path, monkeypatch):
