@@ -59,7 +59,8 @@ class CandidateRow:
     @property
     def is_local(self) -> bool:
         """Whether the name is a path on the machine that made the report."""
-        return self.repo_id is None and self.revision is None
+        # A search or a collection that failed has neither.
+        return self.repo_id is None and self.revision is None and not self.name.startswith(("hub:", "collection:"))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from mashup_callback import MashupConfig, find_candidates
 from mashup_callback.model import base_model_name
-from mashup_callback.names import short_names
+from mashup_callback.names import labels, short_names
 from mashup_callback.report import CandidateRow, MashupReport
 from mashup_callback.sharing.push import push_mashup, share, shared_texts
 from mashup_callback.sharing.shareable import refuse_paths, shareable
@@ -45,10 +45,12 @@ def test_names_on_the_hub_stay_and_rejected_ones_do_not_look_local():
     rows = (
         CandidateRow("acme/one", "scored", "0" * 40),
         CandidateRow("acme/gone", "rejected", reason="not found", repo_id="acme/gone"),
+        CandidateRow("collection:acme/a-collection-0123", "rejected", reason="down"),
         CandidateRow("runs/one", "rejected"),
     )
+    assert labels(rows)[2] == rows[2].name
     shared = shareable(replace(REPORT, candidates=rows))
-    assert [row.name for row in shared.candidates] == ["acme/one", "acme/gone", "./one"]
+    assert [row.name for row in shared.candidates] == ["acme/one", "acme/gone", rows[2].name, "./one"]
 
 
 @pytest.mark.parametrize(
