@@ -193,6 +193,8 @@ def merge(
     from .candidates import Hub, check_specs, download_candidate, find_candidates
 
     check_specs(specs)
+    # A shell leaves `--output=~/merged` as it is.
+    output = output.expanduser()
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty. Choose another directory, or pass --overwrite for an earlier merge.")
     from .config import MashupConfig

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .display import below, common_warnings, number, percent, status, warnings
-from .names import labels
+from .names import labels, printable
 from .report import CandidateRow, MashupReport
 
 
@@ -91,7 +91,7 @@ def merge_lines(report: MashupReport, output: Path) -> str:
     """Returns what was merged, with which weights, and how much of it the rank keeps."""
     rows = report.candidates
     sources = zip(labels(rows), report.shares(), rows, strict=True)
-    lines = [f"  {percent(share):>4}  {name} (rank {row.rank})" for name, share, row in sources]
+    lines = [f"  {percent(share):>4}  {printable(name)} (rank {row.rank})" for name, share, row in sources]
     kept = f"rank {report.merge.rank} keeps {report.merge.kept_energy:.1%} of the merge"
     title = f"Merged {len(rows)} adapters by {report.merge.method}; {kept}:"
     return "\n".join((title, *lines, *(f"Warning: {text}" for text in warnings(report)), f"Wrote {output}"))
@@ -100,8 +100,8 @@ def merge_lines(report: MashupReport, output: Path) -> str:
 def _folding(*columns: str) -> Table:
     table = Table(caption_justify="left")
     for name in columns:
-        # Names and reasons share what the numbers leave.
-        table.add_column(name, overflow="fold", no_wrap=name not in ("candidate", "status"))
+        # The widest columns share what the others leave; with `no_wrap` one could take all of it.
+        table.add_column(name, overflow="fold")
     return table
 
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -159,6 +160,8 @@ class MashupConfig:
             raise TypeError(
                 f'`merge_parameters` is {self.merge_parameters!r}, expected a mapping such as {{"density": 0.5}}.'
             )
+        if self.report_dir is not None:
+            object.__setattr__(self, "report_dir", os.fspath(self.report_dir))
         object.__setattr__(self, "merge_parameters", dict(self.merge_parameters))
         object.__setattr__(self, "weights", _weights(self.weights))
         top_k = None if self.top_k == "auto" else self.top_k

@@ -74,6 +74,8 @@ class MashupRun:
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
         self.metric = make_metric(config.metric, trainer, trainee)
+        # A trainer's own loss may be of anything.
+        self.settings = config.to_dict() | ({"metric": f"loss of {type(trainer).__name__}"} if trainer else {})
         self.hub = Hub(asks=is_first_on_machine())
         self.timings: dict[str, float] = {}
         self.scores: list[Score] = []
@@ -225,7 +227,7 @@ class MashupRun:
                 base_model=self.base_model,
                 dry_run=self.config.dry_run,
                 timings={**self.timings},
-                config=self.config.to_dict(),
+                config=self.settings,
                 hub=self.hub.traffic(),
                 environment=environment(),
                 sample=self.sample,
@@ -288,15 +290,23 @@ def candidate_rows(
             warnings=score.warnings,
             repo_id=score.candidate.repo_id,
             in_merge=score.candidate.key in merged,
-            datasets=stated_datasets(score.candidate.path) if score.source and score.candidate.path else (),
+            datasets=_datasets(score.candidate) if score.source else (),
+            kind=score.candidate.kind,
         )
         for score in scores
     )
 
 
+def _datasets(candidate: Candidate) -> tuple[str, ...]:
+    return candidate.datasets or (stated_datasets(candidate.path) if candidate.path else ())
+
+
 def _warned(scores: Sequence[Score], dataset: Any) -> list[Score]:
     """Returns the scores with a warning on each candidate whose model card names the data that is trained on."""
-    shared = [same_data(score.candidate.path, dataset) if score.source else None for score in scores]
+    shared = [
+        same_data(score.candidate.path, dataset, score.candidate.datasets) if score.source else None
+        for score in scores
+    ]
     return [
         replace(score, warnings=(*score.warnings, warning)) if warning else score
         for score, warning in zip(scores, shared, strict=True)

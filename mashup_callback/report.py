@@ -53,11 +53,14 @@ class CandidateRow:
     in_merge: bool = False
     # What its model card says that it was trained on.
     datasets: tuple[str, ...] = ()
+    # "adapter", or "model" for a full checkpoint.
+    kind: str = "adapter"
 
     @property
     def is_local(self) -> bool:
         """Whether the name is a path on the machine that made the report."""
-        return self.repo_id is None and self.revision is None
+        # A search or a collection that failed has neither.
+        return self.repo_id is None and self.revision is None and not self.name.startswith(("hub:", "collection:"))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .config import MashupConfig
 from .errors import AdapterError
 from .formats import CONFIG_NAME, BaseModel
 from .lora import MergedAdapter, merge_adapters
-from .model import layer_shapes, undisturbed
+from .model import layer_shapes, located, undisturbed
 from .report import CandidateRow, MashupReport, environment
 from .scoring import SampleRows, Score, evaluate, score_candidates
 from .sharing import save_mashup
@@ -102,7 +102,7 @@ def save_merge(
         path = merged.path / CONFIG_NAME
         written = json.loads(path.read_text(encoding="utf-8"))
         types = {adapter.config.task_type for adapter in adapters}
-        written["base_model_name_or_path"] = config.base_model or written["base_model_name_or_path"]
+        written["base_model_name_or_path"] = config.base_model or located(written["base_model_name_or_path"])
         written["task_type"] = types.pop() if len(types) == 1 else None
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report = _report(candidates, adapters, merged, config, written["base_model_name_or_path"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 import transformers
@@ -192,7 +193,7 @@ def _is_required(item):
 
 
 def test_to_dict_is_json():
-    config = MashupConfig(metric=len, guard_dataset=[1, 2])
+    config = MashupConfig(metric=len, guard_dataset=[1, 2], report_dir=Path("out"))
     values = json.loads(json.dumps(config.to_dict()))
     assert set(values) == {field.name for field in fields(MashupConfig)}
     assert (values["metric"], values["guard_dataset"]) == ("len", "2 rows")

@@ -1,9 +1,11 @@
 """A directory is replaced only if every file in it is ours, and whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +134,26 @@ def test_a_second_rename_that_fails_is_rolled_back(shelf, monkeypatch):
     monkeypatch.setattr(os, "rename", failing)
     assert run_merge(shelf / "m", shelf / "a") == 1
     assert owned(shelf) == before
+
+
+def test_a_file_system_that_flushes_no_directories(tmp_path, monkeypatch):
+    flush, fails = os.fsync, stat.S_ISDIR
+
+    def fsync(descriptor):
+        if fails(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for reason in ("first", "second"):
+        with replacing(tmp_path / "out") as draft:
+            MashupReport("scratch", reason).save(draft / "report.json")
+        assert MashupReport.load(tmp_path / "out").reason == reason and not hidden(tmp_path)
+    # A file that is not on the disk is no merge.
+    fails = stat.S_ISREG
+    with pytest.raises(OSError, match="Invalid"), replacing(tmp_path / "new") as draft:
+        (draft / "report.json").touch()
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_appears_while_a_merge_is_made_is_kept(shelf):

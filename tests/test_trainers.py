@@ -83,6 +83,8 @@ def test_bound_trainer_ranks_by_its_own_loss(tmp_path, preferring, make):
     assert callback.report.base_loss == pytest.approx(losses(fresh)[0], abs=0.02)
     assert callback.report.single_loss < callback.report.base_loss - 0.02
     assert losses(trainer)[0] == pytest.approx(callback.report.single_loss, abs=0.1)
+    card = (tmp_path / "out/mashup/README.md").read_text()
+    assert f"loss of {type(trainer).__name__}" in card and "token" not in card
 
 
 def test_bound_trainer_leaves_no_trace_with_scratch(tmp_path, preferring):

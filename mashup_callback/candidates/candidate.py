@@ -22,6 +22,7 @@ class Candidate:
         rank (`int`, *optional*): Largest rank of an adapter of the Hub, as its header states.
         reason (`str`, *optional*): Why it cannot be used; None while it can.
         files (`tuple[str, ...]`): Its files on the Hub, in its folder.
+        datasets (`tuple[str, ...]`): Data sets that the repository states.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Candidate:
     rank: int | None = None
     reason: str | None = None
     files: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str | None]:

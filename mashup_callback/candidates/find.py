@@ -201,11 +201,11 @@ class _HubLookup:
         return [_judged(item, self.check) for item in found if item.name == repository.name]
 
     def _stated(self, repository: Candidate, info: ModelInfo | None) -> list[Candidate]:
-        commit, paths, license = stated(repository, info, self.hub)
-        if not _allowed(license, self.allow_licenses):
-            named = quote(license) if license else "(none stated)"
+        commit, paths, known = stated(repository, info, self.hub)
+        if not _allowed(known.license, self.allow_licenses):
+            named = quote(known.license) if known.license else "(none stated)"
             raise AdapterError(f"its license {named} is not in allow_licenses")
-        held = held_candidates(repository, commit, paths, license)
+        held = held_candidates(known, commit, paths)
         return [self._checked(candidate, paths) for candidate in held]
 
     def _checked(self, candidate: Candidate, paths: Sequence[str]) -> Candidate:

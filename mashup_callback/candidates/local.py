@@ -33,8 +33,8 @@ _DEPTH = 2
 _SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
 _END_BYTES = 2**16
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
-# What this package writes into a run's output directory.
-_MASHUP = "mashup"
+# What this package writes into a run's output directory, and the files that tell it from a run of that name.
+_MASHUP, _REPORTS = "mashup", ("report.json", "failed.json")
 
 
 def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
@@ -59,8 +59,14 @@ def _glob(path: Path) -> list[Path]:
         parts = {match: match.relative_to(root).parts for match in root.glob(pattern)}
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{str(path)!r} is no glob: {error}. Use *, ?, [...], or ** as a whole part.") from error
+    # As in a shell, what is hidden has to be named.
     return sorted(
-        (match for match in parts if _MASHUP not in parts[match] and not match.name.startswith(".")), key=_order
+        (
+            match
+            for match, names in parts.items()
+            if not any(part.startswith(".") and part not in path.parts for part in names)
+        ),
+        key=_order,
     )
 
 
@@ -70,7 +76,8 @@ def _order(path: Path) -> tuple[object, ...]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split("([0-9]+)", name)]
+    # Every second piece is a number; other digits, as in "m²", are none.
+    return [(int(piece), "") if at % 2 else (-1, piece) for at, piece in enumerate(re.split("([0-9]+)", name))]
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -81,8 +88,8 @@ def _skip(path: Path, excluded: Sequence[str]) -> bool:
     real = os.path.realpath(path)
     if any(real == directory or real.startswith(os.path.join(directory, "")) for directory in excluded):
         return True
-    reports = (parent / "report.json" for parent in path.parents if parent.name == _MASHUP)
-    return path.name == _MASHUP or any(map(os.path.exists, reports))
+    reports = (parent / name for parent in (path, *path.parents) if parent.name == _MASHUP for name in _REPORTS)
+    return any(map(os.path.exists, reports))
 
 
 def _expand(directory: Path, excluded: Sequence[str], depth: int = _DEPTH) -> Iterator[Candidate]:

@@ -1,6 +1,7 @@
 """Which data a candidate says it was trained on: a candidate that saw the target's data makes the guard optimistic."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 _HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
 
 
-def same_data(directory: Path | None, dataset: Any) -> str | None:
-    """Returns a warning if the model card in a candidate's directory names the data set that is trained on."""
+def same_data(directory: Path | None, dataset: Any, named: Iterable[str] = ()) -> str | None:
+    """Returns a warning if the model card in a candidate's directory, or on the Hub, names the data trained on."""
     target = dataset_names(dataset)
-    shared = target & card_datasets(directory) if target and directory else set()
+    shared = target & ({*map(_short, named)} | (card_datasets(directory) if target and directory else set()))
     if not shared:
         return None
     return f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"

@@ -76,8 +76,8 @@ def list_repositories(
     return [(_repository(repo_id), info) for repo_id, info in named[:limit]]
 
 
-def stated(repository: Candidate, info: ModelInfo | None, hub: Hub) -> tuple[str, tuple[str, ...], str | None]:
-    """Returns a repository's commit, files and license as a listing says, or else as the Hub does when asked."""
+def stated(repository: Candidate, info: ModelInfo | None, hub: Hub) -> tuple[str, tuple[str, ...], Candidate]:
+    """Returns the commit, the files, and the repository with license and data sets, as a listing or the Hub says."""
     if info is None:
         at = repository.revision or "main"
         asked = partial(HfApi().model_info, revision=at, expand=_PROPERTIES, timeout=TIMEOUT_SECONDS)
@@ -88,12 +88,11 @@ def stated(repository: Candidate, info: ModelInfo | None, hub: Hub) -> tuple[str
     paths = tuple(file.rfilename for file in info.siblings or () if _is_safe(file.rfilename))
     tags = [tag for tag in info.tags or () if isinstance(tag, str)]
     license = next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
-    return info.sha, paths, license
+    datasets = tuple(tag.removeprefix("dataset:") for tag in tags if tag.startswith("dataset:"))
+    return info.sha, paths, replace(repository, license=license, datasets=datasets)
 
 
-def held_candidates(
-    repository: Candidate, revision: str, paths: Sequence[str], license: str | None = None
-) -> list[Candidate]:
+def held_candidates(repository: Candidate, revision: str, paths: Sequence[str]) -> list[Candidate]:
     """Returns what is in the folder asked for or the root, if that is an adapter or a model; else what is below it."""
     here = repository.subfolder or ""
     folders: dict[str, set[str]] = {}
@@ -105,7 +104,7 @@ def held_candidates(
     chosen = {here: found[here]} if here in found else found
     if not chosen:
         raise AdapterError(why_unusable(itertools.chain.from_iterable(folders.values())) or _NOTHING)
-    return [_held(repository.repo_id, folder, revision, license, files) for folder, files in chosen.items()]
+    return [_held(repository, folder, revision, files) for folder, files in chosen.items()]
 
 
 def path_in_repository(candidate: Candidate, name: str) -> str:
@@ -232,12 +231,13 @@ def _is_safe(path: object) -> bool:
     return not {"", ".", ".."} & {*parts}
 
 
-def _held(repo_id: str, folder: str, revision: str, license: str | None, files: tuple[str, ...]) -> Candidate:
-    found = _repository(repo_id, folder or None, revision)
+def _held(repository: Candidate, folder: str, revision: str, files: tuple[str, ...]) -> Candidate:
+    found = _repository(repository.repo_id, folder or None, revision)
     parent, _, last = folder.rpartition("/")
-    run = f"{repo_id}/{parent}".rstrip("/") if last.startswith("checkpoint-") else found.name
+    run = f"{repository.repo_id}/{parent}".rstrip("/") if last.startswith("checkpoint-") else found.name
     kind = "adapter" if CONFIG_NAME in files else "model"
-    return replace(found, kind=kind, run=run, license=license, files=files)
+    found = replace(found, kind=kind, run=run, files=files)
+    return replace(found, license=repository.license, datasets=repository.datasets)
 
 
 def _described_by(names: Iterable[str]) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ FORMS = (
 )
 _SORTS = ("created_at", "downloads", "last_modified", "likes", "trending_score")
 _SEARCH_KEYS = ("author", "search", "tag", "limit", "sort")
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_FOLDER = r"[A-Za-z0-9_][A-Za-z0-9._=+,-]*"
 _REPO = re.compile(
-    rf"(?P<repo_id>{_NAME}/{_NAME})(?:/(?P<subfolder>{_SEGMENT}(?:/{_SEGMENT})*))?"
+    rf"(?P<repo_id>{_NAME}/{_NAME})(?:/(?P<subfolder>{_FOLDER}(?:/{_FOLDER})*))?"
     rf"(?:@(?P<revision>{_SEGMENT}(?:/{_SEGMENT})*))?"
 )
 _HUB_NAME = re.compile(rf"(?:{_NAME}/)?{_NAME}")

@@ -9,6 +9,7 @@ from .layers import (
     layer_shape,
     layer_shapes,
     linear_layers,
+    located,
     output_head,
     unwrapped,
 )

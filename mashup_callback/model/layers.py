@@ -1,5 +1,7 @@
 """The linear layers of a live model, by their name in the base model."""
 
+import os
+
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,7 +77,12 @@ def adapter_host(model: nn.Module) -> nn.Module | None:
 def base_model_name(model: nn.Module) -> str | None:
     """Returns the name or path that the model was loaded from, None if it was built from a configuration."""
     config = getattr(extract_model_from_parallel(model), "config", None)
-    return getattr(config, "_name_or_path", None) or None
+    return located(getattr(config, "_name_or_path", None))
+
+
+def located(name: str | None) -> str | None:
+    """Returns a model's name; of a directory the absolute path, as a relative one is elsewhere a name on the Hub."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

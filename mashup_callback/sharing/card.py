@@ -26,6 +26,9 @@ _NO_BASE = (
     "name it. The setting `base_model` does."
 )
 _LOST = "on held-out rows this merge was not better than a fresh initialization."
+_TAKEN_BACK = (
+    "written into the model that was trained, it did not compute what was judged on held-out rows: it was taken back."
+)
 _PAPER = "https://arxiv.org/abs/2603.10156"
 _CITATION = f"""\
 ```bibtex
@@ -69,15 +72,22 @@ def hub_source(row: CandidateRow) -> Spec | None:
     return spec if spec is not None and spec.kind == "repo" else None
 
 
-def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture: bool = False) -> str:
+def mashup_card(
+    report: MashupReport,
+    adapter: Mapping[str, Any] | None,
+    picture: bool = False,
+    model: Mapping[str, Any] | None = None,
+) -> str:
     """
     Returns the model card of a merge; whatever comes from a stranger (names, licenses, reasons) is inert code in it.
 
-    `adapter` is what `adapter_config.json` holds, None for a full model; `picture` says that the ranking's is there.
+    `adapter` is what `adapter_config.json` holds, None for a full model, and `model` what that one's `config.json`
+    does; `picture` says that the ranking's is there.
     """
     base_model, sources = base_name(report), merged_rows(report)
     license, warning = shared_license(sources)
-    warnings = (warning, None if base_model else _NO_BASE, _LOST if report.decision == "scratch" else None)
+    lost = (_TAKEN_BACK if _is_taken_back(report) else _LOST) if report.decision == "scratch" else None
+    warnings = (warning, None if base_model else _NO_BASE, lost)
     form, kind = ("A full model", "models") if adapter is None else ("A LoRA adapter", "adapters")
     made = f"merged from past {kind}" if len(sources) != 1 else f"the best of the past {kind} compared, chosen"
     parts = [
@@ -88,7 +98,7 @@ def mashup_card(report: MashupReport, adapter: Mapping[str, Any] | None, picture
         *(f"> **Warning:** {text}" for text in warnings if text),
         *([f"![Losses of the candidates, the fresh initialization and the merge]({PICTURE_NAME})"] if picture else []),
         "## Use",
-        _usage(base_model, adapter),
+        _usage(base_model, adapter, _model_class(model or {})),
         "## Mashup",
         _decision(report, adapter),
     ]
@@ -139,7 +149,7 @@ def _metadata(
         "tags": ["mashup", "merge"] if adapter is None else ["mashup", "merge", "lora"],
     }
     loss = report.single_loss if report.decision == "single" else report.merged_loss
-    if loss is not None and report.config.get("metric", "loss") == "loss":
+    if loss is not None and report.config.get("metric", "loss") == "loss" and not _is_taken_back(report):
         result = EvalResult(
             task_type=task or "other",
             dataset_type="held-out",
@@ -152,11 +162,23 @@ def _metadata(
     return ModelCardData(**values)
 
 
-def _usage(base_model: str | None, adapter: Mapping[str, Any] | None) -> str:
+def _is_taken_back(report: MashupReport) -> bool:
+    """Whether what was written into the model was taken back, as it was worse there than it had been judged."""
+    return report.decision == "scratch" and report.expected_loss is not None
+
+
+def _model_class(config: Mapping[str, Any]) -> str:
+    """Returns the class of a model with this configuration, where that is a name."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return name if isinstance(name, str) and name.isascii() and name.isidentifier() else "AutoModelForCausalLM"
+
+
+def _usage(base_model: str | None, adapter: Mapping[str, Any] | None, model_class: str) -> str:
     if adapter is None:
         return (
-            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
+            f"```python\nfrom transformers import {model_class}\n\n"
+            f'model = {model_class}.from_pretrained("{ADAPTER_PLACEHOLDER}")\n```'
         )
     auto = _AUTO_CLASSES.get(str(adapter.get("task_type")), "AutoModelForCausalLM")
     return (
@@ -219,6 +241,8 @@ def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: M
     if adapter is None:
         # The configuration beside the card; a single model as it is needs none.
         return f"```bash\nmergekit-yaml mergekit.yaml merged --random-seed={seed}\n```"
+    if models := [_code(row.name) for row in sources if row.kind == "model"]:
+        return f"Of the full models {', '.join(models)} the low-rank part was merged, which only that run can repeat."
     weights = [row.weight for row in sources]
     options = {
         "weights": ",".join(map(repr, weights)) if set(weights) != {1 / len(weights)} else "equal",
@@ -234,7 +258,7 @@ def _reproduce(report: MashupReport, sources: Sequence[CandidateRow], adapter: M
 
 
 def _license(row: CandidateRow) -> str:
-    return _code(row.license) if row.license else "not stated"
+    return _code(row.license) if row.license else "not known"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -125,7 +125,8 @@ def shared_texts(folder: Path, base_model: str | None = None) -> dict[str, bytes
     if base_model is None and card.is_file():
         files = {CARD_NAME: card.read_bytes().decode("utf-8")}
     else:
-        files = {CARD_NAME: mashup_card(shared, adapter, (folder / PICTURE_NAME).is_file())}
+        picture = (folder / PICTURE_NAME).is_file()
+        files = {CARD_NAME: mashup_card(shared, adapter, picture, settings.get(MODEL_CONFIG_NAME))}
     if (folder / MERGEKIT_NAME).is_file():
         recipe = None if adapter is None else mergekit_recipe(shared, shared=True)
         files[MERGEKIT_NAME] = recipe or without_paths((folder / MERGEKIT_NAME).read_text(encoding="utf-8"), report)

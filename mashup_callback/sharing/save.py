@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, parse_object, read_limited
+from ..formats import CONFIG_NAME, MAX_CONFIG_BYTES, MODEL_CONFIG_NAME, parse_object, read_limited
 from ..methods import MergeRule, mergekit_config
 from ..report import FAILED_NAME, REPORT_NAME, CandidateRow, MashupReport
 from ..storage import replacing
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 MERGEKIT_NAME = "mergekit.yaml"
 _HEADER = """\
-# The merge in mergekit's terms: of full models, each the base with a LoRA. mashup_callback merges the updates alone,
-# and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the same for linear
-# (with normalized weights), task_arithmetic and model_stock.
+# The merge in mergekit's terms: of full models, each the base with a LoRA, or as it was found. mashup_callback merges
+# the updates alone, and cuts the result to the adapter's rank. But for the cut, the merge of the full models is the
+# same for linear (with normalized weights), task_arithmetic and model_stock.
 """
 
 
@@ -50,9 +50,10 @@ def save_failure(directory: Path, report: MashupReport) -> None:
 
 def describe(directory: Path, report: MashupReport) -> None:
     """Writes the card of the merge in a directory, as others may see it, and mergekit's configuration of it."""
-    path = directory / CONFIG_NAME
-    adapter = parse_object(read_limited(path, MAX_CONFIG_BYTES), path.name) if path.is_file() else None
-    card = mashup_card(shareable(report), adapter, (directory / PICTURE_NAME).is_file())
+    paths = [path for path in (directory / CONFIG_NAME, directory / MODEL_CONFIG_NAME) if path.is_file()]
+    configs = {path.name: parse_object(read_limited(path, 4 * MAX_CONFIG_BYTES), path.name) for path in paths}
+    adapter, picture = configs.get(CONFIG_NAME), (directory / PICTURE_NAME).is_file()
+    card = mashup_card(shareable(report), adapter, picture, configs.get(MODEL_CONFIG_NAME))
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
     recipe = None if adapter is None else mergekit_recipe(report)
     if recipe is not None:
@@ -66,7 +67,11 @@ def mergekit_recipe(report: MashupReport, shared: bool = False) -> str | None:
         return None
     rule = MergeRule.create(report.merge.method, report.merge.parameters)
     base = {"path": base_name(report) or report.base_model or BASE_PLACEHOLDER}
-    models = [{"model": base, "lora": _model_path(row, shared)} for row in sources]
+    paths = [_model_path(row, shared) for row in sources]
+    models = [
+        {"model": path} if row.kind == "model" else {"model": base, "lora": path}
+        for row, path in zip(sources, paths, strict=True)
+    ]
     config = mergekit_config(rule, models, [row.weight for row in sources], {"model": base})
     # Through JSON, since YAML would write an object that it meets twice as an alias.
     return _HEADER + yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)

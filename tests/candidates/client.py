@@ -24,7 +24,7 @@ def find(specs, base="acme/base", fetch=False, connection=None, check=None, **li
     for item in found:
         path = None if item.path is None else str(item.path)
         rows[item.name] = {"revision": item.revision, "reason": item.reason, "path": path, "bytes": item.bytes,
-                           "license": item.license, "run": item.run, "kind": item.kind}
+                           "license": item.license, "datasets": item.datasets, "run": item.run, "kind": item.kind}
     return rows
 
 def value(path):

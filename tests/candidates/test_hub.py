@@ -9,7 +9,8 @@ from tests.hub.faults import BROKEN_CARD
 def test_every_form_finds_adapters_at_a_commit(hub, ask, fetch, adapter, tmp_path):
     old = hub.seed("acme/one", adapter(1))
     new = hub.seed("acme/one", adapter(2), downloads=5)
-    two = hub.seed("acme/two", adapter(3, license="apache-2.0", tag="maths"), downloads=9)
+    card = adapter(3, license="apache-2.0", tag="maths]\ndatasets: [acme/code")
+    two = hub.seed("acme/two", card, downloads=9)
     hub.seed("other/three", adapter(4))
     hub.seed("acme/elsewhere", adapter(5, base="acme/another-base"))
     hub.seed("acme/broken", {**adapter(6), "README.md": BROKEN_CARD})
@@ -50,6 +51,8 @@ finish(
     assert found["pinned"]["acme/one"]["revision"] == found["short"]["acme/one"]["revision"] == old
     assert found["repo"]["acme/one"]["bytes"] == len(adapter()[WEIGHTS])
     assert found["repo"]["acme/one"]["license"] == "mit"
+    for listed in (found["everything"], found["collection"]):
+        assert listed["acme/two"]["datasets"] == ["acme/code"] and listed["acme/one"]["datasets"] == []
     assert usable(found["folder"]) == ["acme/runs/checkpoint-10"]
     assert usable(found["folders"]) == ["acme/runs/checkpoint-10", "acme/runs/final"]
     assert found["folder"]["acme/runs/checkpoint-10"]["run"] == "acme/runs"

@@ -23,6 +23,20 @@ def test_runs_expand_in_natural_order_and_share_an_identity(runs, spec):
     assert reasons(found, "runs") == {}
 
 
+def test_a_glob_leaves_out_what_is_hidden_unless_it_is_named(runs):
+    for name in ("new/.mashup-x/extracted/model", ".trash/b"):
+        write_adapter(runs / name, 7.0)
+    for spec in ("runs/*/*", "runs/*/*/*/*", "runs/**"):
+        assert not any("/." in name for name in names(find_candidates(spec), "."))
+    assert names(find_candidates("runs/*/.mashup-x/*"), "runs") == ["new/.mashup-x/extracted/model"]
+
+
+def test_digits_that_are_no_number_are_sorted_too(tmp_path):
+    for value, name in enumerate(["x10²", "x9²", "²"], start=1):
+        write_adapter(tmp_path / name, value)
+    assert names(find_candidates(tmp_path), tmp_path) == ["x9²", "x10²", "²"]
+
+
 def test_a_path_object_is_local_and_what_exists_is_local(runs):
     assert names(find_candidates(Path("runs/a/checkpoint-2")), "runs") == ["a/checkpoint-2"]
     assert names(find_candidates("runs/a/checkpoint-2"), "runs") == ["a/checkpoint-2"]
@@ -46,7 +60,7 @@ def test_the_same_directory_twice_is_listed_once(runs):
 
 def test_own_output_and_mashups_are_skipped(runs):
     write_adapter(runs / "b" / "mashup" / "adapter", 7.0)
-    assert names(find_candidates("runs/b/*/*"), "runs") == []
+    assert names(find_candidates("runs/b/*/*"), "runs") == ["b/mashup/adapter"]
     (runs / "b" / "mashup" / "report.json").write_text("{}")
     for spec in ["runs", "runs/*", "runs/*/*", "runs/*/*/*", "runs/**"]:
         found = find_candidates(spec, exclude=[runs / "a"])
@@ -57,9 +71,12 @@ def test_own_output_and_mashups_are_skipped(runs):
     assert "own output" in find_candidates("runs/a/checkpoint-2", exclude=["runs/a"])[0].reason
 
 
-def test_a_project_that_is_called_mashup_is_no_report(tmp_path):
-    write_adapter(tmp_path / "mashup" / "runs" / "x")
-    assert names(find_candidates(tmp_path / "mashup" / "runs"), tmp_path) == ["mashup/runs/x"]
+@pytest.mark.parametrize("spec", ["mashup", "*", "mashup/runs", "*/*"])
+def test_a_project_or_a_run_that_is_called_mashup_is_no_report(tmp_path, spec):
+    write_adapter(tmp_path / "mashup" / "runs" / "mashup")
+    write_adapter(tmp_path / "mashup" / "runs" / "mashup" / "mashup", 2.0)
+    (tmp_path / "mashup/runs/mashup/mashup/failed.json").touch()
+    assert names(find_candidates(tmp_path / spec), tmp_path) == ["mashup/runs/mashup"]
 
 
 def test_an_excluded_name_is_not_a_prefix(runs):

@@ -1,10 +1,12 @@
 """A candidate that saw the target's data is warned of; a card that cannot be read says nothing."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from mashup_callback import MashupCallback
+from mashup_callback.candidates import find_candidates
 from mashup_callback.candidates.provenance import card_datasets, dataset_names
 from tests.tiny import rows, save_random_adapter, sft_trainer
 
@@ -33,10 +35,18 @@ def test_names_on_record():
     assert dataset_names([1, 2]) == dataset_names(rows()) == set()
 
 
-def test_warning_in_the_report(tmp_path):
+@pytest.mark.parametrize("says", ["card", "hub"])
+def test_warning_in_the_report(tmp_path, monkeypatch, says):
     for name in ("same", "other"):
         save_random_adapter(tmp_path / "runs" / name, 0 if name == "same" else 1)
-        (tmp_path / "runs" / name / "README.md").write_text(f"---\ndatasets: acme/{name}\n---\n")
+        (tmp_path / "runs" / name / "README.md").write_text(f"---\ndatasets: acme/{name * (says == 'card')}\n---\n")
+
+    def of_the_hub(*args, **settings):
+        # Of a repository no card is downloaded.
+        return [replace(item, datasets=(f"acme/{item.path.name}",)) for item in find_candidates(*args, **settings)]
+
+    if says == "hub":
+        monkeypatch.setattr("mashup_callback.pipeline.find_candidates", of_the_hub)
     data = rows()
     data.info.dataset_name = "same"
     callback = MashupCallback(str(tmp_path / "runs/*"))
@@ -44,3 +54,4 @@ def test_warning_in_the_report(tmp_path):
     warnings = {row.name.rpartition("/")[2]: row.warnings for row in callback.report.candidates}
     assert any("the data of this run" in warning for warning in warnings["same"])
     assert not any("the data of this run" in warning for warning in warnings["other"])
+    assert {row.datasets for row in callback.report.candidates} == {("acme/same",), ("acme/other",)}

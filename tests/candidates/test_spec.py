@@ -23,6 +23,7 @@ from mashup_callback.candidates import Spec, parse_spec
         (" org/name@v1.0 ", Spec("repo", repo_id="org/name", revision="v1.0")),
         ("org/name@refs/pr/1", Spec("repo", repo_id="org/name", revision="refs/pr/1")),
         ("org/na.me/sub/folder@abc", Spec("repo", repo_id="org/na.me", subfolder="sub/folder", revision="abc")),
+        ("_org/_name/lr=1e-4,r=8", Spec("repo", repo_id="_org/_name", subfolder="lr=1e-4,r=8")),
         ("runs/x/checkpoint-300", Spec("repo", repo_id="runs/x", subfolder="checkpoint-300")),
         (
             "hub:author=acme,search=code,tag=x,tag=y,limit=50,sort=downloads",

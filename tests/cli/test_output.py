@@ -3,13 +3,18 @@
 import configparser
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mashup_callback import __version__
 from mashup_callback.cli import app
+from mashup_callback.cli_output import find_table, merge_lines
+from mashup_callback.report import CandidateRow
 from tests.cli.running import ROOT, failure, mashup, output, process, strict_json
+from tests.sharing.mashups import REPORT
 
 
 COMMANDS = ("find", "rank", "merge", "push", "show")
@@ -63,7 +68,23 @@ def test_names_of_long_paths_are_told_apart_at_80_columns(world, tmp_path):
     assert done.exit_code == 0 and {"…/first/final", "…/second/final"} <= {*done.stdout.split()}
 
 
-def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path):
+@pytest.mark.parametrize("width", [40, 80])
+def test_names_and_reasons_are_readable_beside_a_long_license(width):
+    row = {"name": "org/name", "revision": "a" * 40, "rank": 16, "bytes": 10**7, "reason": "broken"}
+    with (console := Console(width=width)).capture() as shown:
+        console.print(find_table([row | {"license": "x" * 100, "warnings": [], "repo_id": "org/name"}]))
+    columns = zip(*(line.split("│")[1:-1] for line in shown.get().splitlines() if "│" in line), strict=True)
+    found = ["".join(map(str.strip, cells)) for cells in columns]
+    assert found == ["org/name", "aaaaaaa", "16", found[3], "x" * 100, "broken"] and "10.0" in found[3]
+
+
+def test_a_name_in_what_was_merged_is_one_line_and_no_command_to_the_terminal(tmp_path):
+    row = CandidateRow("runs/a\nb\x1b[2J", "unscored", weight=1.0, rank=4)
+    shown = merge_lines(replace(REPORT, candidates=(row,)), tmp_path)
+    assert shown.splitlines()[1:-1] == ["  100%  runs/a?b?[2J (rank 4)"]
+
+
+def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path, monkeypatch):
     arguments = ("merge", "runs/a1", "runs/a2", "--weights=3,1", "--rank=1", "-o", tmp_path / "merged")
     text = mashup(*arguments, cwd=world).stdout
     kept = json.loads((tmp_path / "merged/report.json").read_text())["merge"]["kept_energy"]
@@ -71,6 +92,9 @@ def test_merge_says_what_it_did_and_replaces_only_when_told(world, tmp_path):
     assert " 75%  runs/a1 (rank 4)\n" in text and " 25%  runs/a2 (rank 4)\n" in text
     assert "--overwrite" in failure(*arguments, cwd=world)
     assert mashup(*arguments, "--overwrite", cwd=world).exit_code == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert mashup(*arguments[:-1], "~/home", cwd=world).exit_code == 0
+    assert (tmp_path / "home/report.json").is_file() and not (world / "~").exists()
 
 
 def test_entry_point_leads_to_the_command():

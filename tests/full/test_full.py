@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from mashup_callback import MashupCallback, MashupReport, find_candidates, score_candidates
 from mashup_callback.full.merge import check_space
+from mashup_callback.sharing.card import mashup_card
 from tests.full.damage import BAD
 from tests.full_model import full_trainer, run_mergekit, same, trained_full, weights
 from tests.tiny import llama, losses, save_random_adapter, save_scaled_adapter, sft_trainer, trained
@@ -239,6 +241,10 @@ def test_a_full_checkpoint_for_a_lora_trainee(tmp_path, untied):
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     [row] = reports[1].candidates
     assert row.name == str(tmp_path / "full") and "keeps 100.0% of its full update" in row.warnings[0]
+    # It is no LoRA for mergekit, and `mashup merge` does not take it.
+    run_mergekit([recipe := tmp_path / "out-full/mashup/mergekit.yaml"])
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(f"{recipe}.out").state_dict(), merged.state_dict())
+    assert "mashup merge" not in mashup_card(replace(reports[1], candidates=(replace(row, revision="a" * 40),)), {})
 
 
 def test_too_little_energy_is_refused_with_the_numbers_unless_accepted(tmp_path, untied):

@@ -1,5 +1,6 @@
 """The model card: what was merged, how good it is, and nothing that others wrote as markup."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from markdown_it import MarkdownIt
 from mashup_callback.candidates import hub_name
 from mashup_callback.report import CandidateRow
 from mashup_callback.sharing.card import base_name, mashup_card, shared_license
-from mashup_callback.sharing.save import save_mashup
+from mashup_callback.sharing.save import describe, save_mashup
 from tests.hub.views import front_matter
 from tests.sharing.mashups import MERGE, REPORT, SHA, SOURCES, write_adapter
 
@@ -114,6 +115,16 @@ def test_local_base_is_left_out_unless_named(tmp_path, monkeypatch):
 def test_card_of_a_merge_that_lost():
     lost = replace(REPORT, decision="scratch", reason="nothing is better")
     assert "not better than a fresh initialization" in mashup_card(lost, ADAPTER)
+    # On the held-out rows it was better; what it is in the model that is trained has no number here.
+    card = mashup_card(replace(lost, expected_loss=1.4, swapped_loss=9.0), ADAPTER)
+    assert "not better than" not in card and "it was taken back" in card
+    assert "model-index" not in front_matter(card)
+
+
+def test_a_license_that_is_not_known_is_not_called_missing():
+    # Of a commit that is in the cache nothing is asked, and no file there need say it.
+    cached = replace(REPORT, candidates=(replace(SOURCES[0], license=None),))
+    assert "| 1.2500 | not known |" in mashup_card(cached, ADAPTER)
 
 
 MARKUP = ("`", "``", "```\n", "|", "\\|", "\\", "\n", "\n---\n", "# h", ": [", "\u202e", "a", " ", "<!-", "<b>")
@@ -170,6 +181,16 @@ def test_card_of_a_full_model():
     assert "A full model of `acme/base`, merged from past models" in card
     assert "peft" not in card and "rank" not in card
     assert "mergekit-yaml mergekit.yaml merged --random-seed=7" in card
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["LlamaForSequenceClassification"], "LlamaForSequenceClassification"), (["os; x"], "AutoModelForCausalLM")],
+)
+def test_card_of_a_full_model_names_its_class(tmp_path, names, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": names}))
+    describe(tmp_path, REPORT)
+    assert f"model = {expected}.from_pretrained(" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("task_type", "name"), [("SEQ_CLS", "SequenceClassification"), (None, "CausalLM")])

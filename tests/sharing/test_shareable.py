@@ -7,11 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
-from mashup_callback.names import short_names
+from mashup_callback import MashupConfig, find_candidates
+from mashup_callback.model import base_model_name
+from mashup_callback.names import labels, short_names
 from mashup_callback.report import CandidateRow, MashupReport
-from mashup_callback.sharing.push import push_mashup, share
+from mashup_callback.sharing.push import push_mashup, share, shared_texts
 from mashup_callback.sharing.shareable import refuse_paths, shareable
+from mashup_callback.without_trainer import save_merge
 from tests.sharing.mashups import REPORT, write_mashup
 from tests.tiny import llama, save_random_adapter
 
@@ -41,10 +45,12 @@ def test_names_on_the_hub_stay_and_rejected_ones_do_not_look_local():
     rows = (
         CandidateRow("acme/one", "scored", "0" * 40),
         CandidateRow("acme/gone", "rejected", reason="not found", repo_id="acme/gone"),
+        CandidateRow("collection:acme/a-collection-0123", "rejected", reason="down"),
         CandidateRow("runs/one", "rejected"),
     )
+    assert labels(rows)[2] == rows[2].name
     shared = shareable(replace(REPORT, candidates=rows))
-    assert [row.name for row in shared.candidates] == ["acme/one", "acme/gone", "./one"]
+    assert [row.name for row in shared.candidates] == ["acme/one", "acme/gone", rows[2].name, "./one"]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,18 @@ def test_short_names_differ_and_stay(names):
     short = [row.name for row in shared.candidates]
     assert len(set(short)) == len(short)
     assert [row.name for row in shareable(shared).candidates] == short
+
+
+def test_a_base_at_a_relative_path_is_elsewhere_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("models/llama")
+    base = LlamaForCausalLM.from_pretrained("models/llama")
+    save_random_adapter("runs/a", 0, base=base)
+    save_merge(tmp_path / "merged", find_candidates("runs/a"), MashupConfig(top_k=1))
+    write_mashup(tmp_path / "trained", replace(REPORT, base_model=base_model_name(base)))
+    monkeypatch.chdir("/")
+    for name in ("merged", "trained"):
+        assert b"models/llama" not in b"".join(shared_texts(tmp_path / name).values())
 
 
 def test_a_path_in_the_users_own_words_is_not_pushed(tmp_path, monkeypatch):
