@@ -161,7 +161,7 @@ def _merged(report: Any) -> list[str]:
 
 def _kind(report: Any) -> str:
     sources = [row for row in report.candidates if row.weight is not None]
-    return "model" if sources and all(row.rank is None for row in sources) else "adapter"
+    return "model" if sources and all(row.kind == "model" for row in sources) else "adapter"
 
 
 def _counted(report: Any) -> str:

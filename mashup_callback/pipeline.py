@@ -290,23 +290,16 @@ def candidate_rows(
             warnings=score.warnings,
             repo_id=score.candidate.repo_id,
             in_merge=score.candidate.key in merged,
-            datasets=_datasets(score.candidate) if score.source else (),
+            datasets=stated_datasets(score.candidate) if score.source else (),
             kind=score.candidate.kind,
         )
         for score in scores
     )
 
 
-def _datasets(candidate: Candidate) -> tuple[str, ...]:
-    return candidate.datasets or (stated_datasets(candidate.path) if candidate.path else ())
-
-
 def _warned(scores: Sequence[Score], dataset: Any) -> list[Score]:
     """Returns the scores with a warning on each candidate whose model card names the data that is trained on."""
-    shared = [
-        same_data(score.candidate.path, dataset, score.candidate.datasets) if score.source else None
-        for score in scores
-    ]
+    shared = [same_data(score.candidate, dataset) if score.source else None for score in scores]
     return [
         replace(score, warnings=(*score.warnings, warning)) if warning else score
         for score, warning in zip(scores, shared, strict=True)

@@ -45,10 +45,17 @@ def find_locally(spec: Spec, excluded: Sequence[str]) -> list[Candidate]:
     if os.path.lexists(path):
         reason = f"it holds no adapter, expected {CONFIG_NAME} and {WEIGHTS_NAME} in it or one level below"
         return list(_expand(path, excluded)) or [_candidate(path, reason=reason)]
-    found = [item for match in _glob(path) if not _skip(match, excluded) for item in _expand(match, excluded)]
-    if not found:
+    matches = _glob(path)
+    found = _below(matches, excluded)
+    if not found and _below(matches, ()):
+        logger.warning("All that matches %s is below this run's own output_dir, expected runs elsewhere.", spec)
+    elif not found:
         logger.warning("No adapter matches %s (yet): nothing to start from there.", spec)
     return found
+
+
+def _below(matches: Sequence[Path], excluded: Sequence[str]) -> list[Candidate]:
+    return [item for match in matches if not _skip(match, excluded) for item in _expand(match, excluded)]
 
 
 def _glob(path: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """Which data a candidate says it was trained on: a candidate that saw the target's data makes the guard optimistic."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import yaml
 
 from ..errors import AdapterError
 from ..formats import read_limited
+from .candidate import Candidate
 
 
 CARD_NAME = "README.md"
@@ -21,10 +21,9 @@ _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 _HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
 
 
-def same_data(directory: Path | None, dataset: Any, named: Iterable[str] = ()) -> str | None:
-    """Returns a warning if the model card in a candidate's directory, or on the Hub, names the data trained on."""
-    target = dataset_names(dataset)
-    shared = target & ({*map(_short, named)} | (card_datasets(directory) if target and directory else set()))
+def same_data(candidate: Candidate, dataset: Any) -> str | None:
+    """Returns a warning if a candidate's model card names the data set that is trained on."""
+    shared = dataset_names(dataset) & {*map(_short, stated_datasets(candidate))}
     if not shared:
         return None
     return f"trained on {', '.join(sorted(shared))}, the data of this run: its held-out loss is optimistic"
@@ -37,14 +36,11 @@ def dataset_names(dataset: Any) -> set[str]:
     return {_short(name) for name in (getattr(info, "dataset_name", None), *_HUB_FILE.findall(files)) if name}
 
 
-def card_datasets(directory: Path) -> set[str]:
-    """Returns the data sets that the model card in a directory names, as [`dataset_names`] gives them."""
-    return {_short(name) for name in stated_datasets(directory)}
-
-
-def stated_datasets(directory: Path) -> tuple[str, ...]:
-    """Returns the data sets that the model card in a directory names, as it names them."""
-    named = card_metadata(directory).get("datasets")
+def stated_datasets(candidate: Candidate) -> tuple[str, ...]:
+    """Returns the data sets that a candidate's model card names, on the Hub or in its directory."""
+    if candidate.datasets or candidate.path is None:
+        return candidate.datasets
+    named = card_metadata(candidate.path).get("datasets")
     names = [named] if isinstance(named, str) else named
     return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 

@@ -125,6 +125,12 @@ def test_a_glob_without_matches_is_a_first_run(runs, caplog):
     assert "nothing/*" in caplog.text
 
 
+def test_a_glob_of_this_runs_own_output_says_so(runs, caplog):
+    with caplog.at_level("WARNING"):
+        assert find_candidates(f"{runs}/*", exclude=[runs]) == []
+    assert "this run's own output_dir" in caplog.text
+
+
 def test_an_empty_directory_is_reported(tmp_path):
     (found,) = find_candidates(tmp_path)
     assert "holds no adapter" in found.reason

@@ -6,27 +6,27 @@ from types import SimpleNamespace
 import pytest
 
 from mashup_callback import MashupCallback
-from mashup_callback.candidates import find_candidates
-from mashup_callback.candidates.provenance import card_datasets, dataset_names
+from mashup_callback.candidates import Candidate, find_candidates, stated_datasets
+from mashup_callback.candidates.provenance import dataset_names
 from tests.tiny import rows, save_random_adapter, sft_trainer
 
 
 @pytest.mark.parametrize(
     ("card", "names"),
     [
-        ("---\ndatasets:\n- acme/Code\n- other\n---\n# Card", {"code", "other"}),
-        ("---\ndatasets: acme/code\n---\n", {"code"}),
-        ("---\ndatasets: 7\n---\n", {"7"}),
-        ("---\ndatasets: [1, [a]]\n---\n", {"1"}),
-        ("---\n- a\n---\n", set()),
-        ("---\n: : [\n---\n", set()),
-        ("datasets: code\n", set()),
-        ("---\na: !!python/object/apply:os.getcwd []\n---\n", set()),
+        ("---\ndatasets:\n- acme/Code\n- other\n---\n# Card", ("acme/Code", "other")),
+        ("---\ndatasets: acme/code\n---\n", ("acme/code",)),
+        ("---\ndatasets: 7\n---\n", ("7",)),
+        ("---\ndatasets: [1, [a]]\n---\n", ("1",)),
+        ("---\n- a\n---\n", ()),
+        ("---\n: : [\n---\n", ()),
+        ("datasets: code\n", ()),
+        ("---\na: !!python/object/apply:os.getcwd []\n---\n", ()),
     ],
 )
 def test_card(tmp_path, card, names):
     (tmp_path / "README.md").write_text(card)
-    assert card_datasets(tmp_path) == names
+    assert stated_datasets(Candidate("card", path=tmp_path)) == names
 
 
 def test_names_on_record():

@@ -128,7 +128,7 @@ class Judge:
             if case.later:
                 case.later(directory)
             update = source.load()
-            warning = same_data(found.path, _Named)
+            warning = same_data(found, _Named)
             with torch.no_grad(), without_adapters(trainee.model), update.applied(trainee.model):
                 logits = trainee.model(TOKENS).logits
         except AdapterError as error:

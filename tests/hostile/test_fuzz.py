@@ -15,8 +15,7 @@ from peft import LoraConfig
 from rich.console import Console
 
 from mashup_callback import MashupReport, find_candidates
-from mashup_callback.candidates import hub_name, parse_spec
-from mashup_callback.candidates.provenance import card_datasets
+from mashup_callback.candidates import Candidate, hub_name, parse_spec, stated_datasets
 from mashup_callback.errors import AdapterError
 from mashup_callback.formats import BaseModel, parse_adapter, parse_config, parse_header, parse_index
 from mashup_callback.report import CandidateRow, MergeInfo, RaceRound
@@ -108,7 +107,7 @@ def read_report(data):
 def read_card(text):
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8", errors="surrogatepass")
-        assert all(isinstance(name, str) for name in card_datasets(Path(directory)))
+        assert all(isinstance(name, str) for name in stated_datasets(Candidate("card", path=Path(directory))))
 
 
 def read_spec(text):
