@@ -231,9 +231,11 @@ def show(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="report.json, a mashup's directory or a run's.")],
 ) -> Result:
     """Show what a mashup found, did and why."""
-    from .report import MashupReport
+    from .report import FAILED_NAME, MashupReport
 
     loaded = MashupReport.load(report)
+    for failed in filter(Path.is_file, (report / FAILED_NAME, report / "mashup" / FAILED_NAME)):
+        logger.warning("A later run made no mashup: `mashup show %s` says why.", failed)
     return json.loads(loaded.to_json()), loaded
 
 

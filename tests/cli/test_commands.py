@@ -57,7 +57,7 @@ def test_rank_for_people_and_with_nothing_to_rank(world):
     assert "None of the 1 adapters could be used (other: trained on another base model" in line
 
 
-def test_merge_then_show(world):
+def test_merge_then_show(world, caplog):
     arguments = ("--weights=0.75,0.25", "--rank=8", "--base-model=acme/base")
     merged = output("merge", "runs/a1", "runs/a2", *arguments, "-o", "merged", cwd=world)
     assert (merged["path"], merged["decision"], merged["base_model"]) == ("merged", "merged", "acme/base")
@@ -80,6 +80,10 @@ def test_merge_then_show(world):
     shown = mashup("show", "merged", cwd=world)
     assert "mashup: merged" in shown.stdout
     assert "runs/a2" in shown.stdout
+    assert "later run" not in caplog.text
+    shutil.copyfile(world / "merged/report.json", world / "merged/failed.json")
+    assert "mashup: merged" in mashup("show", "merged", cwd=world).stdout
+    assert "mashup show merged/failed.json" in caplog.text
 
 
 def test_merge_replaces_nothing_but_a_merge(world, tmp_path):
