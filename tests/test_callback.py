@@ -211,6 +211,7 @@ def test_own_output_and_mashups_are_never_candidates(tmp_path, library):
     output = tmp_path / "runs/new"
     save_random_adapter(output / "checkpoint-5", 0)
     save_random_adapter(tmp_path / "runs/old/mashup", 1)
+    (tmp_path / "runs/old/mashup/report.json").write_text("{}")
     save_random_adapter(tmp_path / "runs/old", 2)
     callback = MashupCallback(str(tmp_path / "runs/*"))
     trained(output, callback)
