@@ -1,9 +1,12 @@
 """Every variant of the trainee: one candidate of weight 1 is computed as by peft itself, or it is turned away."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from peft import AdaLoraConfig, EvaConfig, LoHaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file, save_file
@@ -195,6 +198,16 @@ def test_a_model_that_is_split_by_tensor_parallelism_is_refused():
     model.get_base_model()._tp_size = 2
     with pytest.raises(ValueError, match="tensor parallelism"):
         find_trainee(model)
+
+
+@pytest.mark.parametrize("size, kind", [("cp_size", "context"), ("sp_size", "sequence")])
+def test_sequences_that_are_split_are_refused(monkeypatch, size, kind):
+    model = get_peft_model(llama(), tiny_lora())
+    for value in (1, 2):
+        settings = ParallelismConfig(**{size: value})
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", settings)
+        with pytest.raises(ValueError, match=f"{kind} parallelism") if value > 1 else nullcontext():
+            find_trainee(model)
 
 
 KEPT = {
