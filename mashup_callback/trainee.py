@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from .candidates import Candidate, read_source
@@ -104,13 +105,9 @@ def find_trainee(
     Raises:
         ValueError: The model trains nothing, or adapters without LoRA layers, or several adapters, its initialization
             alters the base or freezes a factor, it is a variant such as DoRA, or it is already trained; or the model
-            is split by tensor parallelism.
+            or its sequences are split by tensor, context or sequence parallelism.
     """
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            "The model is split by tensor parallelism: all processes compute each batch together, so that candidates "
-            "and rows cannot be dealt out to them. Use FSDP2 or ZeRO-3, or train without the mashup."
-        )
+    _refuse_parallel(model)
     config, workspace = config or MashupConfig(seed=42), Workspace(Path(directory))
     adapter = find_adapter(model, config.overwrite)
     if adapter is not None:
@@ -125,6 +122,20 @@ def find_trainee(
         )
     weights = BaseWeights(model)
     return FullTrainee(model, names, config, workspace, lambda found: AdapterSource(found, weights))
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    parallel = AcceleratorState._shared_state.get("parallelism_config")
+    kinds = {
+        "The model is split by tensor": getattr(model, "tp_size", None),
+        "Sequences are split by context": getattr(parallel, "cp_size", None),
+        "Sequences are split by Ulysses sequence": getattr(parallel, "sp_size", None),
+    }
+    if found := [kind for kind, size in kinds.items() if (size or 1) > 1]:
+        raise ValueError(
+            f"{found[0]} parallelism: all processes compute each batch together, so that candidates and rows cannot "
+            "be dealt out to them. Use FSDP2 or ZeRO-3, or train without the mashup."
+        )
 
 
 def admit_to(model: nn.Module, base_model: str | None = None) -> Callable[[Candidate], Source]:

@@ -1,6 +1,8 @@
 """The LoRA layers that are trained: found in the live model, and checked that a merge can be written into them."""
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +11,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ..lowrank import Factors, product_norm
-from ..model import WholeParameter, adapter_host, clean_name, is_sharded, read_parameters, whole_parameters
+from ..model import WholeParameter, adapter_host, clean_name, is_sharded, local_part, read_parameters, whole_parameters
 from .places import LinearPlace, Target, find_place
 
 
@@ -98,7 +101,44 @@ def find_adapter(model: nn.Module, overwrite: bool = False) -> TrainedAdapter | 
     targets = {target.name: target for place in places for target in place.targets(before)}
     if not overwrite:
         _refuse_trained(targets.values())
+    shared = _shared(places, adapter)
+    _refuse_kept(model, adapter, [targets.pop(place.name) for place in shared])
+    places = [place for place in places if place not in shared]
     return TrainedAdapter(adapter, targets, config, before, places, wholes)
+
+
+def _shared(places: Sequence[LinearPlace], adapter: str) -> list[LinearPlace]:
+    """Returns what shares its factors with another layer (`ensure_weight_tying`): no update changes it alone."""
+    # Of other ranks' shards and of offloaded tensors nothing is here.
+    held = {place: [local_part(p) for p in _parameters(place.layer, adapter) if p.numel()] for place in places}
+    found = {place: {part.data_ptr() for part in parts} - {0} for place, parts in held.items()}
+    times = Counter(itertools.chain.from_iterable(found.values()))
+    return [place for place, pointers in found.items() if any(times[pointer] > 1 for pointer in pointers)]
+
+
+def _refuse_kept(model: nn.Module, adapter: str, shared: Sequence[Target]) -> None:
+    """Refuses an adapter of which a mashup would leave something trained that is none of a candidate's."""
+    modules = extract_model_from_parallel(model).named_modules()
+    tokens = {
+        clean_name(f"{name}.trainable_tokens_delta.{adapter}"): module.trainable_tokens_original[adapter]
+        for name, module in modules
+        if isinstance(module, TrainableTokensLayer)
+        and adapter in module.trainable_tokens_original
+        and module.tied_adapter is None
+    }
+    held = read_parameters(model, tokens) if tokens else {}
+    # One of them may be kept in fewer bits.
+    kept = [
+        f"the tokens in {name}"
+        for name, rows in tokens.items()
+        if not (torch.equal(held[name].to(rows), rows) or torch.equal(rows.to(held[name]), held[name]))
+    ]
+    kept += [f"the shared factors of {name}" for name in _trained(shared)]
+    if kept:
+        raise ValueError(
+            f"The adapter to be trained is not fresh: {kept[0]} were trained, and a mashup cannot replace them "
+            "(`trainable_token_indices`, `ensure_weight_tying`). Start from a new adapter."
+        )
 
 
 def _trained_name(layers: _Layers) -> str | None:
@@ -175,10 +215,13 @@ def _refuse_sharded(model: nn.Module, places: Sequence[LinearPlace]) -> None:
         )
 
 
-def _refuse_trained(targets: Iterable[Target]) -> None:
+def _trained(targets: Iterable[Target]) -> list[str]:
     norms = ((target.name, product_norm(target.A, target.B), target.A.norm() * target.B.norm()) for target in targets)
-    trained = [name for name, norm, bound in norms if not norm <= _ZERO * bound]
-    if trained:
+    return [name for name, norm, bound in norms if not norm <= _ZERO * bound]
+
+
+def _refuse_trained(targets: Iterable[Target]) -> None:
+    if trained := _trained(targets):
         raise ValueError(
             f"The adapter to be trained is not fresh: B·A is not zero in {len(trained)} layers (the first is "
             f"{trained[0]}). A mashup replaces a fresh initialization. Start from a new adapter, or pass "

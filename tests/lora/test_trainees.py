@@ -1,13 +1,18 @@
 """Every variant of the trainee: one candidate of weight 1 is computed as by peft itself, or it is turned away."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from peft import AdaLoraConfig, EvaConfig, LoHaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Linear
+from safetensors.torch import load_file, save_file
 
-from mashup_callback import MashupCallback
+from mashup_callback import MashupCallback, MashupConfig
+from mashup_callback.candidates import as_candidate
 from mashup_callback.formats import load_factors, read_adapter
 from mashup_callback.lora import LoraUpdate, find_adapter
 from mashup_callback.lowrank import LoraFactors
@@ -17,7 +22,7 @@ from tests.tiny import llama, losses, trained
 from tests.tiny import lora as tiny_lora
 
 
-REJECTED = "rejected: "
+REJECTED, WEIGHTS = "rejected: ", "adapter_model.safetensors"
 
 
 def second(model, active=False):
@@ -193,3 +198,49 @@ def test_a_model_that_is_split_by_tensor_parallelism_is_refused():
     model.get_base_model()._tp_size = 2
     with pytest.raises(ValueError, match="tensor parallelism"):
         find_trainee(model)
+
+
+@pytest.mark.parametrize("size, kind", [("cp_size", "context"), ("sp_size", "sequence")])
+def test_sequences_that_are_split_are_refused(monkeypatch, size, kind):
+    model = get_peft_model(llama(), tiny_lora())
+    for value in (1, 2):
+        settings = ParallelismConfig(**{size: value})
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", settings)
+        with pytest.raises(ValueError, match=f"{kind} parallelism") if value > 1 else nullcontext():
+            find_trainee(model)
+
+
+KEPT = {
+    "trainable_token_indices": ({"trainable_token_indices": [3]}, "trainable_tokens_delta"),
+    "ensure_weight_tying": (
+        {"ensure_weight_tying": True, "target_modules": ["embed_tokens", "q_proj"]},
+        "embedding_A",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, part", KEPT.values(), ids=KEPT)
+def test_what_a_mashup_cannot_overwrite_is_refused_once_it_is_trained(settings, part):
+    model = get_peft_model(llama(tie_word_embeddings=True), tiny_lora(**settings))
+    find_trainee(model, MashupConfig(overwrite=True))
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.data += 0.1
+    with pytest.raises(ValueError, match="cannot replace them"):
+        find_trainee(model, MashupConfig(overwrite=True))
+
+
+def test_factors_that_two_layers_share_stay_fresh(tmp_path):
+    tied = partial(llama, tie_word_embeddings=True)
+    path = save_random(tmp_path / "one", tied(), LORA(target_modules=["embed_tokens", *ATTENTION]))
+    plain = save_random(tmp_path / "two", tied(), LORA(target_modules=ATTENTION))
+    saved = load_file(path / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in saved.items() if "embed" not in name}, plain / "adapter_model.safetensors"
+    )
+    settings = {"target_modules": ["embed_tokens", *ATTENTION], "ensure_weight_tying": True}
+    model = get_peft_model(tied(), LORA(**settings)).eval()
+    trainee = find_trainee(model)
+    merge, info = trainee.merge([trainee.admit(as_candidate(path))], [1.0], "linear", {})
+    trainee.write(merge)
+    assert close(output(model), by_peft(plain, tied)) and info.lost_layers
