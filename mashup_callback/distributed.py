@@ -98,9 +98,14 @@ def _sendable(error: Exception) -> tuple[type[Exception], str]:
 
 
 def from_main_process(value: Result) -> Result:
-    """Returns the main process's value on every process."""
+    """Returns the main process's value, which can be pickled, on every process."""
+    if PartialState().num_processes == 1:
+        return value
+    # Before the others wait for it: what cannot be pickled fails here.
+    parcel = pickle.dumps(value) if is_main_process() else None
     gather(None)
-    return broadcast_object_list([value])[0]
+    [parcel] = broadcast_object_list([parcel])
+    return value if is_main_process() else pickle.loads(parcel)
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:

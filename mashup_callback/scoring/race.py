@@ -126,10 +126,16 @@ def score_candidates(
 
 
 def _admitted(candidate: Candidate, admit: Callable[[Candidate], Source], metric: Metric) -> Score:
-    if candidate.reason is not None:
-        return Score(candidate, "rejected", candidate.reason, metric=metric)
+    # What a full checkpoint changes may be extracted, which all processes do together or none does.
+    together = candidate.kind == "model"
+    reasons = gather(candidate.reason) if together else [candidate.reason]
+    refusing = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
+    if refusing is not None:
+        reason = candidate.reason or f"process {refusing}: {reasons[refusing]}"
+        return Score(candidate, "rejected", reason, metric=metric)
     try:
-        source = admit(candidate)
+        with failing_together() if together else nullcontext():
+            source = admit(candidate)
     except AdapterError as error:
         return Score(candidate, "rejected", str(error), metric=metric)
     return Score(candidate, source=source, warnings=source.warnings, metric=metric)
@@ -178,6 +184,9 @@ class _Race:
         self.in_step = is_sharded(model) or metric.collective
         self.cache, self.base = ScoreCache(), None
         self.cached = metric.name is not None and self.cache.directory is not None
+        if self.in_step:
+            # All processes hash a sharded model, or none does.
+            self.cached = all(gather(self.cached))
         self.rows_hash = ""
 
     def round(self, scores: Iterable[Score], rows: SampleRows) -> list[Score]:

@@ -1,22 +1,29 @@
 """What the tests break in one process of a run: the code under test, or the world around it."""
 
 import contextlib
+import functools
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import mashup_callback.candidates.find
+import mashup_callback.full.trainee
+import mashup_callback.full.weights
 import mashup_callback.guard
 import mashup_callback.lora.source
 import mashup_callback.model.parameters
 import mashup_callback.pipeline
 import mashup_callback.scoring
+import mashup_callback.scoring.cache
 import mashup_callback.scoring.evaluation
 import mashup_callback.scoring.race
+import mashup_callback.scoring.sample
 import mashup_callback.swap
 from mashup_callback.errors import AdapterError
 from tests.kernels import FusedAttention, FusedMLP
@@ -47,15 +54,47 @@ def unreadable(rank: int) -> None:
 
 
 def missing(rank: int) -> None:
-    """Process 1 does not have one candidate at all."""
+    """Process 1 does not have one candidate at all, be it an adapter or a full checkpoint."""
 
-    def read(path: Any) -> Any:
-        if rank == 1 and path.name == "trained-0":
-            raise AdapterError("adapter_config.json is missing")
-        return original["adapter"](path)
+    def read(kind: str, path: Any) -> Any:
+        if rank == 1 and path.name.endswith("-0"):
+            raise AdapterError("its configuration is missing")
+        return original[kind](path)
 
-    readers = mashup_callback.candidates.find._READERS
-    original = _replace(mashup_callback.candidates.find, "_READERS", readers | {"adapter": read})
+    readers = {kind: functools.partial(read, kind) for kind in mashup_callback.candidates.find._READERS}
+    original = _replace(mashup_callback.candidates.find, "_READERS", readers)
+
+
+def unsendable(rank: int) -> None:
+    """Rows hold what cannot be sent to other processes."""
+
+    def read(*args: Any) -> Any:
+        return [{**row, "open": (item for item in ())} for row in original(*args)]
+
+    original = _replace(mashup_callback.scoring.sample, "_read_rows", read)
+
+
+def lost_in_swap(rank: int) -> None:
+    """Process 1 cannot read what it writes into the model."""
+
+    def tensor(self: Any, name: str) -> Any:
+        if rank == 1 and "layers.1.mlp" in name:
+            raise AdapterError("its file cannot be read (Input/output error)")
+        return original(self, name)
+
+    def swap(*args: Any) -> Any:
+        nonlocal original
+        original = _replace(mashup_callback.full.weights.CheckpointTensors, "__getitem__", tensor)
+        return original_swap(*args)
+
+    original: Any = None
+    original_swap = _replace(mashup_callback.full.trainee, "swap", swap)
+
+
+def another_cache(rank: int) -> None:
+    """Process 1 keeps no scores."""
+    directory = None if rank else Path(tempfile.mkdtemp())
+    _replace(mashup_callback.scoring.cache, "_default_directory", lambda: directory)
 
 
 def scoring_raises(rank: int) -> None:
@@ -173,6 +212,9 @@ FAULTS = {
     for function in (
         unreadable,
         missing,
+        unsendable,
+        lost_in_swap,
+        another_cache,
         scoring_raises,
         batch_raises,
         forward_raises,

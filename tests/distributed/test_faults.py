@@ -117,3 +117,29 @@ def test_what_needs_whole_weights_is_rejected_on_a_sharded_model(run):
     reasons = {"dora": "these are sharded or offloaded in this run", "head": "a model that is not sharded"}
     for name, reason in reasons.items():
         assert found[name][0] == "rejected" and reason in found[name][1]
+
+
+@by_case(broken("ddp", "missing", library="untied", callback={**RAISES, "min_kept_energy": 0.0}))
+def test_full_checkpoint_that_one_process_cannot_read(run):
+    check_agreement(run)
+    found = statuses(run)
+    assert found["model-0"] == ("rejected", "process 1: its configuration is missing")
+    assert found["model-1"] == ("scored", None)
+
+
+FULL = {"library": "untied", "trains": "full", "trainer": {"learning_rate": 1e-4}, "callback": {"guard": False}}
+
+
+@by_case(broken("ddp", "unsendable"), broken("fsdp2", "lost_in_swap", **FULL))
+def test_process_that_fails_while_the_others_wait_for_it(run):
+    check_agreement(run)
+    report = run.ranks[0]["report"]
+    assert report["decision"] == "scratch" and any(
+        why in report["reason"] for why in ("cannot pickle", "process 1: its file cannot be read")
+    )
+
+
+@by_case(broken("native", "another_cache", callback=RAISES))
+def test_scores_are_kept_by_all_processes_of_a_sharded_model_or_none(run):
+    check_agreement(run)
+    assert run.ranks[0]["report"]["decision"] in ("merged", "single")
