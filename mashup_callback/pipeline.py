@@ -69,7 +69,8 @@ class MashupRun:
     ) -> None:
         self.config, self.args, self.model, self.trainee = config, args, model, trainee
         rows_of_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.trained_rows = max(1, max_steps) * rows_of_a_step
+        # Where batches are not evened out, processes may count different steps.
+        self.trained_rows = from_main_process(max(1, max_steps)) * rows_of_a_step
         self.keep = AUTO_RUNS if config.top_k == "auto" else config.top_k
         self.base_model = config.base_model or base_model_name(model)
         self.directory = mashup_directory(config, args)
@@ -170,8 +171,7 @@ class MashupRun:
         return shortened(sample, size // 2 if halved else size, few, halved)
 
     def _judge(self, selection: Selection, sample: Sample) -> Decision:
-        sizes = doublings(len(sample.held_out), self.trained_rows, self._scored)
-        parts = sample.parts(from_main_process(sizes))
+        parts = sample.parts(doublings(len(sample.held_out), self.trained_rows, self._scored))
         return choose(self.model, self.trainee, selection, parts, self.metric, self.config)
 
     def _swap(self, decision: Decision, held_out: SampleRows) -> dict[str, Any]:
