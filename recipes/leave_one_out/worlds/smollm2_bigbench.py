@@ -32,7 +32,7 @@ FORMAT = "format-"
 MOST_ROWS, LONGEST, LENGTH, BATCH_SIZE, EVAL_BATCH_SIZE = 4_000, 500, 640, 8, 16
 ARMS = ("scratch", "mashup", "best_single", "format", "all")
 TASKS, RATES, SEEDS = tuple(SOURCES), (5e-4, 1e-3, 2e-3), (1, 2)
-FULL = Budget(TASKS, 40, eval_every=10, learning_rate=1e-3, seeds=SEEDS, arms=ARMS, learning_rates=RATES, tuned=ARMS)
+FULL = Budget(TASKS, 160, eval_every=40, learning_rate=1e-3, seeds=SEEDS, arms=ARMS, learning_rates=RATES, tuned=ARMS)
 FAST = Budget(("hotels",), 8, eval_every=4, learning_rate=1e-3, seeds=(1,), arms=("scratch", "mashup", "format"))
 FAST_TASKS = ("hotels", "intent", "medicine")
 TEST_ROWS, TEST_ROWS_FAST = 128, 32
@@ -115,7 +115,7 @@ def make_questions(examples: list[dict], task: str) -> list[Question]:
     """
     Makes questions of at most `MOST_ROWS` examples, in a fixed random order, each text once. The options are in
     alphabetical order, so that a task's classes have the same letters in all its questions: a model of this size does
-    not learn within 40 steps to look up which letter stands for a class.
+    not learn within so few steps to look up which letter stands for a class.
     """
     drawn = random.Random(task)
     questions = {}
