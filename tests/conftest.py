@@ -18,9 +18,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest groups first, so that no process waits for the other at the end."""
+    """Puts modules of few tests first, which are the slow ones, so that no process waits for the other at the end."""
     sizes = Counter(group(item.nodeid) for item in items)
-    items.sort(key=lambda item: (group(item.nodeid) != "distributed", -sizes[group(item.nodeid)]))
+    items.sort(key=lambda item: (group(item.nodeid) != "distributed", sizes[group(item.nodeid)]))
 
 
 @pytest.hookimpl(optionalhook=True)
